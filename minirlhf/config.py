@@ -1,0 +1,210 @@
+"""Settings: one frozen dataclass per script; its fields are the command-line flags, its checks run before any work."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import typing
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: printed as one line, exit status 2, no traceback."""
+
+
+def setting(default, reason: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
+    """A dataclass field: its default, the reason or source of that default (shown by --help), and what is allowed."""
+    return dataclasses.field(default=default, metadata=dict(reason=reason, low=low, high=high, choices=choices))
+
+
+ALGORITHM_NAMES = ("reinforce", "reward-to-go", "baseline", "gae", "ppo", "rloo", "grpo")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Warm up a base language model (or take --init), then learn a reward model from preference pairs."""
+
+    data: tuple[str, ...] = setting((), "preference files to learn from; empty: the embedded help desk")
+    heldout_data: tuple[str, ...] = setting((), "preference files to choose on; empty: the task's own, or --holdout of --data")
+    test_data: tuple[str, ...] = setting((), "preference files to report on; empty: the task's own, or the held-out pairs")
+    holdout: float = setting(0.1, "share of the prompts of --data held out when no file is named for it", 0.01, 0.9)
+    skip_bad_lines: bool = setting(False, "count and skip lines that cannot be read, instead of stopping")
+    tokenizer: str = setting("helpdesk", "the shipped ranks, a .tiktoken file, or any tiktoken encoding by name (gpt2)")
+    init: str = setting("", "start from this checkpoint (a base.pt) and skip the warm-up")
+    n_layer: int = setting(2, "transformer blocks; two are enough to copy a colour from prompt to reply", 1)
+    n_head: int = setting(4, "attention heads; must divide --d-model", 1)
+    d_model: int = setting(128, "width; at 0.5M parameters both scripts take minutes on two cores", 1)
+    max_prompt_length: int = setting(48, "tokens; longer prompts lose their beginning", 1)
+    max_response_length: int = setting(80, "tokens, EOS included; longer responses lose their end", 1)
+    warmup_sequences: int = setting(24_576, "texts the base model reads; one epoch of the task and a little more", 0)
+    warmup_batch_size: int = setting(16, "texts per step; small batches learn to copy sooner", 1)
+    warmup_lr: float = setting(4e-3, "peak Adam step of the warm-up; found on the validation prompts", 0)
+    epochs: int = setting(1, "passes over the preferences; a second one overfits (Stiennon et al. 2020)", 1)
+    batch_size: int = setting(16, "prompts per step, each with all its responses and pairs (Ouyang et al. 2022)", 1)
+    lr: float = setting(1e-3, "peak Adam step of the reward model", 0)
+    centering: float = setting(0.0, "weight of (r_w + r_l)^2, which pins the free constant; off: scores are normalised later", 0)
+    weight_decay: float = setting(0.01, "of the matrices, not of the biases, gains or embeddings", 0)
+    max_grad_norm: float = setting(1.0, "gradient norm is clipped here; logged before clipping", 0)
+    micro_batch_size: int = setting(0, "prompts per forward pass; 0: the whole batch. Less memory, the same gradient", 0)
+    normalise_prompts: int = setting(512, "base-policy samples over which scores are made mean 0, deviation 1", 2)
+    task: str = setting("auto", "module that knows the truth of the task (gold, probes); 'none' for other data")
+    out: str = setting("", "run folder; empty: a fresh one under runs/")
+    seed: int = setting(0, "every random choice derives from it", 0)
+    device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
+    resume: bool = setting(False, "go on with the run in --out")
+    save_every: int = setting(200, "steps between checkpoints", 1)
+    keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
+    tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
+
+    def check(self) -> None:
+        check_ranges(self)
+        if self.d_model % self.n_head:
+            raise UserError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; try --n-head 4")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Train a language model as a policy against a reward model (or any function of prompt and response)."""
+
+    reward_run: str = setting("", "folder that train_reward.py made; empty: the newest finished one under runs/")
+    prompts: str = setting("", "file of prompts; empty: the prompts of the reward run's data")
+    algorithm: str = setting("ppo", "rung of the ladder", choices=ALGORITHM_NAMES)
+    reward: str = setting("", "module:function(prompts, responses) -> scores, in place of the reward model")
+    iterations: int = setting(80, "rounds of sample, score, update", 1)
+    batch_size: int = setting(128, "responses sampled per iteration", 1)
+    group_size: int = setting(4, "responses per prompt where siblings are the baseline (rloo, grpo)", 2)
+    ppo_epochs: int = setting(2, "passes over each rollout (ppo, grpo); four were unstable at this size", 1)
+    minibatch_size: int = setting(64, "responses per optimiser step (ppo, grpo); the other rungs take one step a rollout", 1)
+    micro_batch_size: int = setting(0, "responses per forward pass; 0: the whole minibatch. Less memory, the same gradient", 0)
+    lr: float = setting(5e-4, "Adam step; larger ones blew up", 0)
+    lr_decay: bool = setting(True, "linear to 0 over the run (Huang et al. 2024, detail 7)")
+    kl_coef: float = setting(0.025, "nats of divergence that cost one standard deviation of score, inverted", 0)
+    kl_target: float = setting(0.0, "adapt kl_coef to hold the KL at this many nats; 0: keep it fixed", 0)
+    kl_horizon: int = setting(10_000, "responses over which the adaptive coefficient moves (Ziegler et al. 2019)", 1)
+    gamma: float = setting(1.0, "no discount: a reply is short, and its score counts in full for every token", 0, 1)
+    lam: float = setting(0.95, "GAE's mix of bias and variance (Schulman et al. 2016)", 0, 1)
+    clip_range: float = setting(0.2, "of the importance ratio (Schulman et al. 2017)", 0)
+    value_clip_range: float = setting(0.2, "of the value's move per rollout; 0: no clipping", 0)
+    vf_coef: float = setting(0.1, "weight of the value loss (Ziegler et al. 2019)", 0)
+    ent_coef: float = setting(0.0, "entropy bonus in nats per token; off: the KL penalty already keeps breadth", 0)
+    whiten: str = setting("auto", "advantages to mean 0, deviation 1 over the rollout; auto: the rung's own choice",
+                          choices=("auto", "on", "off"))
+    temperature: float = setting(1.0, "of sampling, in policy and reference alike", 1e-3)
+    missing_eos_penalty: float = setting(1.0, "taken from the score of a reply cut by length; it never ended", 0)
+    max_response_length: int = setting(0, "tokens, EOS included; 0: the reward run's", 0)
+    max_grad_norm: float = setting(1.0, "gradient norm is clipped here; logged before clipping", 0)
+    max_kl: float = setting(200.0, "stop when the KL passes so many nats: the policy has left the language", 0)
+    eval_every: int = setting(20, "iterations between evaluations on the validation prompts", 1)
+    eval_prompts: int = setting(256, "validation prompts per evaluation", 1)
+    test_prompts: int = setting(512, "test prompts of the closing table; fewer say little (TASK noise 0.1)", 1)
+    best_of_n: int = setting(128, "test prompts of the best-of-n rows; 0: leave them out", 0)
+    out: str = setting("", "run folder; empty: a fresh one under runs/")
+    seed: int = setting(0, "every random choice derives from it", 0)
+    device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
+    resume: bool = setting(False, "go on with the run in --out")
+    save_every: int = setting(10, "iterations between checkpoints", 1)
+    keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
+    tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
+
+    def check(self) -> None:
+        check_ranges(self)
+        grouped = self.algorithm in ("rloo", "grpo")
+        if grouped and self.batch_size % self.group_size:
+            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --group-size {self.group_size}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for the first field whose type, range or choice is wrong; called before any work."""
+    types = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, meta, wanted = getattr(config, field.name), field.metadata, types[field.name]
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if typing.get_origin(wanted) is tuple:
+            if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
+                raise UserError(f"{flag(field.name)} takes file names, not {value!r}")
+        elif type(value) is not wanted:
+            raise UserError(f"{flag(field.name)} takes a value of type {wanted.__name__}, not {value!r}")
+        if wanted is float and not math.isfinite(value):
+            raise UserError(f"{flag(field.name)} must be a finite number, not {value}")
+        if meta["choices"] and value not in meta["choices"]:
+            raise UserError(f"{flag(field.name)} {value!r} is not known{nearest(value, meta['choices'])}")
+        if meta["low"] is not None and value < meta["low"]:
+            raise UserError(f"{flag(field.name)} {value} is below {meta['low']}, the least that makes sense")
+        if meta["high"] is not None and value > meta["high"]:
+            raise UserError(f"{flag(field.name)} {value} is above {meta['high']}, the most that makes sense")
+
+
+def nearest(name: str, known) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; choose from {', '.join(known)}"
+
+
+def given_flags(config_class, arguments: list[str]) -> dict:
+    """The settings that the command line names, and only those, by field name. Raises UserError for unknown flags."""
+    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+
+    def complain(message: str) -> typing.NoReturn:
+        raise UserError(message + "; --help lists every flag")
+
+    parser.error = complain  # argparse would print the whole usage before the one line that matters
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        wanted, text = types[field.name], f"{field.metadata['reason']} (default: {field.default!r})".replace("%", "%%")
+        if wanted is bool:
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(wanted) is tuple:
+            parser.add_argument(flag(field.name), nargs="+", metavar="PATH", help=text)
+        else:
+            parser.add_argument(flag(field.name), type=wanted, metavar=wanted.__name__.upper(), help=text)
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+
+
+def read_config(config_class, path: Path):
+    """The configuration that a run folder's config.json holds, checked. Raises UserError naming the file."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        config = config_class(**fields)
+        config.check()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this a run folder?") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a configuration of this program ({error}); start a new run") from None
+    return config
+
+
+def run_script(main, config_class, arguments: list[str] | None = None) -> None:
+    """Parse flags, call main(config), and turn what a person can mend into one line and exit status 2.
+
+    With --resume the settings come from the run folder and the flags given now are laid over them.
+    """
+    try:
+        given = given_flags(config_class, sys.argv[1:] if arguments is None else arguments)
+        if given.get("resume"):
+            if not given.get("out"):
+                raise UserError("--resume needs --out: the folder of the run to go on with")
+            stored = read_config(config_class, Path(given["out"]) / "config.json")
+            given = {**dataclasses.asdict(stored), **given}
+        main(config_class(**given))
+    except UserError as error:
+        sys.exit(fail(str(error), 2))
+    except OSError as error:
+        sys.exit(fail(f"{error.filename or 'output'}: {error.strerror}; the files written before are intact", 2))
+
+
+def fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,72 @@
+"""Sampling responses: prefill, then one token a step, with a key-value cache. Rows that finished leave the batch."""
+
+import torch
+from torch import Tensor
+
+from minirlhf.model import KVCache, Transformer
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[B, V] with -inf outside the top_k most likely tokens and outside the smallest set that holds probability top_p.
+
+    For evaluation: what is cut off changes the distribution, so training samples from the whole of it.
+    """
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # mass of the tokens that are likelier: the first always stays
+        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+    return logits
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """[B] tokens by inverse CDF: the first whose cumulative probability exceeds the row's uniform [B] in [0, 1)."""
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    # rounding may bring u * total up to total itself, which no token's cumulative probability exceeds
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_response_length: int, eos: int, pad: int,
+             uniforms: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             ) -> tuple[Tensor, Tensor]:
+    """Responses [B, R] and response_mask [B, R], R <= max_response_length the longest of them; pad after EOS.
+
+    prompt_ids, prompt_mask: [B, P], left-padded. uniforms: [B, max_response_length] in [0, 1), column t for action t;
+    None decodes greedily. The mask is 1 on every sampled token including EOS. A row without EOS was cut by length.
+    """
+    if top_k < 0 or not 0.0 < top_p <= 1.0 or temperature <= 0.0:
+        raise ValueError(f"top_k {top_k} must be >= 0, top_p {top_p} in (0, 1], temperature {temperature} > 0")
+    batch, device = len(prompt_ids), prompt_ids.device
+    response = torch.full((batch, max_response_length), pad, device=device)
+    response_mask = torch.zeros((batch, max_response_length), dtype=torch.bool, device=device)
+    rows = torch.arange(batch, device=device)  # which row of the result each row of the running batch is
+    running = torch.ones(batch, dtype=torch.bool, device=device)
+    mask = prompt_mask
+    cache = KVCache(model, batch, prompt_ids.shape[1] + max_response_length)
+    hidden = model(prompt_ids, mask, cache)[:, -1]
+    for t in range(max_response_length):
+        logits = hidden @ model.lm_weight.T
+        if uniforms is None:
+            token = logits.argmax(-1)
+        else:
+            token = sample_tokens(filter_logits(logits, top_k, top_p), uniforms[rows, t], temperature)
+        response[rows, t] = torch.where(running, token, pad)
+        response_mask[rows, t] = running
+        running = running & (token != eos)
+        left = int(running.sum())
+        if left == 0 or t + 1 == max_response_length:
+            break
+        if left <= 0.75 * len(rows):  # finished rows leave, but not one by one: each leaving copies the cache
+            rows, token, mask = rows[running], token[running], mask[running]
+            cache.keep_rows(running)
+            running = running[running]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        hidden = model(token[:, None], mask, cache)[:, -1]
+    return response[:, : t + 1], response_mask[:, : t + 1]

@@ -1,0 +1,71 @@
+"""What a run learns from: preference files, and, where somebody knows it, the truth behind them.
+
+A task is a module with any of: gold(prompt, response, finished) -> float; best_response(prompt) -> str;
+probes(prompt) -> {defect: response}; preference_probability(prompt, a, b) -> float. The embedded one is minirlhf.helpdesk.
+A run on other data has none of them, and nothing in training asks for them.
+"""
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Callable, NamedTuple
+
+from minirlhf.config import RewardConfig, UserError
+from minirlhf.data import PreferencePair, read_records, split_holdout
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+HELPDESK = {split: str(DATA / name) for split, name in (
+    ("train", "helpdesk-train.jsonl.gz"), ("heldout", "helpdesk-validation.jsonl"), ("test", "helpdesk-test.jsonl"))}
+
+
+class Splits(NamedTuple):
+    train: list[PreferencePair]
+    heldout: list[PreferencePair]  # choices are made on these
+    test: list[PreferencePair]  # reports are made on these; the held-out pairs again when there is no other file
+    bad_lines: int
+    hashes: dict[str, str]  # file -> sha256
+
+
+def load_splits(config: RewardConfig) -> Splits:
+    """Read the files that a reward run's settings name. Raises UserError for the first problem."""
+    embedded = not config.data
+    train_files = config.data or (HELPDESK["train"],)
+    heldout_files = config.heldout_data or ((HELPDESK["heldout"],) if embedded else ())
+    test_files = config.test_data or ((HELPDESK["test"],) if embedded else ())
+    pairs, bad = read_records(train_files, config.skip_bad_lines)
+    if heldout_files:
+        heldout, more = read_records(heldout_files, config.skip_bad_lines)
+        bad += more
+    else:
+        pairs, heldout = split_holdout(pairs, config.holdout, config.seed)
+    test, more = read_records(test_files, config.skip_bad_lines) if test_files else (heldout, 0)
+    hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in (*train_files, *heldout_files, *test_files)}
+    return Splits(pairs, heldout, test, bad + more, hashes)
+
+
+def load_task(config: RewardConfig) -> ModuleType | None:
+    """The module that knows the truth of the data, or None."""
+    name = config.task
+    if name == "auto":
+        name = "none" if config.data else "minirlhf.helpdesk"
+    return None if name == "none" else import_module(name, "--task")
+
+
+def import_module(name: str, flag: str) -> ModuleType:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module of the user's own, in the folder the script was started from
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's module raises while it is imported is the user's to mend
+        raise UserError(f"{flag} {name}: cannot be imported ({type(error).__name__}: {error})") from None
+
+
+def load_function(spec: str, flag: str) -> Callable:
+    """The function that "module:function" names. Raises UserError."""
+    module, _, name = spec.partition(":")
+    function = getattr(import_module(module, flag), name, None) if name else None
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: no such function; write it as module:function")
+    return function

@@ -1,0 +1,136 @@
+"""The truth, by brute force: a policy so small that every response can be listed, with its exact probability.
+
+A state is a prompt and the response so far, (prompt number, tokens); the tokens are 0 .. V - 2 and EOS = V - 1, a response
+ends with EOS or has `limit` tokens. Everything here is float64, reads one state at a time without padding or cache, and
+shares no line with the code under test but the forward pass of the network.
+"""
+
+import itertools
+from typing import Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.config import PolicyConfig
+from minirlhf.ladder import Rung, advantages_and_returns, minibatch_loss
+from minirlhf.model import ModelConfig, Transformer
+from minirlhf.rollout import Rollout, collect_rollout
+
+State = tuple[int, tuple[int, ...]]
+
+
+def tiny_model(seed: int, vocab: int = 4, spread: float = 0.3) -> Transformer:
+    """A float64 policy far from uniform, with a value head that says something arbitrary of every state."""
+    model = Transformer(ModelConfig(vocab, table_rows=8, n_layer=1, n_head=2, d_model=8, context=16)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += spread * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+class World(NamedTuple):
+    """Every response to every prompt. N = all responses of the first prompt, then all of the second, and so on."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    vocab: int
+    limit: int  # tokens, EOS included
+    which: list[int]  # [N] the number of the prompt
+    responses: list[tuple[int, ...]]  # [N]
+
+    @property
+    def eos(self) -> int:
+        return self.vocab - 1
+
+    def steps(self, row: int) -> Iterator[tuple[State, int]]:
+        """(state, action) of each token of a response."""
+        for t, action in enumerate(self.responses[row]):
+            yield (self.which[row], self.responses[row][:t]), action
+
+    def terminal(self, state: State, action: int) -> bool:
+        return action == self.eos or len(state[1]) + 1 == self.limit
+
+
+def every_response(prompts: tuple[tuple[int, ...], ...], vocab: int = 4, limit: int = 3) -> World:
+    words, eos = range(vocab - 1), vocab - 1
+    finished = [(*body, eos) for n in range(limit) for body in itertools.product(words, repeat=n)]
+    responses = finished + list(itertools.product(words, repeat=limit))
+    which = [number for number in range(len(prompts)) for _ in responses]
+    return World(prompts, vocab, limit, which, responses * len(prompts))
+
+
+class Policy(NamedTuple):
+    """What a model says of every state that can be reached, differentiable."""
+
+    logprobs: dict[State, Tensor]  # [V]
+    values: dict[State, Tensor]  # scalars
+
+
+def look_up(model: Transformer, world: World, temperature: float) -> Policy:
+    logprobs, values = {}, {}
+    for state in {state for row in range(len(world.responses)) for state, _ in world.steps(row)}:
+        ids = torch.tensor([[*world.prompts[state[0]], *state[1]]])
+        hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0, -1]
+        logits = model.wte.weight[: world.vocab] @ hidden / temperature
+        logprobs[state] = logits - logits.exp().sum().log()
+        values[state] = (model.value_head.weight[0] * hidden).sum() + model.value_head.bias[0]
+    return Policy(logprobs, values)
+
+
+def log_probabilities(policy: Policy, world: World) -> Tensor:
+    """[N] log-probability of each whole response."""
+    return torch.stack([sum(policy.logprobs[state][action] for state, action in world.steps(row))
+                        for row in range(len(world.responses))])
+
+
+def reward_table(policy: Policy, reference: Policy, world: World, scores: Tensor, kl_coef: float) -> dict[State, Tensor]:
+    """r(s, a) of every state, [V]: minus the KL term, and the score where the response ends. Differentiable in the policy."""
+    score_of = {(world.which[row], response): scores[row] for row, response in enumerate(world.responses)}
+    table = {}
+    for state, logprobs in policy.logprobs.items():
+        paid = [score_of[state[0], (*state[1], action)] if world.terminal(state, action) else 0.0 for action in range(world.vocab)]
+        table[state] = torch.tensor(paid, dtype=torch.float64) - kl_coef * (logprobs - reference.logprobs[state])
+    return table
+
+
+def objective(policy: Policy, world: World, rewards: dict[State, Tensor], gamma: float = 1.0) -> Tensor:
+    """E[sum_t gamma^t r_t], mean over prompts: the number that training is to raise."""
+    totals = torch.stack([sum(gamma ** t * rewards[state][action] for t, (state, action) in enumerate(world.steps(row)))
+                          for row in range(len(world.responses))])
+    return (log_probabilities(policy, world).exp() * totals).sum() / len(world.prompts)
+
+
+def advantage_table(policy: Policy, world: World, rewards: dict[State, Tensor], values: dict[State, Tensor],
+                    gamma: float, lam: float) -> dict[State, Tensor]:
+    """E[A_t | s_t = s, a_t = a], [V], of generalised advantage estimates, by backward induction; no gradient.
+
+    With values of 0 and lam = 1 it is Q(s, a).
+    """
+    table = {}
+    for state in sorted(policy.logprobs, key=lambda state: -len(state[1])):
+        later = torch.zeros(world.vocab, dtype=torch.float64)
+        for action in range(world.vocab):
+            if not world.terminal(state, action):
+                after = (state[0], (*state[1], action))
+                carried = (policy.logprobs[after].exp() * table[after]).sum()
+                later[action] = (gamma * values[after] + gamma * lam * carried).detach()
+        table[state] = rewards[state].detach() + later - values[state].detach()
+    return table
+
+
+def no_values(policy: Policy) -> dict[State, Tensor]:
+    return {state: torch.zeros((), dtype=torch.float64) for state in policy.logprobs}
+
+
+def true_values(policy: Policy, world: World, rewards: dict[State, Tensor], gamma: float) -> dict[State, Tensor]:
+    """V(s), the expected discounted reward from each state on."""
+    q = advantage_table(policy, world, rewards, no_values(policy), gamma, lam=1.0)
+    return {state: (logprobs.exp() * q[state]).sum().detach() for state, logprobs in policy.logprobs.items()}
+
+
+def visits(policy: Policy, world: World) -> dict[State, float]:
+    """Probability that a response passes through each state; the prompts are equally likely."""
+    return {(number, tokens): float(sum(policy.logprobs[number, tokens[:t]][a] for t, a in enumerate(tokens)) + 0.0
+                                    if not tokens else
+                                    torch.exp(sum(policy.logprobs[number, tokens[:t]][a] for t, a in enumerate(tokens))))
+            for number, tokens in policy.logprobs}

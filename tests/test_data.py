@@ -1,0 +1,592 @@
+"""Preference data: every shape in use is read, every mistake is named, nothing is dropped or cut in silence."""
+
+import base64
+import gzip
+import json
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from minirlhf import data
+from minirlhf.config import UserError
+from minirlhf.data import (
+    PreferenceGroup, PreferencePair, collate_preferences, describe_counts, encode_preferences, encode_prompts,
+    epoch_batches, pad_left, pad_right, read_preferences, read_prompts, read_records, split_holdout, unique_prompts,
+)
+from minirlhf.tokenizer import decode, load_tokenizer, pad_id
+
+
+def byte_tokenizer(folder):
+    """256 bytes and two merges: 'th' is id 256, ' th' id 257, EOS 258, PAD 259."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b" th"]
+    path = Path(folder) / "bytes.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return load_tokenizer(str(path))
+
+
+@pytest.fixture(scope="module")
+def enc(tmp_path_factory):
+    return byte_tokenizer(tmp_path_factory.mktemp("ranks"))
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+TWO_TURNS = [user("Hi"), assistant("Hello"), user("Tea?")]
+PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:"
+RECORDS = {
+    "strings": {"prompt": PROMPT, "chosen": " Yes, please", "rejected": " No"},
+    "messages": {"prompt": TWO_TURNS, "chosen": [assistant("Yes, please")], "rejected": [assistant("No")]},
+    "messages, prompt inside": {
+        "chosen": [*TWO_TURNS, assistant("Yes, please")], "rejected": [*TWO_TURNS, assistant("No")],
+    },
+    "messages, prompt repeated": {
+        "prompt": TWO_TURNS, "chosen": [*TWO_TURNS, assistant("Yes, please")],
+        "rejected": [*TWO_TURNS, assistant("No")],
+    },
+    "transcripts": {"chosen": PROMPT + " Yes, please", "rejected": PROMPT + " No"},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
+                          {"from": "human", "value": "Tea?"}],
+        "chosen": {"from": "gpt", "value": "Yes, please"}, "rejected": {"from": "gpt", "value": "No"},
+    },
+    "ranked": {"prompt": PROMPT, "responses": [" No", " Yes, please"], "preferences": [[1, 0]]},
+}
+CONTAINERS = ["lines.jsonl", "lines.jsonl.gz", "array.json", "array.json.gz", "indented.json"]
+
+
+def write(path: Path, records: list, container: str = "lines.jsonl") -> str:
+    path = path / container
+    if container.startswith("lines"):
+        text = "\n".join(json.dumps(record) for record in records) + "\n"
+    else:
+        text = json.dumps(records, indent=2 if container.startswith("indented") else None, ensure_ascii=False)
+    path.write_bytes(gzip.compress(text.encode()) if container.endswith(".gz") else text.encode())
+    return str(path)
+
+
+def write_raw(path: Path, content: bytes | str, name: str = "raw.jsonl") -> str:
+    (path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path / name)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("shape", RECORDS)
+def test_every_shape_in_every_container_gives_the_same_pair(tmp_path, shape, container):
+    path = write(tmp_path, [RECORDS[shape], RECORDS[shape]], container)
+    pair = PreferencePair(PROMPT, " Yes, please", " No", None, 1.0)
+    assert read_preferences(path) == [pair, pair]
+    assert read_prompts(path) == [PROMPT]
+
+
+@pytest.mark.parametrize("shape", RECORDS)
+def test_margin_and_weight_are_read_from_every_shape(tmp_path, shape):
+    records = [RECORDS[shape] | {"margin": 0.5, "weight": 2}, RECORDS[shape] | {"margin": None, "weight": None}]
+    assert [pair[3:] for pair in read_preferences(write(tmp_path, records))] == [(0.5, 2.0), (None, 1.0)]
+
+
+def test_ranked_record_gives_one_pair_for_each_preference_and_a_tie_both_orders(tmp_path):
+    record = {"prompt": "P", "responses": ["a", "b", "c"], "preferences": [[2, 0], [0, 1], [1, 0]],
+              "margin": [1, 0, 0], "weight": [1, 0.5, 0.5]}
+    assert read_preferences(write(tmp_path, [record])) == [
+        ("P", "c", "a", 1.0, 1.0), ("P", "a", "b", 0.0, 0.5), ("P", "b", "a", 0.0, 0.5),
+    ]
+
+
+def test_system_messages_and_plain_prompts_are_rendered_too(tmp_path):
+    records = [
+        {"prompt": [{"role": "system", "content": "Be kind."}, user("Hi")],
+         "chosen": [assistant("Hello")], "rejected": [assistant("What?")]},
+        {"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("What?")]},
+    ]
+    prompts = ["\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"]
+    assert read_preferences(write(tmp_path, records)) == [(prompt, " Hello", " What?", None, 1.0) for prompt in prompts]
+
+
+def test_transcripts_that_part_early_keep_all_that_follows(tmp_path):
+    """Cut at the last turn of one side alone, the two responses would answer different prompts."""
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    record = {"chosen": start + " A\n\nHuman: x\n\nAssistant: B", "rejected": start + " C\n\nHuman: x\n\nAssistant: D"}
+    pair, = read_preferences(write(tmp_path, [record]))
+    assert pair[:3] == (start, " A\n\nHuman: x\n\nAssistant: B", " C\n\nHuman: x\n\nAssistant: D")
+
+
+def test_responses_that_begin_alike_stay_whole(tmp_path):
+    """A prompt cut at the longest shared prefix of characters would swallow the words that both begin with."""
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    record = {"chosen": start + " I am well", "rejected": start + " I am not"}
+    assert read_preferences(write(tmp_path, [record]))[0][:3] == (start, " I am well", " I am not")
+
+
+def test_text_is_kept_to_the_character(tmp_path):
+    text = "\ufeff é\u0301 \u2028 \r\n\t👩‍👧 <|endoftext|> \\n \x1b[2J\x7f"
+    record = {"prompt": text + "p", "chosen": text + "c", "rejected": text}
+    for container in CONTAINERS:
+        assert read_preferences(write(tmp_path, [record], container))[0][:3] == (text + "p", text + "c", text)
+
+
+def test_byte_order_mark_windows_line_ends_and_blank_lines_are_no_mistakes(tmp_path):
+    line = json.dumps(RECORDS["strings"]).encode()
+    path = write_raw(tmp_path, b"\xef\xbb\xbf\r\n" + line + b"\r\n\r\n  \r\n" + line)
+    assert len(read_preferences(path)) == 2
+
+
+def test_several_files_may_have_several_shapes(tmp_path):
+    paths = []
+    for number, record in enumerate(RECORDS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        paths.append(write(folder, [record]))
+    pairs, n_bad = read_records(paths)
+    assert len(pairs) == len(RECORDS) and n_bad == 0
+
+
+def test_prompts_alone(tmp_path):
+    path = write(tmp_path, [{"prompt": "b"}, {"prompt": "a"}, {"prompt": [user("Hi")]}, {"prompt": "b"}])
+    assert read_prompts(path) == ["b", "a", "\n\nHuman: Hi\n\nAssistant:"]
+    with pytest.raises(UserError, match='raw.jsonl:2: the key "prompt" is missing'):
+        read_prompts(write_raw(tmp_path, '{"prompt": "a"}\n{"text": "b"}'))
+
+
+@pytest.mark.parametrize("container", ["array.json", "indented.json"])
+def test_arrays_larger_than_any_chunk_are_read_whole_and_in_order(tmp_path, monkeypatch, container):
+    """A record that straddles two reads must be neither lost, nor doubled, nor called broken."""
+    records = [{"prompt": f"{i} " + "x" * (i * 37 % 500), "chosen": '"]},[{', "rejected": "\\"} for i in range(200)]
+    path = write(tmp_path, records, container)
+    for chunk in (1, 7, 64, 2**16):
+        monkeypatch.setattr(data, "CHUNK", chunk)
+        assert [pair.prompt for pair in read_preferences(path)] == [record["prompt"] for record in records]
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------
+
+GOOD = json.dumps(RECORDS["strings"])
+BAD_LINES = {
+    "not json": (b'{"prompt": "p", "chosen": "c"', r"not JSON \(Expecting"),
+    "not an object": (b'"text"', "a JSON str, not an object"),
+    "missing key": (b'{"prompt": "p", "chosen": "c"}', 'the key "rejected" is missing'),
+    "wrong type": (b'{"prompt": "p", "chosen": "c", "rejected": 3}', '"rejected" holds a JSON int where text is due'),
+    "mixed shapes": (json.dumps(RECORDS["ranked"]).encode(), "holds ranked responses, the earlier ones prompt, chosen"),
+    "invalid utf-8": (b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}', '"prompt" is not valid UTF-8'),
+    "surrogate": (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', '"chosen" is not valid UTF-8'),
+    "nul": (b'{"prompt": "p", "chosen": "a\\u0000", "rejected": "r"}', '"chosen" holds a NUL'),
+    "raw nul": (b'{"prompt": "p\0", "chosen": "a", "rejected": "r"}', "not JSON"),
+    "deep": (b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    "key twice": (b'{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}', "one key twice"),
+    "digits": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": ' + b"9" * 9999 + b"}", "not JSON .Exceeds"),
+    "too long": (b'{"prompt": "' + b"x" * 2**24 + b'", "chosen": "c", "rejected": "r"}', "longer than 16777216"),
+    **{
+        f"margin {value}": (GOOD.replace("}", f', "margin": {value}}}').encode(), message)
+        for value, message in [
+            ("NaN", "NaN is no JSON number"), ("-Infinity", "-Infinity is no"), ("1e999", '"margin" must be'),
+            ("1e300", '"margin" must be'), ("1" + "0" * 400, '"margin" must be'), ("true", '"margin" must be'),
+            ('"1"', '"margin" must be'), ("[1, 2]", '"margin" must be'), ("{}", '"margin" must be'),
+        ]
+    },
+    "weight": (GOOD.replace("}", ', "weight": -0.1}').encode(), r'"weight" must be 0 to 1e\+06'),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_line_is_named_or_counted(tmp_path, kind):
+    content, message = BAD_LINES[kind]
+    path = write_raw(tmp_path, f"{GOOD}\n\n".encode() + content + f"\n{GOOD}\n".encode())
+    with pytest.raises(UserError, match="raw.jsonl:3: .*" + message) as caught:
+        read_preferences(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    pairs, n_bad = read_records([path], skip_bad_lines=True)
+    assert len(pairs) == 2 and n_bad == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"preferences": [[0, 2]]}, "points outside the 2 responses"),
+    ({"preferences": [[-1, 0]]}, "points outside"),
+    ({"preferences": [[10**30, 0]]}, "points outside"),
+    ({"preferences": [[1, 1]]}, "prefers response 1 to itself"),
+    ({"preferences": [[0, 1, 1]]}, "must be two integers"),
+    ({"preferences": [[True, False]]}, "must be two integers"),
+    ({"preferences": [[0.0, 1.0]]}, "must be two integers"),
+    ({"preferences": ["01"]}, "must be two integers"),
+    ({"preferences": []}, '"preferences" a list of'),
+    ({"preferences": None}, '"preferences" a list of'),
+    ({"responses": "ab"}, '"responses" must be a list'),
+    ({"responses": ["a", None]}, '"responses" holds a JSON NoneType'),
+    ({"margin": [1.0]}, "one per preference"),
+])
+def test_bad_ranking_is_named(tmp_path, change, message):
+    record = {"prompt": "p", "responses": ["a", "b"], "preferences": [[0, 1], [1, 0]]} | change
+    with pytest.raises(UserError, match="lines.jsonl:1: .*" + message):
+        read_preferences(write(tmp_path, [record]))
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"chosen": [assistant("a")], "rejected": "b"}, '"rejected" must hold messages'),
+    ({"chosen": ["a"], "rejected": ["b"]}, '"chosen" must hold messages'),
+    ({"prompt": 3, "chosen": [assistant("a")], "rejected": [assistant("b")]}, '"prompt" must hold messages'),
+    ({"prompt": "p", "chosen": [user("a")], "rejected": [assistant("b")]}, "go on with an assistant's message"),
+    ({"prompt": "p", "chosen": [], "rejected": [assistant("b")]}, "go on with an assistant's message"),
+    ({"chosen": [user("a")], "rejected": [user("a")]}, 'share nothing up to an "Assistant:"'),
+    ({"chosen": [{"role": "judge\n", "content": ""}], "rejected": []}, r"has the role 'judge\\n'; use one of"),
+    ({"chosen": [{"role": ["user"], "content": ""}], "rejected": []}, "has the role"),
+    ({"chosen": [{"role": "user", "content": [{"text": "a"}]}], "rejected": []}, "a JSON list where text is due"),
+    ({"chosen": [{"role": "user"}], "rejected": []}, "a JSON NoneType where text is due"),
+    ({"conversations": [], "chosen": "a", "rejected": "b"}, '"chosen" must hold messages'),
+    ({"conversations": {}, "chosen": assistant("a"), "rejected": assistant("b")}, '"prompt" must hold messages'),
+    ({"chosen": "Human: a", "rejected": "Human: b"}, 'share nothing up to an "Assistant:"'),
+    ({"chosen": "a\n\nAssistant: b", "rejected": "c\n\nAssistant: b"}, 'share nothing up to an "Assistant:"'),
+])
+def test_bad_conversation_is_named(tmp_path, record, message):
+    with pytest.raises(UserError, match="lines.jsonl:1: .*" + message) as caught:
+        read_preferences(write(tmp_path, [record]))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_directory_and_files_without_records(tmp_path):
+    with pytest.raises(UserError, match="absent.jsonl: cannot be read .No such file"):
+        read_preferences(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
+        read_preferences(str(tmp_path))
+    for content in ("", "\n \n", "\ufeff"):
+        with pytest.raises(UserError, match="raw.jsonl: holds no usable record .the file is empty"):
+            read_preferences(write_raw(tmp_path, content))
+    with pytest.raises(UserError, match="all 2 are bad, the first: the record is not JSON"):
+        read_preferences(write_raw(tmp_path, "a\nb\n"), skip_bad_lines=True)
+
+
+def test_torn_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
+    """A download that stopped half-way must not train, unasked, on half of the data."""
+    rng = random.Random(0)
+    records = [{"prompt": f"{rng.random()}", "chosen": f"{rng.random()}",
+                "rejected": "r"} for _ in range(2000)]
+    whole = Path(write(tmp_path, records, "lines.jsonl.gz")).read_bytes()
+    for content in (whole[:len(whole) // 2], whole[:-4], whole[:5000] + b"\0\0\0\0" + whole[5004:]):
+        path = write_raw(tmp_path, content, "torn.jsonl.gz")
+        with pytest.raises(UserError, match=r"torn.jsonl.gz:\d+: "):
+            read_preferences(path)
+        pairs, n_bad = read_records([path], skip_bad_lines=True)
+        assert n_bad >= 1 and 0 < len(pairs) <= 2000
+        assert [pair.prompt for pair in pairs[:50]] == [record["prompt"] for record in records[:50]]
+    with pytest.raises(UserError, match="Not a gzipped file"):
+        read_preferences(write_raw(tmp_path, GOOD, "plain.jsonl.gz"))
+    with pytest.raises(UserError, match="a compressed file must be named .gz"):
+        read_preferences(write_raw(tmp_path, whole, "packed.jsonl"))
+
+
+@pytest.mark.parametrize("text, line, n_kept", [
+    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[\n\n{good},\n]", 4, 1), ("[{good}] [", 1, 1),
+    ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1), ("[]", 1, 0), ("[", 1, 0),
+])
+def test_broken_array_names_the_line_of_the_record(tmp_path, text, line, n_kept):
+    """A half-downloaded array whose last record happens to be whole must not pass for a whole file."""
+    path = write_raw(tmp_path, text.replace("{good}", GOOD).replace("{bad}", '{"prompt": "p"}'), "raw.json")
+    with pytest.raises(UserError, match=f"raw.json:{line}: "):
+        read_preferences(path)
+    if n_kept:
+        pairs, n_bad = read_records([path], skip_bad_lines=True)
+        assert (len(pairs), n_bad) == (n_kept, 1)
+
+
+def test_a_bad_first_line_does_not_decide_the_shape(tmp_path):
+    pairs, n_bad = read_records([write_raw(tmp_path, '{"text": "a"}\n' + f"{GOOD}\n" * 3)], skip_bad_lines=True)
+    assert len(pairs) == 3 and n_bad == 1
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------
+
+
+def pairs_of(prompts):
+    return [PreferencePair(prompt, "c", "r") for prompt in prompts]
+
+
+def test_no_prompt_is_both_trained_on_and_held_out():
+    """Split by pair, a prompt's other pairs leak into the held-out accuracy."""
+    pairs = pairs_of([f"prompt {i % 50}" for i in range(200)])
+    train, heldout = split_holdout(pairs, 0.1, seed=1)
+    assert not set(unique_prompts(train)) & set(unique_prompts(heldout))
+    assert len(unique_prompts(heldout)) == 5 and len(heldout) == 20 and len(train) == 180
+    assert sorted(train + heldout) == sorted(pairs)
+    shuffled = random.Random(0).sample(pairs, len(pairs))
+    assert set(split_holdout(shuffled, 0.1, seed=1)[1]) == set(heldout)
+    assert set(split_holdout(pairs, 0.1, seed=2)[1]) != set(heldout)
+
+
+def test_neither_side_of_a_split_is_empty():
+    for fraction in (1e-9, 0.5, 1 - 1e-9):
+        train, heldout = split_holdout(pairs_of("aab"), fraction, seed=0)
+        assert train and heldout
+    with pytest.raises(UserError, match="1 distinct prompts"):
+        split_holdout(pairs_of("aaa"), 0.5, seed=0)
+    with pytest.raises(ValueError, match="fraction"):
+        split_holdout(pairs_of("ab"), 1.0, seed=0)
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_response_are_encoded_separately_and_end_with_eos(enc):
+    """Encoded together, ' th' would be one token across the joint: ids that the policy never samples."""
+    groups, counts = encode_preferences([PreferencePair("a ", "the", "x<|endoftext|>")], enc, 8, 20)
+    responses = (256, ord("e"), enc.eot_token), (*b"x<|endoftext|>", enc.eot_token)
+    assert groups == [PreferenceGroup(tuple(b"a "), responses, ((0, 1, 0.0, 1.0),))]
+    assert counts == {"read": 1, "kept": 1, "empty": 0, "identical": 0, "prompts_cut": 0, "responses_cut": 0}
+
+
+def test_over_long_prompts_lose_the_beginning_and_responses_the_end(enc):
+    groups, counts = encode_preferences([PreferencePair("0123456789", "abcd", "xyz")], enc, 3, 4)
+    assert groups[0].prompt == tuple(b"789")
+    assert groups[0].responses == (tuple(b"abcd"), (*b"xyz", enc.eot_token))  # EOS counts: abcd is one too long
+    assert (counts["prompts_cut"], counts["responses_cut"]) == (1, 1)
+
+
+def test_each_distinct_response_is_encoded_once_and_pairs_keep_their_order(enc):
+    pairs = [PreferencePair("p", *two, margin, weight) for two, margin, weight in
+             [("ab", 2.0, 1.0), ("bc", None, 0.5), ("cb", None, 0.5)]]
+    groups, _ = encode_preferences([*pairs, PreferencePair("q", "a", "b"), *pairs[:1]], enc, 4, 4)
+    assert [len(group.responses) for group in groups] == [3, 2, 2]
+    assert groups[0].pairs == ((0, 1, 2.0, 1.0), (1, 2, 0.0, 0.5), (2, 1, 0.0, 0.5))
+
+
+def test_pairs_identical_after_cutting_are_dropped_and_counted(enc):
+    """7% of a well-known set: each adds ln 2 to the loss and nothing to the gradient but noise."""
+    pairs = [PreferencePair("p", "abcX", "abcY"), PreferencePair("p", "same", "same"), PreferencePair("p", "a", "b"),
+             PreferencePair("p", "", "a"), PreferencePair("p", "a", " \n")]
+    groups, counts = encode_preferences(pairs, enc, 4, 3)
+    assert [len(group.pairs) for group in groups] == [1] and len(groups[0].responses) == 2
+    assert counts == {"read": 5, "kept": 1, "empty": 2, "identical": 2, "prompts_cut": 0, "responses_cut": 0}
+    assert "kept 1 of 5" in describe_counts(counts) and "\n" not in describe_counts(counts)
+    with pytest.raises(UserError, match="no usable pair: kept 0 of 2 pairs"):
+        encode_preferences(pairs[:2], enc, 4, 3)
+
+
+def test_cutting_never_removes_the_whole_response(enc):
+    """Cut from the right as one sequence, a long prompt pushes its whole response out of the window."""
+    pair = PreferencePair("p" * 100_000, "a" * 100_000, "b" * 100_000)
+    for max_prompt_length, max_response_length in [(1, 1), (1, 5), (7, 1)]:
+        (group,), _ = encode_preferences([pair], enc, max_prompt_length, max_response_length)
+        assert len(group.prompt) == max_prompt_length
+        assert group.responses == ((97,) * max_response_length, (98,) * max_response_length)
+    with pytest.raises(ValueError, match="at least 1"):
+        encode_preferences([pair], enc, 4, 0)
+
+
+def test_empty_prompt_becomes_one_eos(enc):
+    (group,), _ = encode_preferences([PreferencePair("", "a", "b")], enc, 4, 4)
+    assert group.prompt == (enc.eot_token,)
+    assert encode_prompts(["", "abcdef", "ab"], enc, 3) == ([[enc.eot_token], list(b"def"), list(b"ab")], 1)
+
+
+def test_one_prompt_with_many_responses_makes_many_groups(enc):
+    """A file whose prompts are all empty would otherwise be one group: one batch of all responses, out of memory."""
+    pairs = [PreferencePair("", f"good {i}", f"bad {i}") for i in range(100)]
+    groups, counts = encode_preferences(pairs, enc, 4, 20)
+    assert counts["kept"] == sum(len(group.pairs) for group in groups) == 100
+    assert max(len(group.responses) for group in groups) == data.MAX_GROUP
+
+
+def test_text_of_megabytes_is_cut_without_being_encoded_whole(enc):
+    """tiktoken panics on two million blanks, and takes seconds for one word of ten million letters."""
+    for character in " a\n":
+        pair = PreferencePair(character * 2_000_000 + "p", "y" + character * 10_000_000, "n" + character * 10_000_000)
+        (group,), counts = encode_preferences([pair], enc, 5, 5)
+        assert group.prompt[-1] == ord("p") and counts["responses_cut"] == 2
+
+
+def test_any_text_round_trips_through_the_ids_of_a_response(enc):
+    rng = random.Random(0)
+    for length in (1, 10, data.CHUNK - 1, data.CHUNK, data.CHUNK + 1):
+        places = [rng.choice([rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)]) for _ in range(length)]
+        text = "x" + "".join(map(chr, places))
+        (group,), _ = encode_preferences([PreferencePair(text, text, "r")], enc, 10**6, 10**6)
+        assert decode(enc, group.prompt) == decode(enc, group.responses[0]) == text
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------
+
+
+def test_collated_rows_are_prompt_and_response_and_pairs_point_at_them(enc):
+    pairs = [PreferencePair("pp", "a", "bbb", 0.25), PreferencePair("pp", "bbb", "c"),
+             PreferencePair("q", "d", "e", None, 0.5)]
+    groups, _ = encode_preferences(pairs, enc, 4, 4)
+    batch = collate_preferences(groups, pad_id(enc))
+    eos, pad = enc.eot_token, pad_id(enc)
+    p, q, a, b, c, d, e = b"pqabcde"
+    assert batch.ids.tolist() == [
+        [p, p, a, eos, pad, pad], [p, p, b, b, b, eos], [p, p, c, eos, pad, pad],
+        [q, d, eos, pad, pad, pad], [q, e, eos, pad, pad, pad],
+    ]
+    assert torch.equal(batch.attention_mask, batch.ids != pad)
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 1, 3], [1, 2, 4])
+    assert (batch.margin.tolist(), batch.weight.tolist()) == ([0.25, 0.0, 0.0], [1.0, 1.0, 0.5])
+    dtypes = [tensor.dtype for tensor in batch]
+    assert dtypes == [torch.int64, torch.bool, torch.int64, torch.int64, torch.float32, torch.float32]
+
+
+def test_the_last_real_token_of_a_row_is_its_eos(enc):
+    """Scores are read there: where padding hides it, or PAD equals EOS, one reads the score of a wrong position."""
+    groups, _ = encode_preferences([PreferencePair("p" * n, "a" * n, "b" * (6 - n)) for n in range(1, 6)], enc, 9, 9)
+    batch = collate_preferences(groups, pad_id(enc))
+    last = batch.attention_mask.sum(1) - 1
+    assert batch.ids.gather(1, last[:, None]).flatten().tolist() == [enc.eot_token] * 10
+    assert (batch.ids == enc.eot_token).sum() == 10
+
+
+def test_padding_on_either_side_keeps_the_sequences():
+    sequences = [(5,), (1, 2, 3), (), (7, 7)]
+    for pad, side in ((pad_left, lambda row, n: row[3 - n:]), (pad_right, lambda row, n: row[:n])):
+        ids, mask = pad(sequences, 9)
+        assert ids.shape == mask.shape == (4, 3) and mask.sum(1).tolist() == [1, 3, 0, 2]
+        assert [tuple(side(row, len(s))) for row, s in zip(ids.tolist(), sequences)] == sequences
+        assert torch.equal(mask, ids != 9)
+
+
+@pytest.mark.parametrize("count, batch_size", [(0, 4), (1, 4), (4, 4), (5, 4), (1000, 7), (300, 1), (64 * 16, 64)])
+def test_every_index_comes_once_per_epoch_and_only_the_last_batch_is_smaller(count, batch_size):
+    lengths = [i * 7919 % 101 for i in range(count)]
+    batches = epoch_batches(lengths, batch_size, seed=0, epoch=3)
+    assert sorted(index for batch in batches for index in batch) == list(range(count))
+    assert all(len(batch) == batch_size for batch in batches[:-1]) and all(batches)
+    assert batches == epoch_batches(lengths, batch_size, seed=0, epoch=3)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    """An order drawn from a global generator is another one after a resume."""
+    lengths = [i * 7919 % 101 for i in range(200)]
+    orders = {str(epoch_batches(lengths, 8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    before = torch.get_rng_state()
+    epoch_batches(lengths, 8, 0, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_batches_waste_little_padding_and_do_not_come_sorted():
+    rng = random.Random(0)
+    lengths = [rng.randrange(1, 200) for _ in range(4096)]
+    batches = epoch_batches(lengths, 16, seed=0, epoch=0)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)  # 1.9 without sorting
+    means = torch.tensor([sum(lengths[i] for i in batch) / len(batch) for batch in batches])
+    rising = (means[1:] > means[:-1]).float().mean()
+    assert 0.4 < rising < 0.6  # in sorted order 15 of 16 would rise
+
+
+# ---- fuzz ------------------------------------------------------------------------------------------------------
+
+HOSTILE_VALUES = [
+    None, True, 0, -1, 10**400, 1e300, float("nan"), float("-inf"), "", " ", "\0", "\ud800", "\udfff\ud800",
+    "\u202e\x1b[2J", [], {}, [[]], [{}], [None], [[0, 1]] * 9, {"role": "user"}, {"role": [], "content": {}}, "\n\nAssistant:" * 3000,
+]
+
+
+def mutated_record(rng: random.Random, record: dict) -> str:
+    """JSON text of `record` with one value, somewhere, replaced, removed, renamed or repeated."""
+    record = json.loads(json.dumps(record))
+    target = record
+    while True:
+        keys = list(target) if isinstance(target, dict) else range(len(target))
+        key = rng.choice(list(keys))
+        if not isinstance(target[key], (dict, list)) or not target[key] or rng.random() < 0.4:
+            break
+        target = target[key]
+    action = rng.randrange(4)
+    if action == 0:
+        del target[key]
+    elif action == 1 and isinstance(target, dict):
+        target[rng.choice(["chosen", "prompt", "responses", "conversations", "from", "x"])] = target.pop(key)
+    else:
+        target[key] = rng.choice(HOSTILE_VALUES)
+    text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
+    return "{" + f'"{key}": 1, ' + text[1:] if action == 3 and rng.random() < 0.2 else text
+
+
+def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
+    """`content` with a few places overwritten, cut out, doubled or filled with what hurts parsers."""
+    content = bytearray(content)
+    for _ in range(rng.randrange(1, 4)):
+        start = rng.randrange(len(content) + 1)
+        end = min(start + rng.randrange(1, 2 ** rng.randrange(1, 9)), len(content))
+        content[start:end] = rng.choice([
+            b"", rng.randbytes(end - start), rng.randbytes(rng.randrange(9)), bytes(content[start:end]) * 2,
+            b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000,
+            b"\n", b",", b"]", b'"',
+        ])
+    return bytes(content[:rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content)
+
+
+def mutated_file(rng: random.Random) -> tuple[str, bytes]:
+    """Name and content of a preference file that was valid before something was done to it."""
+    container = rng.choice(CONTAINERS)
+    record = rng.choice(list(RECORDS.values()))
+    records = [json.dumps(record | {"margin": 1.5, "weight": [0.5]}) for _ in range(rng.randrange(1, 6))]
+    where = rng.randrange(len(records))
+    kind = rng.choice(["record", "record", "bytes", "bytes", "packed bytes", "mix", "huge"])
+    if kind == "record":
+        records[where] = mutated_record(rng, record)
+    if kind == "mix":
+        records[where] = json.dumps(rng.choice(list(RECORDS.values())))
+    if kind == "huge" and rng.random() < 0.1:  # slow to make, so few
+        filler = rng.choice(["x", " ", "é", "\\n", "[]", "[" * 9, '{"a":1},'])
+        n = rng.choice([10**6, 10**7, 2 * 10**7]) // len(filler)
+        around = rng.choice(['{"prompt": "%s", "chosen": "a", "rejected": "b"}', "%s", '{"a": [%s'])
+        records[where] = around % (filler * n)
+    text = "\n".join(records) if container.startswith("lines") else "[" + ",\n".join(records) + "]"
+    content = text.encode(errors="surrogatepass")
+    if kind == "bytes":
+        content = mutated_bytes(rng, content)
+    if container.endswith(".gz"):
+        content = gzip.compress(content, 1)
+    return container, mutated_bytes(rng, content) if kind == "packed bytes" else content
+
+
+def fuzz_preference_files(folder: str, count: int, seed: int = 0) -> Counter:
+    """Reads `count` mutated files, strictly and with skipping: each loads clean, or is refused in one clean line.
+
+    Returns how many loads and refusals there were; raises AssertionError, or whatever the reader let through.
+    """
+    enc = byte_tokenizer(folder)
+    outcomes = Counter()
+    for number in range(count):
+        name, content = mutated_file(random.Random(f"{seed} {number}"))
+        path = Path(folder) / name
+        path.write_bytes(content)
+        for skip_bad_lines in (False, True):
+            try:
+                pairs, n_bad = read_records([str(path)], skip_bad_lines)
+                assert pairs and (skip_bad_lines or n_bad == 0), number
+                groups, counts = encode_preferences(pairs, enc, 64, 64)
+                batch = collate_preferences(groups, pad_id(enc))
+                assert batch.margin.isfinite().all() and batch.weight.isfinite().all(), number
+                assert counts["kept"] == len(batch.chosen), number
+                outcomes["skipped" if n_bad else "loaded"] += 1
+            except UserError as error:
+                message = str(error)
+                assert message.isprintable() and len(message) < 500, (number, message)
+                assert message.startswith((f"{path}:", "no usable pair")), (number, message)
+                outcomes["refused"] += 1
+            try:
+                assert read_prompts(str(path), skip_bad_lines), number
+            except UserError:
+                pass
+    return outcomes
+
+
+def test_mutated_files_load_or_are_refused_in_one_line(tmp_path):
+    """A stranger's file must not end in a traceback, a hang, or numbers that are not finite."""
+    outcomes = fuzz_preference_files(str(tmp_path), 300)
+    assert sum(outcomes.values()) == 600 and min(outcomes[kind] for kind in ("loaded", "skipped", "refused")) > 50
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        print(fuzz_preference_files(scratch, 10_000))

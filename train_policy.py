@@ -1,0 +1,164 @@
+"""Train a language model as a policy against a reward model. `python train_policy.py --help`
+
+    prompts -> [1] responses -> [2] scores, log-probs, per-token rewards -> [3] advantages -> [4] one or more optimiser
+    steps -> [5] a row of metrics, an evaluation now and then, a checkpoint -> again.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from minirlhf.checkpoint import newest_checkpoint, save_model, save_step, write_atomically
+from minirlhf.compare import Referee, closing_table
+from minirlhf.config import PolicyConfig, UserError, run_script
+from minirlhf.environment import Environment, Prompts, Samples, load_environment, next_prompts, sample_responses, true_worth
+from minirlhf.ladder import LADDER, Rung, advantages_and_returns, explained_variance, minibatch_loss
+from minirlhf.log import Metrics, Progress
+from minirlhf.losses import kl_k1, masked_mean
+from minirlhf.model import Transformer, pick_device
+from minirlhf.optim import make_optimizer, step_optimizer
+from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout
+from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
+from minirlhf.seeding import generator
+from minirlhf.tokenizer import fingerprint
+
+
+def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
+    """Train and save policy.pt; returns the closing table. reward_function(prompts, responses) -> one number each
+    takes the reward model's place. Raises UserError."""
+    config.check()
+    device, stop, rung = pick_device(config.device), StopSignal(), LADDER[config.algorithm]
+    world = load_environment(config, reward_function, device)
+    run = open_run(config, f"{config.algorithm}-{world.name}-seed{config.seed}", world.facts)
+    print(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   reward: {world.reward_name}")
+
+    # The policy starts as a copy of the base model, which stays behind as the frozen reference.
+    policy, kl_coef, done = copy.deepcopy(world.base).requires_grad_(True), config.kl_coef, 0
+    optimizer = make_optimizer(policy, config.lr)
+    if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", "policy")):
+        meta, states = found
+        policy.load_state_dict(states["model"])
+        optimizer.load_state_dict(states["optimizer"])
+        done, kl_coef = meta["step"], meta["kl_coef"]
+    metrics = Metrics(run.folder / "policy_metrics.jsonl", lambda row: row.get("step", 0) <= done, config.tensorboard)
+    heldout = Prompts(world.heldout.texts[: config.eval_prompts], world.heldout.ids[: config.eval_prompts])
+    referee = Referee(world, heldout, "evaluate")
+    if done == 0:
+        metrics.write(dict(step=0, samples=0, **evaluation(referee, referee.base)))
+    progress = Progress("iteration", config.iterations, done, plain_lines=config.iterations)
+    copies = config.group_size if rung.grouped else 1
+
+    for step in range(done, config.iterations):
+        clock = Clock()
+        lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
+
+        # 1. Sample: prompts in, responses out.
+        prompts = next_prompts(world.train, config.batch_size // copies, copies, config.seed, step)
+        samples = sample_responses(policy, *prompts, world.sampling, "rollout", step, rows=list(range(config.batch_size)))
+        clock.phase("sample")
+
+        # 2. Score each response; what it cost in KL, and what each token earned.
+        scores = world.scorer(samples)
+        rollout = collect_rollout(policy, world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
+                                  config.temperature, config.micro_batch_size)
+        clock.phase("score")
+
+        # 3. How much better than expected was each action?
+        advantages, returns = advantages_and_returns(rung, rollout, config)
+
+        # 4. Make the better ones likelier.
+        figures = update(policy, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
+                         world.sampling.max_response_length, step)
+        clock.phase("update")
+
+        # 5. Tell, judge, save.
+        row = describe_rollout(rollout, samples, returns, world) | figures | dict(kl_coef=kl_coef, lr=lr)
+        if config.kl_target:
+            kl_coef = adapt_kl_coef(kl_coef, row["kl"], config.kl_target, config.kl_horizon, config.batch_size)
+        if due(step + 1, config.iterations, config.eval_every):
+            row |= evaluation(referee, referee.judge(policy))
+            clock.phase("evaluate")
+        metrics.write(dict(step=step + 1, samples=(step + 1) * config.batch_size, **row, **clock.phases,
+                           tokens_per_second=row["tokens"] / clock.total()))
+        gold = f"  gold {row['gold']:+.2f}" if "gold" in row else ""
+        progress.show(step + 1, f"score {row['score']:+.2f}{gold}  kl {row['kl']:.1f}  length {row['length']:.0f}")
+        if stop.number or due(step + 1, config.iterations, config.save_every):
+            states = dict(model=policy.state_dict(), optimizer=optimizer.state_dict())
+            save_step(run.folder / "checkpoints", "policy", step + 1, dict(kl_coef=kl_coef), states, config.keep_checkpoints)
+        if stop.number:
+            stop.leave("train_policy.py", run.folder)
+        if row["kl"] > config.max_kl:
+            raise UserError(f"iteration {step + 1}: KL of {row['kl']:.0f} nats passed --max-kl {config.max_kl:g}; raise "
+                            "--kl-coef or lower --lr (or raise --max-kl to watch the policy leave the language)")
+    return finish(world, policy, config, run.folder)
+
+
+def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, rollout: Rollout, advantages: Tensor,
+           returns: Tensor, config: PolicyConfig, kl_coef: float, lr: float, max_response_length: int, step: int) -> dict:
+    """One optimiser step on the whole rollout, or, where the rung reuses it, one per minibatch for several epochs.
+
+    The gradient of a minibatch is the same however it is cut into micro-batches. Returns means over all tokens used.
+    """
+    count = len(rollout.scores)
+    epochs, size = (config.ppo_epochs, config.minibatch_size) if rung.reuses_rollout else (1, count)
+    sums: dict[str, float] = {}
+    tokens_used, norms, losses = 0, [], []
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=generator(config.seed, "minibatches", step, epoch)) if size < count else torch.arange(count)
+        for minibatch in order.to(advantages.device).split(size):
+            tokens = int(rollout.response_mask[minibatch].sum())
+            denominator = len(minibatch) * max_response_length
+            losses.append(0.0)
+            for rows in minibatch.split(config.micro_batch_size or size):
+                loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
+                                               kl_coef, denominator, tokens)
+                loss.backward()
+                losses[-1] += loss.item()
+                sums = {key: sums.get(key, 0.0) + float(value) for key, value in figures.items()}
+            check_finite(losses[-1], "loss", "policy", step + 1)
+            norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm))
+            tokens_used += tokens
+    return {key: value / tokens_used for key, value in sums.items()} | dict(
+        loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
+        explained_variance=explained_variance(rollout.values, returns, rollout.response_mask))
+
+
+def describe_rollout(rollout: Rollout, samples: Samples, returns: Tensor, world: Environment) -> dict:
+    """What the policy did this time, before the update. kl and total_reward are means over responses of sums over tokens."""
+    mask = rollout.response_mask
+    kl = torch.where(mask, kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
+    row = dict(score=rollout.scores.mean(), score_std=rollout.scores.std(correction=0), kl=kl.mean(),
+               total_reward=rollout.rewards.sum(1).mean(), return_mean=masked_mean(returns, mask),
+               return_std=returns[mask].std(correction=0), length=mask.sum(1).float().mean(), tokens=mask.sum(),
+               eos_rate=sum(samples.finished) / len(samples.finished))
+    gold = true_worth(world.task, samples)
+    return {key: float(value) for key, value in (row | (dict(gold=sum(gold) / len(gold)) if gold else {})).items()}
+
+
+def evaluation(referee: Referee, judged: dict) -> dict:
+    """The held-out figures of one evaluation, for the metrics row; the gist of them on the terminal."""
+    figures = referee.figures(judged)
+    for decoding in judged:
+        gold = f"gold {figures[decoding + '_gold']:+.2f}  " if f"{decoding}_gold" in figures else ""
+        print(f"  held-out, {decoding}: {gold}score {figures[decoding + '_score']:+.2f}  kl {figures[decoding + '_kl']:.1f}  "
+              f"wins {figures[decoding + '_win_rate']:.0%} [{figures[decoding + '_win_low']:.0%}, {figures[decoding + '_win_high']:.0%}]")
+    return {f"eval_{key}": value for key, value in figures.items()}
+
+
+def finish(world: Environment, policy: Transformer, config: PolicyConfig, folder: Path) -> dict:
+    """Save policy.pt, then the closing table on the test prompts and eight samples of before and after."""
+    save_model(folder / "policy.pt", "policy", policy, dict(tokenizer=fingerprint(world.sampling.encoding)))
+    test = Prompts(world.test.texts[: config.test_prompts], world.test.ids[: config.test_prompts])
+    figures, table, page = closing_table(world._replace(test=test), policy, config.best_of_n)
+    write_atomically(folder / "samples.md", page.encode())
+    write_atomically(folder / "result.json", (json.dumps(figures, indent=1) + "\n").encode())
+    print(f"\n{page}\n{table}\nsaved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl beside it")
+    return figures
+
+
+if __name__ == "__main__":
+    run_script(main, PolicyConfig)

@@ -1,0 +1,198 @@
+"""Warm up a base language model, then learn a reward model from preference pairs. `python train_reward.py --help`
+
+    data -> encode -> [1] base.pt: next-token loss on every text -> [2] reward.pt: preference loss on every pair
+         -> [3] scores normalised on the base model's own samples -> [4] what it learnt, on prompts it never saw
+"""
+
+import copy
+import functools
+from pathlib import Path
+
+import torch
+
+from minirlhf.checkpoint import load_model, newest_checkpoint, save_model, save_step
+from minirlhf.config import RewardConfig, run_script
+from minirlhf.data import (PreferenceBatch, collate_preferences, describe_counts, encode_preferences, encode_prompts,
+                           epoch_batches, pad_right, unique_prompts)
+from minirlhf.environment import Sampling, sample_responses
+from minirlhf.evaluate import evaluate_reward_model, probe_table
+from minirlhf.kernels import token_logprobs
+from minirlhf.log import Metrics, Progress
+from minirlhf.losses import preference_loss
+from minirlhf.model import ModelConfig, Transformer, pick_device, sequence_scores
+from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
+from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
+from minirlhf.seeding import derive_seed
+from minirlhf.task import load_splits, load_task
+from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id, table_rows
+
+
+def language_model_loss(model, ids, mask):
+    """Mean -log p(next token) in nats over every real token after the first, prompt and response alike: the reply has to
+    copy from the prompt, and a model that has learnt to predict prompts has learnt to read them."""
+    hidden, targets = model(ids[:, :-1], mask[:, :-1]), mask[:, 1:]
+    return -token_logprobs(hidden[targets], model.lm_weight, ids[:, 1:][targets]).mean()
+
+
+def pair_loss(model, groups, pad, centering, total_weight):
+    """This micro-batch's share of the preference loss of a batch whose pairs weigh total_weight, and of its accuracy."""
+    batch = PreferenceBatch(*(tensor.to(model.wte.weight.device) for tensor in collate_preferences(groups, pad)))
+    scores = sequence_scores(model, batch.ids, batch.attention_mask)  # each response is read once, however many pairs
+    chosen, rejected = scores[batch.chosen], scores[batch.rejected]
+    loss = preference_loss(chosen, rejected, batch.margin, centering, batch.weight)
+    right = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
+    return loss * batch.weight.sum() / total_weight, (right * batch.weight).sum() / total_weight
+
+
+def batch_reader(lengths, batch_size, seed):
+    """(steps per epoch, step -> indices): the batch is a function of the step alone, so a resumed run needs no position."""
+    per_epoch = -(-len(lengths) // batch_size)
+    epoch = functools.lru_cache(maxsize=1)(lambda number: epoch_batches(lengths, batch_size, seed, number))
+    return per_epoch, lambda step: epoch(step // per_epoch)[step % per_epoch]
+
+
+def train_stage(stage, model, total, peak_lr, backward, run, config, metrics, stop):
+    """`total` optimiser steps; backward(step) adds up the gradient of one batch and returns its figures, loss first."""
+    optimizer = make_optimizer(model, peak_lr, config.weight_decay)
+    done = 0
+    if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", stage)):
+        meta, states = found
+        model.load_state_dict(states["model"])
+        optimizer.load_state_dict(states["optimizer"])
+        done = meta["step"]
+    progress = Progress(stage, total, done)
+    for step in range(done, total):
+        clock = Clock()
+        lr = peak_lr * trapezoid(step, total)
+        figures = backward(step)
+        check_finite(figures["loss"], "loss", stage, step + 1)
+        grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
+        metrics.write(dict(stage=stage, step=step + 1, **figures, grad_norm=grad_norm, lr=lr, seconds=clock.total()))
+        progress.show(step + 1, f"loss {figures['loss']:.3f}")
+        if stop.number or due(step + 1, total, config.save_every):
+            states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            save_step(run.folder / "checkpoints", stage, step + 1, {}, states, config.keep_checkpoints)
+        if stop.number:
+            stop.leave("train_reward.py", run.folder)
+
+
+def warm_up(model, groups, run, config, pad, metrics, stop):
+    """Stage 1: the base language model, "the average agent": every text, good and bad, as often as it comes."""
+    texts = [group.prompt + response for group in groups for response in group.responses]
+    _, batch = batch_reader([len(text) for text in texts], config.warmup_batch_size, config.seed)
+    device = model.wte.weight.device
+
+    def backward(step):
+        ids, mask = (tensor.to(device) for tensor in pad_right([texts[i] for i in batch(step)], pad))
+        loss = language_model_loss(model, ids, mask)
+        loss.backward()
+        return dict(loss=loss.item())
+
+    train_stage("warmup", model, -(-config.warmup_sequences // config.warmup_batch_size), config.warmup_lr, backward,
+                run, config, metrics, stop)
+
+
+def learn_preferences(model, groups, run, config, pad, metrics, stop):
+    """Stage 2: the reward model."""
+    lengths = [max(map(len, group.responses)) for group in groups]
+    per_epoch, batch = batch_reader(lengths, config.batch_size, config.seed)
+    size = config.micro_batch_size or config.batch_size
+
+    def backward(step):
+        chosen = [groups[i] for i in batch(step)]
+        total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
+        figures = dict(loss=0.0, accuracy=0.0)
+        for start in range(0, len(chosen), size):
+            loss, right = pair_loss(model, chosen[start:start + size], pad, config.centering, total_weight)
+            loss.backward()
+            figures = dict(loss=figures["loss"] + loss.item(), accuracy=figures["accuracy"] + right.item())
+        return figures
+
+    train_stage("reward", model, per_epoch * config.epochs, config.lr, backward, run, config, metrics, stop)
+
+
+@torch.no_grad()
+def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
+    """Stage 3: shift and scale scores so that the base model's own samples have mean 0 and deviation 1: the free constant
+    of a preference loss is pinned, and kl_coef means the same whatever the reward model's temper."""
+    scores = []
+    for start in range(0, len(prompts), 128):
+        some = slice(start, start + 128)
+        samples = sample_responses(base, prompts[some], prompt_ids[some], sampling, "normalise", 0, list(range(len(prompts)))[some])
+        ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)
+        mask = torch.cat([samples.prompt_mask, samples.response_mask], dim=1)
+        scores.append(sequence_scores(reward_model, ids, mask))
+    scores = torch.cat(scores)
+    reward_model.score_shift.copy_(scores.mean())
+    reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))
+
+
+def main(config: RewardConfig) -> dict:
+    """Train and save base.pt and reward.pt; returns the test figures. Raises UserError."""
+    config.check()
+    device, stop = pick_device(config.device), StopSignal()
+    encoding, task, splits = load_tokenizer(config.tokenizer), load_task(config), load_splits(config)
+    pad = pad_id(encoding)
+    groups = {}
+    for name in ("train", "heldout", "test"):
+        groups[name], counts = encode_preferences(getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
+        print(f"{name}: {describe_counts(counts)}")
+    if splits.bad_lines:
+        print(f"skipped {splits.bad_lines} bad lines")
+
+    run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", splits.hashes)
+    print(f"run folder: {run.folder}   device: {device}")
+    base_path, facts = run.folder / "base.pt", dict(tokenizer=fingerprint(encoding))
+    reached = {stage: found[0]["step"] for stage in ("warmup", "reward")
+               if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", stage))}
+    metrics = Metrics(run.folder / "reward_metrics.jsonl", lambda row: row.get("step", 0) <= reached.get(row.get("stage"), 0),
+                      config.tensorboard)
+
+    # 1. The base language model: warmed up here, or brought along.
+    if config.init:
+        base, _ = load_model(Path(config.init), "base", facts["tokenizer"])
+    else:
+        sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), config.n_layer, config.n_head, config.d_model,
+                            config.max_prompt_length + config.max_response_length)
+        base = Transformer(sizes, derive_seed(config.seed, "init"))
+    base.to(device)
+    if not config.init:
+        print("no --init: warming up a base language model on the task's own text")
+        warm_up(base, groups["train"], run, config, pad, metrics, stop)
+    save_model(base_path, "base", base, facts)
+    print(f"saved {base_path}")
+
+    # 2. The reward model starts from the base model; its reward head starts at 0.
+    reward_model = copy.deepcopy(base)
+    learn_preferences(reward_model, groups["train"], run, config, pad, metrics, stop)
+
+    # 3. Scores in units of the base policy's own spread.
+    prompts = unique_prompts(splits.train)[: config.normalise_prompts]
+    prompt_ids, _ = encode_prompts(prompts, encoding, config.max_prompt_length)
+    normalise_scores(reward_model, base, prompts, prompt_ids, Sampling(encoding, config.max_response_length, 1.0, config.seed))
+
+    # 4. What it learnt.
+    result = evaluate_reward_model(reward_model, groups["test"], encoding, task, device)
+    if hasattr(task, "probes"):
+        result["probes"] = probe_table(reward_model, unique_prompts(splits.test)[:256], encoding, task, device)
+    save_model(run.folder / "reward.pt", "reward", reward_model, facts)
+    metrics.write(dict(stage="test", step=0, **result))
+    print(describe_reward_model(result))
+    print(f"saved {run.folder / 'reward.pt'}; next: python train_policy.py --reward-run {run.folder}")
+    return result
+
+
+def describe_reward_model(result: dict) -> str:
+    lines = [f"held-out accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] over "
+             f"{result['pairs']} pairs of {result['prompts']} prompts, calibration error {result['calibration_error']:.3f}"]
+    if "ceiling" in result:
+        lines.append(f"a perfect annotator would reach {result['ceiling']:.3f}; correlation of scores with gold utility "
+                     f"{result['gold_correlation']:.3f}")
+    if "probes" in result:
+        lines.append("the best response ranked above the same with one defect:")
+        lines += [f"  {name:<20} {share:6.1%}  of {count}" for name, (share, count) in result["probes"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main, RewardConfig)
