@@ -5,6 +5,7 @@
 """
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Callable
@@ -15,9 +16,10 @@ from torch import Tensor
 from minirlhf.checkpoint import newest_checkpoint, save_model, save_step, write_atomically
 from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
-from minirlhf.environment import Environment, Prompts, Samples, load_environment, next_prompts, sample_responses, true_worth
+from minirlhf.environment import (Environment, Prompts, Samples, load_environment, newest_reward_run, next_prompts,
+                                  sample_responses, true_worth)
 from minirlhf.ladder import LADDER, Rung, advantages_and_returns, explained_variance, minibatch_loss
-from minirlhf.log import Metrics, Progress
+from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
 from minirlhf.model import Transformer, pick_device
 from minirlhf.optim import make_optimizer, step_optimizer
@@ -32,6 +34,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     takes the reward model's place. Raises UserError."""
     config.check()
     device, stop, rung = pick_device(config.device), StopSignal(), LADDER[config.algorithm]
+    if not config.reward_run:  # named in config.json, so that a resumed run does not take up a newer one
+        config = dataclasses.replace(config, reward_run=str(newest_reward_run(Path("runs"))))
     world = load_environment(config, reward_function, device)
     run = open_run(config, f"{config.algorithm}-{world.name}-seed{config.seed}", world.facts)
     print(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   reward: {world.reward_name}")
@@ -44,7 +48,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         policy.load_state_dict(states["model"])
         optimizer.load_state_dict(states["optimizer"])
         done, kl_coef = meta["step"], meta["kl_coef"]
-    metrics = Metrics(run.folder / "policy_metrics.jsonl", lambda row: row.get("step", 0) <= done, config.tensorboard)
+    metrics = Metrics(run.folder / "policy_metrics.jsonl", lambda row: 0 < done >= row.get("step", 0), config.tensorboard)
     heldout = Prompts(world.heldout.texts[: config.eval_prompts], world.heldout.ids[: config.eval_prompts])
     referee = Referee(world, heldout, "evaluate")
     if done == 0:
@@ -155,7 +159,7 @@ def finish(world: Environment, policy: Transformer, config: PolicyConfig, folder
     test = Prompts(world.test.texts[: config.test_prompts], world.test.ids[: config.test_prompts])
     figures, table, page = closing_table(world._replace(test=test), policy, config.best_of_n)
     write_atomically(folder / "samples.md", page.encode())
-    write_atomically(folder / "result.json", (json.dumps(figures, indent=1) + "\n").encode())
+    write_atomically(folder / "result.json", (json.dumps(rounded(figures), indent=1) + "\n").encode())
     print(f"\n{page}\n{table}\nsaved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl beside it")
     return figures
 

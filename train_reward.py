@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minirlhf.checkpoint import load_model, newest_checkpoint, save_model, save_step
-from minirlhf.config import RewardConfig, run_script
+from minirlhf.config import RewardConfig, UserError, run_script
 from minirlhf.data import (PreferenceBatch, collate_preferences, describe_counts, encode_preferences, encode_prompts,
                            epoch_batches, pad_right, unique_prompts)
 from minirlhf.environment import Sampling, sample_responses
@@ -151,6 +151,9 @@ def main(config: RewardConfig) -> dict:
     # 1. The base language model: warmed up here, or brought along.
     if config.init:
         base, _ = load_model(Path(config.init), "base", facts["tokenizer"])
+        if base.config.context < config.max_prompt_length + config.max_response_length:
+            raise UserError(f"{config.init}: its context of {base.config.context} tokens is shorter than --max-prompt-length + "
+                            "--max-response-length; lower one of them")
     else:
         sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), config.n_layer, config.n_head, config.d_model,
                             config.max_prompt_length + config.max_response_length)
@@ -174,9 +177,10 @@ def main(config: RewardConfig) -> dict:
     # 4. What it learnt.
     result = evaluate_reward_model(reward_model, groups["test"], encoding, task, device)
     if hasattr(task, "probes"):
-        result["probes"] = probe_table(reward_model, unique_prompts(splits.test)[:256], encoding, task, device)
+        result["probes"] = probe_table(reward_model, unique_prompts(splits.test)[:256], encoding, task,
+                                       config.max_prompt_length, config.max_response_length, device)
     save_model(run.folder / "reward.pt", "reward", reward_model, facts)
-    metrics.write(dict(stage="test", step=0, **result))
+    metrics.write(dict(stage="test", step=1, **result))
     print(describe_reward_model(result))
     print(f"saved {run.folder / 'reward.pt'}; next: python train_policy.py --reward-run {run.folder}")
     return result

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
         found, meta, states = loaded["kind"], json.loads(loaded["meta"]), loaded["states"]
         if loaded["format"] != FORMAT or not isinstance(states, dict) or not isinstance(meta, dict):
             raise ValueError("another format")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+    except Exception:  # whatever a hostile file makes the restricted unpickler raise
         raise UserError(f"{path}: refused, it is not a plain checkpoint of this program; train again") from None
     if found != kind:
         raise UserError(f"{path}: holds a {found} model, not a {kind} model; name the right folder")
@@ -108,6 +107,8 @@ def newest_checkpoint(folder: Path, kind: str) -> tuple[dict, dict] | None:
 def save_step(folder: Path, kind: str, step: int, meta: dict, states: dict, keep: int) -> None:
     """Write checkpoints/KIND-STEP.pt, then delete all but the newest `keep` of its kind."""
     folder.mkdir(exist_ok=True)
-    save_checkpoint(folder / f"{kind}-{step:08d}.pt", kind, dict(meta, step=step), states)
-    for path in sorted(folder.glob(f"{kind}-*.pt"))[:-keep]:
+    newest = folder / f"{kind}-{step:08d}.pt"
+    save_checkpoint(newest, kind, dict(meta, step=step), states)
+    # one of a later step is torn, else the run would have gone on from it: it must not outlive a whole one
+    for path in sorted(folder.glob(f"{kind}-*.pt"), key=lambda path: (path <= newest, path))[:-keep]:
         path.unlink()

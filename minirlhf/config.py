@@ -9,6 +9,8 @@ import sys
 import typing
 from pathlib import Path
 
+from minirlhf.log import printable
+
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: printed as one line, exit status 2, no traceback."""
@@ -206,5 +208,5 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
 
 
 def fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
     return status

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from minirlhf.checkpoint import load_model
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, read_config
-from minirlhf.data import encode_prompts, pad_left, read_prompts, unique_prompts
+from minirlhf.data import encode_prompts, pad_left, unique_prompts
 from minirlhf.generate import generate
 from minirlhf.model import Transformer, sequence_scores
+from minirlhf.records import read_prompts
 from minirlhf.seeding import generator, row_uniforms
-from minirlhf.task import load_function, load_splits, load_task
+from minirlhf.task import file_hashes, load_function, load_splits, load_task
 from minirlhf.tokenizer import decode, fingerprint, load_tokenizer, pad_id
 
 
@@ -70,7 +71,7 @@ class Prompts(NamedTuple):
 
 class Environment(NamedTuple):
     name: str
-    facts: dict  # what the run folder should tell: the reward run and the hashes of its data
+    facts: dict  # what the run folder should tell: the reward run and the hashes of every file read
     base: Transformer  # the policy's start and its frozen reference
     sampling: Sampling
     scorer: Scorer
@@ -83,7 +84,7 @@ class Environment(NamedTuple):
 
 def load_environment(config: PolicyConfig, reward_function: Callable | None, device: torch.device) -> Environment:
     """Everything that a policy run reads from a reward run's folder. Raises UserError that names the file and the fix."""
-    folder = Path(config.reward_run) if config.reward_run else newest_reward_run(Path("runs"))
+    folder = Path(config.reward_run)
     reward_config = read_config(RewardConfig, folder / "config.json")
     encoding, task = load_tokenizer(reward_config.tokenizer), load_task(reward_config)
     splits = load_splits(reward_config)
@@ -96,18 +97,21 @@ def load_environment(config: PolicyConfig, reward_function: Callable | None, dev
                         f"at most {base.config.context - reward_config.max_prompt_length}")
     function = reward_function or (load_function(config.reward, "--reward") if config.reward else None)
     if function:
-        scorer, reward_name = function_scorer(function, config.missing_eos_penalty, device), function.__name__
+        reward_name = getattr(function, "__name__", type(function).__name__)  # a callable object has no name of its own
+        scorer, inputs = function_scorer(function, reward_name, config.missing_eos_penalty, device), []
     else:
         reward_model, _ = load_model(folder / "reward.pt", "reward", fingerprint(encoding))
         reward_model.to(device).requires_grad_(False)
         scorer, reward_name = model_scorer(reward_model, config.missing_eos_penalty), str(folder / "reward.pt")
+        inputs = [folder / "reward.pt"]
 
     def encode(texts: list[str]) -> Prompts:
         return Prompts(texts, encode_prompts(texts, encoding, reward_config.max_prompt_length)[0])
 
     train = read_prompts(config.prompts) if config.prompts else unique_prompts(splits.train)
     name = task.__name__.split(".")[-1] if task else "data"
-    return Environment(name, dict(reward_run=str(folder), data=splits.hashes), base,
+    inputs += [folder / "base.pt", *filter(None, [config.prompts])]
+    return Environment(name, dict(reward_run=str(folder), data=splits.hashes | file_hashes(inputs)), base,
                        Sampling(encoding, length, config.temperature, config.seed), scorer, reward_name, task,
                        encode(train), encode(unique_prompts(splits.heldout)), encode(unique_prompts(splits.test)))
 
@@ -129,19 +133,19 @@ def model_scorer(reward_model: Transformer, missing_eos_penalty: float) -> Score
     return scorer
 
 
-def function_scorer(function: Callable, missing_eos_penalty: float, device: torch.device) -> Scorer:
+def function_scorer(function: Callable, name: str, missing_eos_penalty: float, device: torch.device) -> Scorer:
     """A reward of the user's own: function(prompts, responses) -> one finite number per response."""
     def scorer(samples: Samples) -> Tensor:
         try:
             scores = torch.as_tensor(function(list(samples.prompts), list(samples.responses)), dtype=torch.float32)
         except Exception as error:  # whatever the user's function raises is the user's to mend
-            raise UserError(f"the reward function {function.__name__} raised {type(error).__name__}: {error}") from None
+            raise UserError(f"the reward function {name} raised {type(error).__name__}: {error}") from None
         wanted = (len(samples.prompts),)
         if scores.shape != wanted:
-            raise UserError(f"the reward function {function.__name__} returned shape {tuple(scores.shape)}; it must be {wanted}")
+            raise UserError(f"the reward function {name} returned shape {tuple(scores.shape)}; it must be {wanted}")
         if not scores.isfinite().all():
             worst = int((~scores.isfinite()).nonzero()[0])
-            raise UserError(f"the reward function {function.__name__} returned {scores[worst]} for response {worst}: "
+            raise UserError(f"the reward function {name} returned {scores[worst]} for response {worst}: "
                             f"{samples.responses[worst][:60]!r}")
         return scores.to(device) - missing_eos_penalty * unfinished(samples)
     return scorer

@@ -7,10 +7,11 @@ import numpy as np
 import tiktoken
 import torch
 
-from minirlhf.data import PreferenceGroup, collate_preferences
+from minirlhf.data import PreferenceGroup, encode_prompts, pad_right
 from minirlhf.model import Transformer, sequence_scores
 from minirlhf.seeding import derive_seed
 from minirlhf.tokenizer import decode, pad_id
+
 
 def interval(values: np.ndarray, weights: np.ndarray | None = None, resamples: int = 2000) -> tuple[float, float, float]:
     """(mean, low, high): weighted mean and its 95% bootstrap interval, resampling whole units (prompts).
@@ -35,8 +36,8 @@ def group_scores(model: Transformer, groups: list[PreferenceGroup], pad: int, de
     scores = []
     for start in range(0, len(groups), 64):
         chunk = groups[start:start + 64]
-        batch = collate_preferences(chunk, pad)
-        flat = sequence_scores(model, batch.ids.to(device), batch.attention_mask.to(device)).double().cpu().numpy()
+        ids, mask = pad_right([group.prompt + response for group in chunk for response in group.responses], pad)
+        flat = sequence_scores(model, ids.to(device), mask.to(device)).double().cpu().numpy()
         scores += np.split(flat, np.cumsum([len(group.responses) for group in chunk])[:-1])
     return scores
 
@@ -74,14 +75,15 @@ def calibration_error(gaps: np.ndarray, right: np.ndarray, bins: int = 10) -> fl
 
 
 def probe_table(model: Transformer, prompts: list[str], encoding: tiktoken.Encoding, task: ModuleType,
-                device: torch.device) -> dict[str, tuple[float, int]]:
-    """Per defect: the share of prompts on which the best response scores above the same with that one defect, and of how many."""
+                max_prompt_length: int, max_response_length: int, device: torch.device) -> dict[str, tuple[float, int]]:
+    """Per defect: the share of prompts on which the best response scores above the same with that one defect, and of how
+    many. A defect beyond the maximum lengths cannot be seen, and counts as missed."""
     groups, defects = [], []
-    for prompt in prompts:
+    for prompt, prompt_ids in zip(prompts, encode_prompts(prompts, encoding, max_prompt_length)[0]):
         probes = task.probes(prompt)
         texts = [task.best_response(prompt), *probes.values()]
-        responses = tuple((*encoding.encode_ordinary(text), encoding.eot_token) for text in texts)
-        groups.append(PreferenceGroup(tuple(encoding.encode_ordinary(prompt)), responses, ()))
+        responses = tuple((*encoding.encode_ordinary(text), encoding.eot_token)[:max_response_length] for text in texts)
+        groups.append(PreferenceGroup(tuple(prompt_ids), responses, ()))
         defects.append(list(probes))
     found: dict[str, list[bool]] = {}
     for names, scores in zip(defects, group_scores(model, groups, pad_id(encoding), device)):

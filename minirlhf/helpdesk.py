@@ -2,21 +2,21 @@
 
 A prompt names an item, a problem and a request; a reply is made of sentences from six slots. `gold` reads any reply and
 adds up what its sentences are worth for that prompt. No model ever sees it: an annotator who is sometimes mistaken
-(`preference_probability`) turns it into preferences, and those are all the data there is. `sample_response` writes like the
-average agent: one canned rude phrase per slot, used often, and several good ones, each used seldom, so that the most
-likely reply is a bad one and only learning from preferences, not sharper sampling, makes replies good.
+(`preference_probability`) turns it into preferences, and those are all the data there is. `sample_response` writes like
+the average agent: one canned bad phrase per slot, used often, and several good ones, each used seldom. The most likely
+reply is therefore a bad one, and only learning from preferences, not sharper sampling, makes replies good.
 
-`python -m minirlhf.helpdesk [FOLDER]` rebuilds every file of the task; `--stats` measures the task instead.
+`python -m minirlhf.helpdesk [FOLDER]` rebuilds every file of the task.
 """
 
-import argparse
 import gzip
 import itertools
 import json
 import math
 import random
 import re
-import statistics
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +29,10 @@ COLOURS = "red blue green black white yellow pink grey".split()
 PROBLEMS = {
     "broken": (("My {x} arrived broken.", "The {x} came to me in pieces."), ("refund", "replace", "repair", "return")),
     "late": (("My {x} has not come yet.", "I am still waiting for my {x}."), ("refund", "replace", "track")),
-    "scratched": (("My {x} is badly scratched.", "There are scratches all over my {x}."), ("refund", "replace", "return")),
+    "scratched": (("My {x} is badly scratched.", "My {x} has deep scratches."), ("refund", "replace", "return")),
     "dead": (("My {x} will not turn on.", "My {x} does not work."), ("refund", "replace", "repair", "manual")),
     "plug": (("My {x} came without a plug.", "The plug of my {x} is missing."), ("refund", "replace", "manual")),
-    "noisy": (("My {x} is far too noisy.", "My {x} rattles all day long."), ("refund", "repair", "return")),
+    "noisy": (("My {x} is far too noisy.", "My {x} rattles all night long."), ("refund", "repair", "return")),
     "unwanted": (("I do not need my {x} after all.", "I have no use for my {x} now."), ("refund", "replace", "return")),
     "gift": (("I bought a {x} for my mother.", "The {x} is a birthday present."), ("track", "manual", "return")),
 }
@@ -45,11 +45,11 @@ REQUESTS = {
     "return": ("How can I send it back?", "Please take it back."),
     "manual": ("How do I set it up?", "Please send me the instructions."),
 }
-# slot -> what a sentence is about -> ways to say it; {x} is "it" or "your blue kettle". The first words of the good ways
-# differ, so that at each slot the single most likely word is the canned bad one's.
+# slot -> what a sentence is about -> ways to say it; {x} is "it" or "your blue kettle". The good ways begin with
+# different words, so that the likeliest next word at each slot is that of the canned bad phrase.
 PHRASES = {
     "opening": {
-        "polite": ("Thank you for writing to us.", "Good day and welcome to our shop.", "Hello and thanks for your note."),
+        "polite": ("Thank you for writing to us.", "Hello and welcome to our shop.", "Good day, thanks for your note."),
         "bad": ("What do you want now?",),
     },
     "remark": {
@@ -86,10 +86,11 @@ PHRASES = {
         "polite": ("Have a wonderful week.", "Kind regards from all of us.", "Do ask if you need anything more."),
         "bad": ("Now leave me in peace.",),
     },
-    "filler": {"bad": ("It rained here for most of the morning.", "Our office got new carpets last month.",
-                       "People buy all sorts of things these days.")},
+    "filler": {
+        "bad": ("It rained heavily all morning.", "Our canteen got new carpets in May.", "People buy the strangest things."),
+    },
 }
-SLOTS = ("opening", "remark", "action", "next step", "voucher", "goodbye")  # the order of a good reply; filler has no place
+SLOTS = ("opening", "remark", "action", "next step", "voucher", "goodbye")  # in the order of a good reply
 
 # The first sentence of a slot earns or costs this; the best reply is worth 6.9, or 6.1 where nobody is at fault.
 WORTH = {
@@ -104,23 +105,24 @@ WORTH = {
 NAMED = {"right": 0.5, "wrong": -1.0}  # a remark or an action that names the customer's item, or another one
 REPEAT = -0.8  # a second sentence of a slot: it can cost, but it earns nothing
 DISORDER = -0.8  # a sentence that comes after one of a later slot
-UNREADABLE = -0.03  # per character of a sentence that is no known phrase: nonsense must not come at a flat price
+UNREADABLE = -0.03  # per character of a sentence that is none of ours: nonsense must not come at a flat price
 UNFINISHED = -1.0  # the reply was cut by the length limit
 
 TAU = 0.7  # gold utility; a difference of TAU is preferred 73% of the time
 MAX_WORDS = 60  # no written reply is longer, so that none outgrows the models' context
-SIZES = {"train": 8000, "validation": 640, "test": 640}  # groups of four replies
+GROUPS = {"train": 8000, "validation": 640, "test": 640}  # of four replies each
 
-# How the average agent fills a slot: relative shares, for an agent of average care.
+# How the average agent fills a slot: shares of the right sentence, a wrong one, the canned bad one, and none.
 SHARES = {
-    "opening": {"right": 30, "bad": 42, "none": 28},
-    "remark": {"right": 30, "wrong": 16, "bad": 38, "none": 16},
-    "action": {"right": 32, "wrong": 18, "bad": 38, "none": 12},
-    "next step": {"right": 30, "wrong": 16, "bad": 38, "none": 16},
-    "voucher": {"right": 32, "wrong": 32, "none": 68},
-    "goodbye": {"right": 30, "bad": 42, "none": 28},
+    "opening": {"right": 32, "wrong": 0, "bad": 40, "none": 28},
+    "remark": {"right": 32, "wrong": 15, "bad": 37, "none": 16},
+    "action": {"right": 34, "wrong": 17, "bad": 37, "none": 12},
+    "next step": {"right": 32, "wrong": 15, "bad": 37, "none": 16},
+    "voucher": {"right": 26, "wrong": 24, "bad": 0, "none": 50},
+    "goodbye": {"right": 32, "wrong": 0, "bad": 40, "none": 28},
 }
-NAMES_ITEM, NAMES_WRONG, REPEATS, WANDERS, SWAPS = 0.75, 0.3, 0.22, 0.25, 0.15  # shares of phrases or of replies
+NAMES_ITEM, NAMES_WRONG = 0.75, 0.3  # shares of the phrases with {x} that name an item; of those, that get it wrong
+REPEATS, SWAPS, WANDERS = 0.2, 0.15, 0.22  # shares of the replies
 
 
 class Context(NamedTuple):
@@ -132,8 +134,8 @@ class Context(NamedTuple):
     request: str | None
 
 
-_THING = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(ITEMS)})")
-_MENTION = re.compile(rf"\byour ({'|'.join(COLOURS)}) ({'|'.join(ITEMS)})\b")
+_THING = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(ITEMS)})\b")
+_MENTION = re.compile(rf"\byour {_THING.pattern}")
 _PROBLEM_OF = {line: problem for problem, (lines, _) in PROBLEMS.items() for line in lines}
 _REQUEST_OF = {line: request for request, lines in REQUESTS.items() for line in lines}
 _MEANING = {phrase.replace("{x}", "it"): (slot, about)
@@ -211,70 +213,67 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
 
 # ---- the best reply, and the best reply with one defect --------------------------------------------------------------
 
+def as_reply(said: Iterable[str]) -> str:
+    """Sentences joined as a response: it begins with a blank, since the prompt ends without one. "" is nothing said."""
+    return "".join(f" {sentence}" for sentence in said if sentence)
+
+
 def best_sentences(context: Context) -> dict[str, str]:
-    """slot -> the sentence that the best reply has there, in order."""
-    thing = f"your {context.colour} {context.item}"
-    return {slot: PHRASES[slot][about][0].replace("{x}", thing)
-            for slot, about in expected(context).items() if about in PHRASES[slot]}
-
-
-def as_reply(parts) -> str:
-    return " " + " ".join(parts)
+    """slot -> the sentence that the best reply has there, in order; "" where it says nothing."""
+    return {slot: PHRASES[slot].get(about, [""])[0].replace("{x}", f"your {context.colour} {context.item}")
+            for slot, about in expected(context).items()}
 
 
 def best_response(prompt: str) -> str:
-    """A reply that no other beats by gold. The prompt must be one of the task's."""
+    """A reply that no other beats by gold."""
     return as_reply(best_sentences(parse_prompt(prompt)).values())
 
 
 def probes(prompt: str) -> dict[str, str]:
-    """The best reply with exactly one defect, by the name of the defect: a test of what a reward model has understood.
+    """The best reply with exactly one defect, by the name of the defect: tests of what a reward model has understood.
 
-    Which wrong colour, problem and so on is drawn by a generator seeded with the prompt.
+    The wrong colour, problem and so on are drawn by a generator that the prompt seeds. The prompt must be the task's.
     """
     context, rng = parse_prompt(prompt), random.Random(derive_seed(0, "probes", prompt))
     best, wanted = best_sentences(context), expected(context)
 
-    def instead(slot: str, sentence: str) -> str:
-        return as_reply({**best, slot: sentence}.values())
+    def say(slot: str, about: str) -> str:
+        return PHRASES[slot][about][0].replace("{x}", f"your {context.colour} {context.item}")
 
-    def without(slot: str) -> str:
-        return as_reply(sentence for place, sentence in best.items() if place != slot)
+    def another(options: Iterable[str], mine: str | None) -> str:
+        return rng.choice([option for option in options if option not in (mine, "bad")])
 
-    def wrong(slot: str) -> str:
-        about = rng.choice([about for about in PHRASES[slot] if about not in (wanted[slot], "bad")])
-        return instead(slot, PHRASES[slot][about][0].replace("{x}", f"your {context.colour} {context.item}"))
-
-    colour = rng.choice([colour for colour in COLOURS if colour != context.colour])
-    item = rng.choice([item for item in ITEMS if item != context.item])
-    again = PHRASES["action"][context.request][1].replace("{x}", "it")
-    filler = rng.choice(PHRASES["filler"]["bad"])
-    swapped = {slot: best[slot] for slot in ("opening", "remark", "next step", "action", "voucher", "goodbye") if slot in best}
-    defects = {
-        "rude opening": instead("opening", PHRASES["opening"]["bad"][0]), "no opening": without("opening"),
-        "wrong problem": wrong("remark"), "blame": instead("remark", PHRASES["remark"]["bad"][0]),
-        "no apology": without("remark"),
-        "wrong action": wrong("action"), "refusal": instead("action", PHRASES["action"]["bad"][0]),
-        "no action": without("action"),
-        "wrong colour": instead("action", best["action"].replace(context.colour, colour)),
-        "wrong item": instead("action", best["action"].replace(context.item, item)),
-        "wrong next step": wrong("next step"), "put off": instead("next step", PHRASES["next step"]["bad"][0]),
-        "no next step": without("next step"),
-        "rude ending": instead("goodbye", PHRASES["goodbye"]["bad"][0]), "no goodbye": without("goodbye"),
-        "filler": instead("action", f"{best['action']} {filler}"),
-        "repeat": instead("action", f"{best['action']} {again}"),
-        "out of order": as_reply(swapped.values()),
+    action = best["action"]
+    changes = {
+        "rude opening": {"opening": say("opening", "bad")}, "no opening": {"opening": ""},
+        "wrong problem": {"remark": say("remark", another(PHRASES["remark"], wanted["remark"]))},
+        "blame": {"remark": say("remark", "bad")}, "no apology": {"remark": ""},
+        "wrong action": {"action": say("action", another(PHRASES["action"], wanted["action"]))},
+        "refusal": {"action": say("action", "bad")}, "no action": {"action": ""},
+        "wrong colour": {"action": action.replace(f" {context.colour} ", f" {another(COLOURS, context.colour)} ")},
+        "wrong item": {"action": action.replace(f" {context.item}", f" {another(ITEMS, context.item)}")},
+        "wrong next step": {"next step": say("next step", another(PHRASES["next step"], wanted["next step"]))},
+        "put off": {"next step": say("next step", "bad")}, "no next step": {"next step": ""},
+        "no voucher" if best["voucher"] else "needless voucher":
+            {"voucher": "" if best["voucher"] else say("voucher", "faulty")},
+        "rude ending": {"goodbye": say("goodbye", "bad")}, "no goodbye": {"goodbye": ""},
+        "filler": {"action": f"{action} {rng.choice(PHRASES['filler']['bad'])}"},
+        "repeat": {"action": f"{action} {PHRASES['action'][wanted['action']][1].replace('{x}', 'it')}"},
+        "out of order": {"action": best["next step"], "next step": action},
     }
-    if "voucher" in best:
-        return {**defects, "no voucher": without("voucher")}
-    return {**defects, "needless voucher": instead("next step", f"{best['next step']} {PHRASES['voucher']['faulty'][0]}")}
+    return {defect: as_reply({**best, **change}.values()) for defect, change in changes.items()}
 
 
 # ---- the annotator and the average agent -----------------------------------------------------------------------------
 
+def bradley_terry(gap: float) -> float:
+    """P(the first is preferred) = sigmoid(gap / TAU), gap in units of gold   (Bradley and Terry 1952)."""
+    return 0.5 + 0.5 * math.tanh(gap / (2 * TAU))  # the same as 1 / (1 + exp(-gap / TAU)), but cannot overflow
+
+
 def preference_probability(prompt: str, a: str, b: str) -> float:
-    """P(a is preferred to b) = sigmoid((gold(a) - gold(b)) / TAU)   (Bradley and Terry 1952)."""
-    return 0.5 + 0.5 * math.tanh((gold(prompt, a) - gold(prompt, b)) / (2 * TAU))  # tanh cannot overflow
+    """P(the annotator prefers response a to response b)."""
+    return bradley_terry(gold(prompt, a) - gold(prompt, b))
 
 
 def split_contexts(seed: int = 0) -> dict[str, list[Context]]:
@@ -302,105 +301,87 @@ def sample_prompt(rng: random.Random, split: str = "train") -> str:
 
 def sample_phrase(context: Context, slot: str, about: str, rng: random.Random) -> str:
     """One way to say it, naming the customer's item, another item, or none."""
-    colour, item, wrong = context.colour, context.item, rng.random() < NAMES_WRONG
-    if wrong and rng.random() < 0.5:
+    colour, item, error = context.colour, context.item, rng.random()
+    if error < NAMES_WRONG / 2:
         colour = rng.choice(COLOURS)
-    elif wrong:
+    elif error < NAMES_WRONG:
         item = rng.choice(ITEMS)
     thing = f"your {colour} {item}" if rng.random() < NAMES_ITEM else "it"
     return rng.choice(PHRASES[slot][about]).replace("{x}", thing)
 
 
 def sample_about(context: Context, slot: str, care: float, rng: random.Random) -> str | None:
-    """What the average agent says in a slot: the right thing, a wrong one, the canned bad one, or None for nothing."""
-    right = expected(context)[slot]
-    factor = {"right": 0.6 + 0.8 * care, "bad": 1.4 - 0.8 * care}
-    shares = {verdict: share * factor.get(verdict, 1.0) for verdict, share in SHARES[slot].items()}
-    verdict = rng.choices(list(shares), list(shares.values()))[0]
+    """What the average agent's sentence in a slot is about; None: no sentence. care, in [0, 1], shifts the shares."""
+    right, shares = expected(context)[slot], SHARES[slot]
+    weights = {**shares, "right": shares["right"] * (0.6 + 0.8 * care), "bad": shares["bad"] * (1.4 - 0.8 * care)}
+    verdict = rng.choices(list(weights), list(weights.values()))[0]
     wrong = [about for about in PHRASES[slot] if about not in (right, "bad")]
-    choices = {"right": [right], "wrong": wrong, "bad": ["bad"], "none": []}[verdict]
-    return rng.choice(choices) if choices and choices[0] in PHRASES[slot] else None
+    options = {"right": [right], "wrong": wrong, "bad": ["bad"], "none": []}[verdict]
+    options = [about for about in options if about in PHRASES[slot]]  # a voucher is only ever right, or only ever wrong
+    return rng.choice(options) if options else None
 
 
 def sample_response(prompt: str, rng: random.Random) -> str:
-    """A reply by an agent who on some days takes more care than on others."""
+    """A reply by an agent who takes more care on some days than on others."""
     context, care = parse_prompt(prompt), rng.random()
-    said = [(slot, about) for slot in SLOTS if (about := sample_about(context, slot, care, rng))]
-    said = [(slot, sample_phrase(context, slot, about, rng)) for slot, about in said]
-    if said and rng.random() < REPEATS:
+    abouts = {slot: sample_about(context, slot, care, rng) for slot in SLOTS}
+    said = [(slot, sample_phrase(context, slot, about, rng)) for slot, about in abouts.items() if about]
+    if said and rng.random() < REPEATS:  # the same again, or something else of the same kind
         place = rng.randrange(len(said))
         slot, sentence = said[place]
-        if rng.random() < 0.6:
-            sentence = sample_phrase(context, slot, rng.choice(list(PHRASES[slot])), rng)
-        said.insert(place + 1, (slot, sentence))
+        other = sample_phrase(context, slot, rng.choice(list(PHRASES[slot])), rng)
+        said.insert(place + 1, (slot, rng.choice((sentence, other))))
     if len(said) > 1 and rng.random() < SWAPS:
         place = rng.randrange(len(said) - 1)
         said[place:place + 2] = reversed(said[place:place + 2])
     if rng.random() < WANDERS:
         said.insert(rng.randint(0, len(said)), ("filler", rng.choice(PHRASES["filler"]["bad"])))
     response = as_reply(sentence for _, sentence in said)
-    return response if said and len(response.split()) <= MAX_WORDS else sample_response(prompt, rng)
+    return response if 0 < len(response.split()) <= MAX_WORDS else sample_response(prompt, rng)
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 
-def sample_group(split: str, number: int) -> dict:
-    """One prompt, four different replies, and all six pairs as [winner, loser], each judged once by the annotator."""
-    rng = random.Random(derive_seed(0, "group", split, number))
-    prompt, responses = sample_prompt(rng, split), []
+def sample_group(prompt: str, rng: random.Random) -> dict:
+    """Four different replies to a prompt, and all six pairs as [winner, loser], each judged once by the annotator."""
+    responses = []
     while len(responses) < 4:
         response = sample_response(prompt, rng)
         if response not in responses:
             responses.append(response)
-    preferences = [[i, j] if rng.random() < preference_probability(prompt, responses[i], responses[j]) else [j, i]
+    worth = [gold(prompt, response) for response in responses]
+    preferences = [[i, j] if rng.random() < bradley_terry(worth[i] - worth[j]) else [j, i]
                    for i, j in itertools.combinations(range(4), 2)]
     return {"prompt": prompt, "responses": responses, "preferences": preferences}
 
 
+def sample_groups(split: str, seed: int = 0) -> list[dict]:
+    """The rows of one file. Every prompt of the split comes once before one comes again."""
+    rng = random.Random(derive_seed(seed, "groups", split))
+    prompts = [prompt for context in SPLITS[split] for prompt in prompts_of(context)]
+    rng.shuffle(prompts)
+    return [sample_group(prompt, rng) for prompt in itertools.islice(itertools.cycle(prompts), GROUPS[split])]
+
+
 def write_data(folder: str | Path) -> None:
     """Write the preference files and the tokenizer's ranks: the same bytes everywhere (the .gz: once unpacked)."""
-    from minirlhf.tools.bpe import fill_table, train_ranks, write_ranks  # a tool: not needed to train
+    from minirlhf.tools.bpe import train_ranks, whole_table, write_ranks  # here, because only this needs a trainer
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    groups = {split: [sample_group(split, number) for number in range(size)] for split, size in SIZES.items()}
-    for split, rows in groups.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if split != "train":
-            (folder / f"helpdesk-{split}.jsonl").write_bytes(text)
-            continue
-        with open(folder / "helpdesk-train.jsonl.gz", "wb") as file:
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:  # no name, no date inside
-                packed.write(text)
-    texts = (text for row in groups["train"] for text in [row["prompt"], *row["responses"]])
-    write_ranks(folder / "helpdesk.tiktoken", fill_table(train_ranks(texts, 1022)))
+    groups = {split: sample_groups(split) for split in GROUPS}
+    for split in ("validation", "test"):
+        (folder / f"helpdesk-{split}.jsonl").write_bytes(json_lines(groups[split]))
+    with open(folder / "helpdesk-train.jsonl.gz", "wb") as file:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:  # no name and no date inside
+            packed.write(json_lines(groups["train"]))
+    texts = [text for row in groups["train"] for text in (row["prompt"], *row["responses"])]
+    write_ranks(folder / "helpdesk.tiktoken", whole_table(train_ranks(texts, 1022)))
 
 
-def statistics_of(n: int = 4000) -> dict[str, float]:
-    """What the task looks like, over n training prompts: printed by --stats and bounded by the tests."""
-    groups = [sample_group("train", number) for number in range(n // 4)]
-    worths = [[gold(row["prompt"], response) for response in row["responses"]] for row in groups]
-    flat = [worth for group in worths for worth in group]
-    words = [len(response.split()) for row in groups for response in row["responses"]]
-    best = [best_response(row["prompt"]) for row in groups]
-    certain = [0.5 + 0.5 * math.tanh(abs(a - b) / (2 * TAU)) for group in worths for a, b in itertools.combinations(group, 2)]
-    return {"gold, mean": statistics.mean(flat), "gold, deviation": statistics.stdev(flat),
-            "gold, best": statistics.mean(gold(row["prompt"], reply) for row, reply in zip(groups, best)),
-            "accuracy of a perfect annotator": statistics.mean(certain),
-            "correlation of gold and length": statistics.correlation(flat, words), "words, mean": statistics.mean(words),
-            "words, best": statistics.mean(len(reply.split()) for reply in best)}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the files of the help desk, or measure it.")
-    parser.add_argument("folder", nargs="?", default=Path(__file__).parent.parent / "data")
-    parser.add_argument("--stats", action="store_true")
-    options = parser.parse_args(arguments)
-    if not options.stats:
-        return write_data(options.folder)
-    for name, value in statistics_of().items():
-        print(f"{value:8.3f}  {name}")
+def json_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 if __name__ == "__main__":
-    main()
+    write_data(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "data")

@@ -1,6 +1,8 @@
 """What a run tells: a row of JSON per step, a line on the terminal with the time left, optionally TensorBoard."""
 
+import errno
 import json
+import math
 import os
 import sys
 import time
@@ -17,6 +19,17 @@ def printable(text: str) -> str:
     def safe(char: str) -> bool:
         return char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(c if safe(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def rounded(row: dict) -> dict:
+    """Floats to 7 significant digits; those that are not finite (the standard error of one prompt) to null, JSON's nothing.
+
+    >>> rounded({"loss": 0.123456789, "error": float("inf"), "step": 3})
+    {'loss': 0.1234568, 'error': None, 'step': 3}
+    """
+    def short(value: float) -> float | None:
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return {key: short(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 class Metrics:
@@ -40,11 +53,13 @@ class Metrics:
         self.writer = summary_writer(path.parent) if tensorboard else None
 
     def write(self, row: dict) -> None:
-        """One write call for one row, so that rows are whole. Floats keep 7 significant digits. NaN is refused."""
-        rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in row.items()}
-        self.file.write(json.dumps(rounded, allow_nan=False).encode() + b"\n")
+        """One write call for one row, so that rows are whole. Raises OSError."""
+        row = rounded(row)
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        if self.file.write(line) < len(line):  # the disk took a part, and will take no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
         if self.writer is not None:
-            for key, value in rounded.items():
+            for key, value in row.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self.writer.add_scalar(key, value, row["step"])
 

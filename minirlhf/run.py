@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import re
@@ -33,15 +34,23 @@ def open_run(config, name: str, facts: dict) -> Run:
     if config.resume:
         stored = read_config(type(config), folder / "config.json")
         run = Run(folder, lock_folder(folder))
-        check_same(config, stored, json.loads((folder / "config.json").read_text())["facts"], facts)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_same(config, stored, content.get("facts"), facts)
     else:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # hidden files alone are what a process leaves that was killed before its config.json
+        if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
             raise UserError(f"{folder}: exists already; add --resume to go on with it, or name another --out")
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, lock_folder(folder))
     settings = dict(dataclasses.asdict(config), out=str(folder), resume=False)
-    write_atomically(folder / "config.json", (json.dumps(dict(settings=settings, facts=facts), indent=1) + "\n").encode())
+    write_atomically(folder / "config.json", (json.dumps(sealed(settings, facts), indent=1) + "\n").encode())
     return run
+
+
+def sealed(settings: dict, facts: dict) -> dict:
+    """What config.json holds, with a checksum: one flipped digit of a learning rate would make it another run."""
+    digest = hashlib.sha256(json.dumps([settings, facts]).encode()).hexdigest()
+    return dict(settings=settings, facts=facts, sha256=digest)
 
 
 def fresh_folder(name: str) -> Path:

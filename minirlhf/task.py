@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Callable, NamedTuple
 
 from minirlhf.config import RewardConfig, UserError
-from minirlhf.data import PreferencePair, read_records, split_holdout
+from minirlhf.data import split_holdout
+from minirlhf.records import PreferencePair, read_records
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 HELPDESK = {split: str(DATA / name) for split, name in (
@@ -41,8 +42,12 @@ def load_splits(config: RewardConfig) -> Splits:
     else:
         pairs, heldout = split_holdout(pairs, config.holdout, config.seed)
     test, more = read_records(test_files, config.skip_bad_lines) if test_files else (heldout, 0)
-    hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in (*train_files, *heldout_files, *test_files)}
-    return Splits(pairs, heldout, test, bad + more, hashes)
+    return Splits(pairs, heldout, test, bad + more, file_hashes((*train_files, *heldout_files, *test_files)))
+
+
+def file_hashes(paths) -> dict[str, str]:
+    """path -> sha256 of its content, by which a resumed run knows that it reads what it read before."""
+    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
 
 def load_task(config: RewardConfig) -> ModuleType | None:

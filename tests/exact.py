@@ -19,13 +19,13 @@ from minirlhf.rollout import Rollout, collect_rollout
 State = tuple[int, tuple[int, ...]]
 
 
-def tiny_model(seed: int, vocab: int = 4, spread: float = 0.3) -> Transformer:
+def tiny_model(seed: int, vocab: int = 4, width: int = 8) -> Transformer:
     """A float64 policy far from uniform, with a value head that says something arbitrary of every state."""
-    model = Transformer(ModelConfig(vocab, table_rows=8, n_layer=1, n_head=2, d_model=8, context=16)).double()
+    model = Transformer(ModelConfig(vocab, table_rows=8, n_layer=1, n_head=2, d_model=width, context=16)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += spread * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight += width ** -0.5 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     return model
 
 
@@ -68,7 +68,7 @@ class Policy(NamedTuple):
 
 def look_up(model: Transformer, world: World, temperature: float) -> Policy:
     logprobs, values = {}, {}
-    for state in {state for row in range(len(world.responses)) for state, _ in world.steps(row)}:
+    for state in dict.fromkeys(state for row in range(len(world.responses)) for state, _ in world.steps(row)):
         ids = torch.tensor([[*world.prompts[state[0]], *state[1]]])
         hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0, -1]
         logits = model.wte.weight[: world.vocab] @ hidden / temperature
@@ -128,9 +128,70 @@ def true_values(policy: Policy, world: World, rewards: dict[State, Tensor], gamm
     return {state: (logprobs.exp() * q[state]).sum().detach() for state, logprobs in policy.logprobs.items()}
 
 
-def visits(policy: Policy, world: World) -> dict[State, float]:
-    """Probability that a response passes through each state; the prompts are equally likely."""
-    return {(number, tokens): float(sum(policy.logprobs[number, tokens[:t]][a] for t, a in enumerate(tokens)) + 0.0
-                                    if not tokens else
-                                    torch.exp(sum(policy.logprobs[number, tokens[:t]][a] for t, a in enumerate(tokens))))
-            for number, tokens in policy.logprobs}
+def visits(policy: Policy, world: World) -> dict[State, Tensor]:
+    """Probability that a response passes through each state; the prompts are equally likely. No gradient."""
+    table = {}
+    for number, tokens in sorted(policy.logprobs, key=lambda state: len(state[1])):
+        before = (number, tokens[:-1])
+        table[number, tokens] = (table[before] * policy.logprobs[before][tokens[-1]].exp().detach() if tokens
+                                 else torch.tensor(1.0 / len(world.prompts), dtype=torch.float64))
+    return table
+
+
+def policy_gradient_surrogate(policy: Policy, world: World, advantages: dict[State, Tensor]) -> Tensor:
+    """sum_s d(s) sum_a pi(a | s) A(s, a): its gradient, with d and A held fixed, is E[sum_t A_t grad log pi(a_t | s_t)]."""
+    share = visits(policy, world)
+    return sum(share[state] * (logprobs.exp() * advantages[state].detach()).sum() for state, logprobs in policy.logprobs.items())
+
+
+def sequence_divergence(policy: Policy, other: Policy, world: World) -> Tensor:
+    """KL(pi || other) of whole responses, mean over prompts, nats: over all responses, not state by state."""
+    ours, theirs = log_probabilities(policy, world), log_probabilities(other, world)
+    return (ours.exp() * (ours - theirs)).sum() / len(world.prompts)
+
+
+# From here on: the code under test, called exactly as training calls it.
+
+
+def padded(world: World, extra: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """prompt ids and mask [N, P] left-padded, response ids and mask [N, limit + extra] right-padded."""
+    width, pad = max(map(len, world.prompts)), world.vocab
+    prompts = [[pad] * (width - len(world.prompts[n])) + list(world.prompts[n]) for n in world.which]
+    lengths = torch.tensor([len(world.prompts[n]) for n in world.which])
+    responses = [list(response) + [pad] * (world.limit + extra - len(response)) for response in world.responses]
+    taken = torch.tensor([len(response) for response in world.responses])
+    return (torch.tensor(prompts), torch.arange(width) >= width - lengths[:, None],
+            torch.tensor(responses), torch.arange(world.limit + extra) < taken[:, None])
+
+
+def every_rollout(model: Transformer, reference: Transformer, world: World, scores: Tensor, kl_coef: float,
+                  temperature: float = 1.0, extra: int = 0) -> Rollout:
+    """All N responses as one rollout, in ragged chunks of 7."""
+    return collect_rollout(model, reference, *padded(world, extra), scores, kl_coef, temperature, 7)
+
+
+def all_pairs(world: World) -> Tensor:
+    """[number of pairs, 2] rows of every ordered pair of responses to one prompt: groups of two siblings."""
+    rows = range(len(world.responses))
+    return torch.tensor([(i, j) for i in rows for j in rows if world.which[i] == world.which[j]])
+
+
+def losses_by_group(model: Transformer, rung: Rung, rollout: Rollout, config: PolicyConfig, kl_coef: float, limit: int,
+                    group: int = 1) -> Iterator[Tensor]:
+    """The training loss of each run of `group` consecutive rows, as a minibatch of its own, with its graph."""
+    advantages, returns = advantages_and_returns(rung, rollout, config)
+    for rows in torch.arange(len(rollout.scores)).split(group):
+        tokens = int(rollout.response_mask[rows].sum())
+        yield minibatch_loss(model, rung, rollout.rows(rows), advantages[rows], returns[rows], config, kl_coef,
+                             group * limit, tokens)[0]
+
+
+def gradient(scalar: Tensor, model: Transformer) -> Tensor:
+    """d scalar / d theta, all parameters in one vector."""
+    weights = list(model.parameters())
+    parts = torch.autograd.grad(scalar, weights, allow_unused=True, retain_graph=True)
+    return torch.cat([torch.zeros_like(w).flatten() if g is None else g.flatten() for w, g in zip(weights, parts)])
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())

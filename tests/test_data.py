@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from minirlhf import data
+from minirlhf import records as record_files
 from minirlhf.config import UserError
 from minirlhf.data import (
     PreferenceGroup, PreferencePair, collate_preferences, describe_counts, encode_preferences, encode_prompts,
-    epoch_batches, pad_left, pad_right, read_preferences, read_prompts, read_records, split_holdout, unique_prompts,
+    epoch_batches, pad_left, pad_right, read_preferences, split_holdout, unique_prompts,
 )
+from minirlhf.records import read_prompts, read_records
 from minirlhf.tokenizer import decode, load_tokenizer, pad_id
 
 
@@ -166,7 +168,7 @@ def test_arrays_larger_than_any_chunk_are_read_whole_and_in_order(tmp_path, monk
     records = [{"prompt": f"{i} " + "x" * (i * 37 % 500), "chosen": '"]},[{', "rejected": "\\"} for i in range(200)]
     path = write(tmp_path, records, container)
     for chunk in (1, 7, 64, 2**16):
-        monkeypatch.setattr(data, "CHUNK", chunk)
+        monkeypatch.setattr(record_files, "CHUNK", chunk)
         assert [pair.prompt for pair in read_preferences(path)] == [record["prompt"] for record in records]
 
 
@@ -211,10 +213,10 @@ def test_bad_line_is_named_or_counted(tmp_path, kind):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"preferences": [[0, 2]]}, "points outside the 2 responses"),
-    ({"preferences": [[-1, 0]]}, "points outside"),
-    ({"preferences": [[10**30, 0]]}, "points outside"),
-    ({"preferences": [[1, 1]]}, "prefers response 1 to itself"),
+    ({"preferences": [[0, 2]]}, "must name two of the 2 responses"),
+    ({"preferences": [[-1, 0]]}, "must name two"),
+    ({"preferences": [[10**30, 0]]}, "must name two"),
+    ({"preferences": [[1, 1]]}, "must name two"),
     ({"preferences": [[0, 1, 1]]}, "must be two integers"),
     ({"preferences": [[True, False]]}, "must be two integers"),
     ({"preferences": [[0.0, 1.0]]}, "must be two integers"),
@@ -259,9 +261,9 @@ def test_missing_file_directory_and_files_without_records(tmp_path):
     with pytest.raises(UserError, match="cannot be read .Is a directory"):
         read_preferences(str(tmp_path))
     for content in ("", "\n \n", "\ufeff"):
-        with pytest.raises(UserError, match="raw.jsonl: holds no usable record .the file is empty"):
+        with pytest.raises(UserError, match="raw.jsonl: holds no usable record .0 bad"):
             read_preferences(write_raw(tmp_path, content))
-    with pytest.raises(UserError, match="all 2 are bad, the first: the record is not JSON"):
+    with pytest.raises(UserError, match="holds no usable record .2 bad ones"):
         read_preferences(write_raw(tmp_path, "a\nb\n"), skip_bad_lines=True)
 
 
@@ -285,17 +287,30 @@ def test_torn_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("text, line, n_kept", [
-    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[\n\n{good},\n]", 4, 1), ("[{good}] [", 1, 1),
-    ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1), ("[]", 1, 0), ("[", 1, 0),
+    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[\n\n{good},\n]", 4, 1),
+    ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1),
+    ("[{good}] [", 1, 1), ("[]", 1, 0), ("[", 1, 0),
+    ("[{indented}\n,\n{bad}]", 7, 1),
 ])
 def test_broken_array_names_the_line_of_the_record(tmp_path, text, line, n_kept):
     """A half-downloaded array whose last record happens to be whole must not pass for a whole file."""
-    path = write_raw(tmp_path, text.replace("{good}", GOOD).replace("{bad}", '{"prompt": "p"}'), "raw.json")
+    text = text.replace("{bad}", '{"prompt": "p"}').replace("{indented}", json.dumps(RECORDS["strings"], indent=1))
+    path = write_raw(tmp_path, text.replace("{good}", GOOD), "raw.json")
     with pytest.raises(UserError, match=f"raw.json:{line}: "):
         read_preferences(path)
     if n_kept:
         pairs, n_bad = read_records([path], skip_bad_lines=True)
         assert (len(pairs), n_bad) == (n_kept, 1)
+
+
+def test_skipping_gives_up_on_a_file_of_another_kind(tmp_path, monkeypatch):
+    """Someone else's log of millions of JSON lines would be read to its end, for nothing."""
+    monkeypatch.setattr(record_files, "MAX_BAD_RECORDS", 10)
+    path = write_raw(tmp_path, f"{GOOD}\n" * 9 + "{}\n" * 100)
+    with pytest.raises(UserError, match='raw.jsonl:20: more records are bad than usable, the last because'):
+        read_records([path], skip_bad_lines=True)
+    path = write_raw(tmp_path, f"{GOOD}\n" * 30 + "{}\n" * 30)
+    assert read_records([path], skip_bad_lines=True)[1] == 30
 
 
 def test_a_bad_first_line_does_not_decide_the_shape(tmp_path):
@@ -320,6 +335,9 @@ def test_no_prompt_is_both_trained_on_and_held_out():
     shuffled = random.Random(0).sample(pairs, len(pairs))
     assert set(split_holdout(shuffled, 0.1, seed=1)[1]) == set(heldout)
     assert set(split_holdout(pairs, 0.1, seed=2)[1]) != set(heldout)
+    for seed in range(20):
+        train, heldout = split_holdout(pairs, 0.5, seed)
+        assert not set(unique_prompts(train)) & set(unique_prompts(heldout))
 
 
 def test_neither_side_of_a_split_is_empty():
@@ -485,7 +503,7 @@ def test_batches_waste_little_padding_and_do_not_come_sorted():
 
 HOSTILE_VALUES = [
     None, True, 0, -1, 10**400, 1e300, float("nan"), float("-inf"), "", " ", "\0", "\ud800", "\udfff\ud800",
-    "\u202e\x1b[2J", [], {}, [[]], [{}], [None], [[0, 1]] * 9, {"role": "user"}, {"role": [], "content": {}}, "\n\nAssistant:" * 3000,
+    "\u202e\x1b[2J", "\n\nAssistant:" * 3000, [], {}, [[]], [{}], [[0, 1]] * 9, {"role": "user"}, {"role": [[]]},
 ]
 
 
@@ -518,8 +536,8 @@ def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
         end = min(start + rng.randrange(1, 2 ** rng.randrange(1, 9)), len(content))
         content[start:end] = rng.choice([
             b"", rng.randbytes(end - start), rng.randbytes(rng.randrange(9)), bytes(content[start:end]) * 2,
-            b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000,
-            b"\n", b",", b"]", b'"',
+            b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"[" * 3000, b'{"a":' * 3000,
+            b"9" * 5000, b"\n", b",", b"]", b'"',
         ])
     return bytes(content[:rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content)
 

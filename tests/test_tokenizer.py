@@ -11,6 +11,7 @@ from minirlhf.tokenizer import (
     EOS_TEXT, GPT2_PATTERN, HELPDESK_RANKS, decode, fingerprint, load_tokenizer, pad_id, table_rows,
 )
 
+BYTES = [bytes([i]) for i in range(256)]
 MERGES = [b"th", b"the", b" the", b"er", b"\n\n", b"\xc3\xa9"]
 
 
@@ -21,7 +22,7 @@ def rank_lines(tokens: list[bytes]) -> list[bytes]:
 def tiny_rank_file(folder) -> str:
     """All bytes, in an order that is not theirs, and a few merges."""
     path = folder / "tiny.tiktoken"
-    path.write_bytes(b"\n".join(rank_lines([bytes([255 - i]) for i in range(256)] + MERGES)) + b"\n")
+    path.write_bytes(b"\n".join(rank_lines(BYTES[::-1] + MERGES)) + b"\n")
     return str(path)
 
 
@@ -41,7 +42,7 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
 
 def test_any_text_round_trips_and_gives_ordinary_ids_only(enc):
     """A vocabulary without all 256 bytes, or one that reads '<|endoftext|>' in a text as EOS, would break this."""
-    tricky = ["", " ", "\n\n\n", "a" * 999, "é", "e\u0301", "\ufeff", "\x00\x1b[2J", EOS_TEXT, "日本語 👩‍👧", "don't"]
+    tricky = ["", "\n\n\n", "a" * 999, "é", "e\u0301", "\ufeff", "\x00\x1b[2J", EOS_TEXT, "日本語 👩‍👧", "don't"]
     for text in tricky + random_texts(500):
         ids = enc.encode_ordinary(text)
         assert decode(enc, ids) == text
@@ -56,6 +57,14 @@ def test_eos_is_a_class_and_pad_is_not(enc):
     assert enc.n_vocab == ordinary + 1
     assert pad_id(enc) == ordinary + 1
     assert table_rows(enc) % 64 == 0 and pad_id(enc) < table_rows(enc) <= pad_id(enc) + 64
+
+
+def test_pad_has_a_row_where_the_classes_fill_the_table(tmp_path):
+    """320 classes are a multiple of 64 already: a table of 320 rows would be indexed out of range by PAD."""
+    path = tmp_path / "full.tiktoken"
+    path.write_bytes(b"\n".join(rank_lines(BYTES + [b"a%d" % i for i in range(63)])))
+    enc = load_tokenizer(str(path))
+    assert enc.n_vocab == pad_id(enc) == 320 and table_rows(enc) == 384
 
 
 def test_decode_drops_eos_and_pad_and_mends_half_characters(enc):
@@ -75,7 +84,7 @@ def test_fingerprint_tells_tokenizers_apart(tmp_path):
     """A checkpoint read with other ranks of the same number would load, and babble."""
     tiny = load_tokenizer(tiny_rank_file(tmp_path))
     other = tmp_path / "other.tiktoken"
-    other.write_bytes(b"\n".join(rank_lines([bytes([i]) for i in range(256)] + MERGES)))
+    other.write_bytes(b"\n".join(rank_lines(BYTES + MERGES)))
     assert tiny.n_vocab == load_tokenizer(str(other)).n_vocab
     assert len({fingerprint(tiny), fingerprint(load_tokenizer(str(other))), fingerprint(load_tokenizer())}) == 3
     ranks, eos = tiny._mergeable_ranks, {EOS_TEXT: tiny.eot_token}
@@ -112,9 +121,6 @@ def test_no_network_and_no_cache_is_one_line(monkeypatch, error):
     with pytest.raises(UserError, match="cannot be downloaded.*TIKTOKEN_CACHE_DIR") as caught:
         load_tokenizer("gpt2")
     assert "\n" not in str(caught.value)
-
-
-BYTES = [bytes([i]) for i in range(256)]
 
 
 @pytest.mark.parametrize("lines, message", [

@@ -105,17 +105,19 @@ def _check(hidden, weight, targets, temperature):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """What the PyTorch and the Triton version share: they differ only in `statistics` and `logit_gradients`."""
+    """What the PyTorch and the Triton version share: they differ only in `statistics` and `logit_gradients`.
+
+    Under autocast dtypes stay as chosen here: it changes no product that is written in place or through `out`.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, inv_temperature, entropy, dtype, statistics, logit_gradients):
-        with torch.autocast(hidden.device.type, enabled=False):  # from here on every dtype is chosen explicitly
-            operands = hidden.to(dtype), weight.to(dtype)
-            target_logit, lse_parts, entropy_parts = statistics(*operands, targets, inv_temperature, entropy)
-            lse = lse_parts.logsumexp(0)
-            # Shannon's grouping rule: the entropy of the choice of a slab, plus the mean of the entropies inside slabs.
-            log_share = lse_parts - lse
-            entropies = (log_share.exp() * (entropy_parts - log_share)).sum(0) if entropy else None
+        operands = hidden.to(dtype), weight.to(dtype)
+        target_logit, lse_parts, entropy_parts = statistics(*operands, targets, inv_temperature, entropy)
+        lse = lse_parts.logsumexp(0)
+        # Shannon's grouping rule: the entropy of the choice of a slab, plus the mean of the entropies inside the slabs.
+        log_share = lse_parts - lse
+        entropies = (log_share.exp() * (entropy_parts - log_share)).sum(0) if entropy else None
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.settings = inv_temperature, dtype, logit_gradients
         ctx.set_materialize_grads(False)  # so an entropy that is only logged costs nothing in backward
@@ -130,16 +132,15 @@ class _TokenLogprobs(torch.autograd.Function):
         """
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         inv_temperature, dtype, logit_gradients = ctx.settings
-        g = torch.zeros_like(lse) if grad_logp is None else grad_logp
+        g = torch.zeros_like(lse) if grad_logp is None else grad_logp.contiguous()  # that of a sum arrives expanded
         constant, slope = (-g, None) if grad_entropy is None else (-g - grad_entropy * entropies, -grad_entropy)
         per_row = targets, lse, g, constant, slope
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            h, w = hidden.to(dtype), weight.to(dtype)
-            for rows, columns, dz in logit_gradients(h, w, inv_temperature, *per_row):
-                _add_product(d_hidden[rows], dz, w[columns], inv_temperature)
-                _add_product(d_weight[columns], dz.T, h[rows], inv_temperature)
+        h, w = hidden.to(dtype), weight.to(dtype)
+        for rows, columns, dz in logit_gradients(h, w, inv_temperature, *per_row):
+            _add_product(d_hidden[rows], dz, w[columns], inv_temperature)
+            _add_product(d_weight[columns], dz.T, h[rows], inv_temperature)
         return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None, None, None
 
 

@@ -7,11 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-# A tile of dz is an operand of two cuBLAS products, large enough for their full speed; in bfloat16 it takes 256 MiB.
-ROWS, COLUMNS = 16384, 8192
+# A tile of dz is an operand of two cuBLAS products: large enough for their full speed, and 128 MiB in bfloat16.
+ROWS, COLUMNS = 8192, 8192
 
-# Tile of one program: rows, vocabulary, step along D. Two programs with half-precision operands fit on a multiprocessor,
-# so that one computes exponentials while the other multiplies. float32 has no exact matrix unit: small tiles, no spills.
+# The tile of one program: rows, vocabulary, step along D. In half precision two programs fit on one multiprocessor of
+# an H200 (128 registers a thread, save for the gradient of the entropy; 96 KiB), so that one multiplies while the other
+# computes exponentials. float32 has no exact matrix unit, and its products need registers: smaller tiles.
 HALF = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=3)
 FLOAT32 = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, num_warps=4, num_stages=3)
 
@@ -32,22 +33,23 @@ def statistics(hidden, weight, targets, inv_temperature, entropy):
 
 
 def logit_gradients(hidden, weight, inv_temperature, targets, lse, g, constant, slope):
-    """Yield (rows, columns, dz), a tile at a time: dz = g onehot + p (constant + slope log p), in the operands' dtype."""
+    """Yield (rows, columns, dz), a tile at a time: dz = g onehot + p (constant + slope log p) in the operands' dtype."""
     config = _config(hidden)
     hidden, weight = _row_major(hidden), _row_major(weight)
-    buffer = hidden.new_empty(min(ROWS, len(hidden)) * min(COLUMNS, len(weight)))
+    width = triton.cdiv(min(COLUMNS, len(weight)), 8) * 8  # rows start at multiples of 16 bytes: cuBLAS's fast kernels
+    buffer = hidden.new_empty(min(ROWS, len(hidden)), width)
     for v in range(0, len(weight), COLUMNS):
         slab = weight[v:v + COLUMNS]
         for n in range(0, len(hidden), ROWS):
-            rows, columns = slice(n, min(n + ROWS, len(hidden))), slice(v, v + len(slab))
-            block = hidden[rows]
-            dz = buffer[:len(block) * len(slab)].view(len(block), len(slab))
+            block = hidden[n:n + ROWS]
+            rows, columns = slice(n, n + len(block)), slice(v, v + len(slab))
+            dz = buffer[:len(block), :len(slab)]
             grid = triton.cdiv(len(slab), config["BLOCK_V"]), triton.cdiv(len(block), config["BLOCK_N"])
             with torch.cuda.device_of(hidden):
                 gradient_kernel[grid](
-                    block, slab, targets[rows] - v, lse[rows], g[rows].contiguous(), constant[rows],
+                    block, slab, targets[rows] - v, lse[rows], g[rows], constant[rows],
                     None if slope is None else slope[rows], dz,
-                    *block.shape, len(slab), hidden.stride(0), weight.stride(0), inv_temperature, **config)
+                    *block.shape, len(slab), hidden.stride(0), weight.stride(0), width, inv_temperature, **config)
             yield rows, columns, dz
 
 
@@ -59,8 +61,8 @@ def statistics_kernel(
 ):
     """lse = log sum_v exp z and, unless entropies is None, H = -sum_v p log p, over the columns v of one tile."""
     row_tile, column_tile = _position()
-    rows = row_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = column_tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     z = _logits(hidden, weight, rows, columns, N, D, V, hidden_stride, weight_stride, inv_temperature, BLOCK_D)
 
     z_max = tl.max(z, 1)
@@ -72,21 +74,21 @@ def statistics_kernel(
         h = tl.log(total) - tl.sum(e * shifted, 1) / total
         tl.store(entropies + column_tile * N + rows, h, mask=rows < N)
 
-    target = tl.load(targets + rows, mask=rows < N, other=-1)
+    target = tl.load(targets + rows, mask=rows < N, other=0)
     z_target = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-    tl.store(target_logit + rows, z_target, mask=target // BLOCK_V == column_tile)
+    tl.store(target_logit + rows, z_target, mask=(rows < N) & (target // BLOCK_V == column_tile))
 
 
 @triton.jit
 def gradient_kernel(
     hidden, weight, targets, lse, g, constant, slope, dz,
-    N, D, V, hidden_stride, weight_stride, inv_temperature,
+    N, D, V, hidden_stride, weight_stride, dz_stride, inv_temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """dz = g onehot + p (constant + slope log p) on one tile, log p = z - lse; slope may be None."""
     row_tile, column_tile = _position()
-    rows = row_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = column_tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     z = _logits(hidden, weight, rows, columns, N, D, V, hidden_stride, weight_stride, inv_temperature, BLOCK_D)
 
     log_p = z - tl.load(lse + rows, mask=rows < N, other=0.0)[:, None]
@@ -95,17 +97,17 @@ def gradient_kernel(
         factor += tl.load(slope + rows, mask=rows < N, other=0.0)[:, None] * log_p
     gradient = tl.exp(log_p) * factor
 
-    target = tl.load(targets + rows, mask=rows < N, other=-1)
+    target = tl.load(targets + rows, mask=rows < N, other=0)
     g_row = tl.load(g + rows, mask=rows < N, other=0.0)
     gradient += tl.where(columns[None, :] == target[:, None], g_row[:, None], 0.0)
 
     inside = (rows < N)[:, None] & (columns < V)[None, :]
-    tl.store(dz + rows[:, None] * V + columns[None, :], gradient.to(dz.dtype.element_ty), mask=inside)
+    tl.store(dz + rows[:, None] * dz_stride + columns[None, :], gradient.to(dz.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _position():
-    """(row tile, vocabulary tile) of this program; neighbours form groups of 8 row tiles, which share operands in L2."""
+    """(row tile, vocabulary tile) of this program: neighbours form groups of 8 row tiles and share operands in L2."""
     return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
 
 
@@ -115,13 +117,13 @@ def _logits(
     N, D, V, hidden_stride, weight_stride, inv_temperature, BLOCK_D: tl.constexpr,
 ):
     """z = hidden[rows] @ weight[columns].T * inv_temperature, summed in float32; -1e30 beyond the vocabulary."""
+    h_rows = hidden + rows.to(tl.int64)[:, None] * hidden_stride  # 64 bits: a large table has more than 2^31 elements
+    w_rows = weight + columns.to(tl.int64)[None, :] * weight_stride
     z = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for d_start in range(0, D, BLOCK_D):
         d = d_start + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden + rows[:, None] * hidden_stride + d[None, :],
-                    mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0)
-        w = tl.load(weight + columns[None, :] * weight_stride + d[:, None],
-                    mask=(columns < V)[None, :] & (d < D)[:, None], other=0.0)
+        h = tl.load(h_rows + d[None, :], mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0)
+        w = tl.load(w_rows + d[:, None], mask=(columns < V)[None, :] & (d < D)[:, None], other=0.0)
         z = tl.dot(h, w, z, input_precision="ieee")  # float32 operands stay float32: no TF32
     return tl.where(columns[None, :] < V, z * inv_temperature, -1e30)
 

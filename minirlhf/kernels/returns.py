@@ -40,7 +40,7 @@ def _check(rewards, mask, gamma):
         raise ValueError(f"rewards must be a non-empty floating-point [B, R], got {describe(rewards)}")
     if rewards.requires_grad:
         raise ValueError(f"rewards {describe(rewards)} require grad, but returns are targets: pass rewards.detach()")
-    if mask.shape != rewards.shape or mask.device != rewards.device or mask.is_complex():
+    if mask.shape != rewards.shape or mask.device != rewards.device:
         raise ValueError(f"mask must be {list(rewards.shape)} on {rewards.device}, got {describe(mask)}")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
@@ -52,7 +52,7 @@ def _check(rewards, mask, gamma):
 
 
 def _scan(rewards, valid, gamma):
-    """The recurrence in blocks of columns: within a block a product with a triangle of powers, then the next one's carry.
+    """The recurrence in blocks: inside one a product with a triangle of powers, then the carry from the block after it.
 
     With rewards 0 beyond the mask the coefficient is gamma everywhere, and the recurrence is x = rewards @ L with
     L[s, t] = gamma^(s-t) for s >= t: R^2 products a row. Blocks of K columns need only K R.
@@ -69,7 +69,7 @@ def _scan(rewards, valid, gamma):
 
 @functools.lru_cache(maxsize=16)
 def _powers(gamma, dtype, device):
-    """triangle[s, t] = gamma^(s-t) for s >= t, else 0, [K, K], and gamma^(K-t), [K]: in float64, once for each gamma."""
+    """gamma^(s-t) for s >= t, else 0, at [s, t] of [K, K], and gamma^(K-t), [K]; computed in float64, once a gamma."""
     t = torch.arange(BLOCK, dtype=torch.float64)
     triangle = torch.tril(gamma ** (t[:, None] - t).clamp(min=0))
     return triangle.to(device, dtype), (gamma ** (BLOCK - t)).to(device, dtype)

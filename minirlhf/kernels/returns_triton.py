@@ -33,8 +33,8 @@ def scan_kernel(rewards, valid, returns, B, R, gamma, BLOCK_B: tl.constexpr, BLO
         inside = (rows < B)[:, None] & (t < R)[None, :]
         r = tl.load(rewards + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.where(tl.load(valid + at, mask=inside, other=0) != 0, r, 0.0)
-        # power_t = gamma^(columns from t to the end of the block), so that x_t = (sum inside the block) + power_t x_after
-        power, x = tl.associative_scan((tl.full([BLOCK_B, BLOCK_R], 0.0, tl.float32) + gamma, r), 1, _then, reverse=True)
+        # x: the sums inside the block; power: gamma^(columns from t to its end), the weight of what comes after it.
+        power, x = tl.associative_scan((tl.zeros_like(r) + gamma, r), 1, _then, reverse=True)
         x += power * after[:, None]
         tl.store(returns + at, x, mask=inside)
         after = tl.sum(tl.where(t[None, :] == start, x, 0.0), 1)

@@ -1,6 +1,6 @@
 """A byte-level BPE trainer that writes tiktoken's rank files.
 
-`python -m minirlhf.tools.bpe OUT --size 1022 FILE...` learns from preference files (every string in their JSON) or plain text.
+`python -m minirlhf.tools.bpe OUT --size 1022 FILE...` learns from preference files (all strings) or plain text.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import base64
 import collections
 import gzip
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,7 @@ from pathlib import Path
 import regex  # the standard re lacks \p{L}; tiktoken itself requires this package, so it is always there
 
 from minirlhf.config import UserError, fail
-
-# GPT-2's split into words (Radford et al. 2019, encoder.py): contractions, letters, digits, signs, white space.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+from minirlhf.tokenizer import GPT2_PATTERN
 
 
 def merge(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
@@ -28,8 +27,8 @@ def merge(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
     """
     parts = list(parts)
     while len(parts) > 1:
-        rank, place = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank == len(ranks):
+        rank, place = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank == math.inf:
             break
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
     return parts
@@ -69,7 +68,7 @@ def train_ranks(texts: Iterable[str], n_ranks: int, pattern: str = GPT2_PATTERN)
     return ranks
 
 
-def fill_table(ranks: dict[bytes, int]) -> dict[bytes, int]:
+def whole_table(ranks: dict[bytes, int]) -> dict[bytes, int]:
     """The first ranks, as many as leave no row of the embedding table unused: with EOS and PAD a multiple of 64."""
     keep = max(256, (len(ranks) + 2) // 64 * 64 - 2)
     return {token: rank for token, rank in ranks.items() if rank < keep}
@@ -77,8 +76,8 @@ def fill_table(ranks: dict[bytes, int]) -> dict[bytes, int]:
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     """tiktoken's own format: one line per token, base64 of its bytes, a blank, its rank."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])]
-    Path(path).write_bytes(b"".join(lines))
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    Path(path).write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % ranks[token] for token in ordered))
 
 
 def strings_in(value) -> Iterator[str]:
@@ -116,9 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
         if options.size < 256:
             raise UserError(f"--size {options.size} is below 256: every byte needs a rank")
         ranks = train_ranks((text for path in options.files for text in read_texts(path)), options.size)
+        write_ranks(options.out, ranks)
     except UserError as error:
         sys.exit(fail(str(error), 2))
-    write_ranks(options.out, ranks)
+    except OSError as error:
+        sys.exit(fail(f"{options.out}: {error.strerror}", 2))
     print(f"{len(ranks)} ranks in {options.out}")
 
 

@@ -1,0 +1,43 @@
+"""Set-up that must precede every import of a test file."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tiny  # noqa: E402
+import train_reward  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """The scripts catch SIGINT and SIGTERM; a Ctrl-C must go on to stop pytest after a test that ran one."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """The folder of the tiny task's files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_run(inputs, tmp_path_factory) -> Path:
+    """A finished reward run on the tiny task, trained for long enough that its base model ends most replies."""
+    folder = tmp_path_factory.mktemp("run") / "reward"
+    train_reward.main(tiny.reward_config(inputs, folder, warmup_sequences=480, epochs=3, normalise_prompts=14))
+    return folder

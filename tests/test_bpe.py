@@ -1,0 +1,128 @@
+"""The BPE trainer: equal to a naive one, consistent with tiktoken, and a vocabulary of whole words for the task."""
+
+import base64
+import gzip
+import json
+import random
+
+import pytest
+import regex
+import tiktoken
+
+from minirlhf.helpdesk import PHRASES, SPLITS, prompts_of
+from minirlhf.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
+from minirlhf.tools.bpe import main, merge, train_ranks, whole_table, write_ranks
+
+CORPUS = ["the cat sat on the mat; the rat ate the fat cat", "aaaa aaa aa", "banana bandana", "été été, 日本 日本", "it's 2024"]
+
+
+def as_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding("test", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def read_ranks(path) -> dict[bytes, int]:
+    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+
+
+def naive_ranks(texts: list[str], n_ranks: int) -> dict[bytes, int]:
+    """Encode the whole corpus anew with tiktoken after every merge, and count the joins of neighbours from scratch."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < n_ranks:
+        encoding, counts = as_encoding(ranks), {}
+        for word in (word for text in texts for word in regex.findall(GPT2_PATTERN, text)):
+            tokens = [encoding.decode_single_token_bytes(i) for i in encoding.encode_ordinary(word)]
+            for a, b in zip(tokens, tokens[1:]):
+                counts[a + b] = counts.get(a + b, 0) + 1
+        if not counts:
+            break
+        ranks[min(counts, key=lambda join: (-counts[join], join))] = len(ranks)
+    return ranks
+
+
+def random_corpus(seed: int) -> list[str]:
+    """Words over two letters: every join overlaps with every other, which is where incremental counts go wrong."""
+    rng = random.Random(seed)
+    return [" ".join("".join(rng.choices("ab", k=rng.randrange(1, 12))) for _ in range(30))]
+
+
+@pytest.mark.parametrize("texts", [CORPUS, *map(random_corpus, range(5))])
+@pytest.mark.parametrize("n_ranks", [256, 257, 290, 2000])
+def test_incremental_counts_equal_counting_anew(texts, n_ranks):
+    """A count that is not updated in one of the words a merge touches makes a later merge the wrong one."""
+    assert train_ranks(texts, n_ranks, GPT2_PATTERN) == naive_ranks(texts, n_ranks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tiktoken_encodes_as_merging_by_rank_does(seed):
+    """A trainer that knows a token by its two halves learns merges that tiktoken, which knows joined bytes, never makes."""
+    ranks = train_ranks(CORPUS + random_corpus(seed), 330)
+    encoding = as_encoding(ranks)
+    for word in regex.findall(GPT2_PATTERN, " ".join(CORPUS + random_corpus(seed + 100))):
+        merged = merge([bytes([byte]) for byte in word.encode()], ranks)
+        assert [ranks[token] for token in merged] == encoding.encode_ordinary(word)
+
+
+def test_bytes_come_first_and_ties_go_to_the_first_in_byte_order():
+    """Ties broken by the order of a dict or a set would make a rebuilt vocabulary differ from the shipped one."""
+    ranks = train_ranks(["yx ba yx ba"], 300)
+    assert list(ranks.values()) == list(range(len(ranks)))
+    assert list(ranks)[:256] == [bytes([byte]) for byte in range(256)]
+    assert list(ranks)[256:] == [b" b", b" ba", b"yx", b" yx"]  # three joins come twice, the last once; then none is left
+    assert train_ranks([], 300) == train_ranks(["a b c"], 256)
+    with pytest.raises(ValueError, match="255"):
+        train_ranks([], 255)
+
+
+def test_whole_table_leaves_no_row_of_the_embedding_table_unused():
+    for trained, kept in ((256, 256), (317, 256), (318, 318), (826, 766), (830, 830), (1022, 1022)):
+        ranks = {bytes([i // 256, i % 256]): i for i in range(trained)}
+        assert list(whole_table(ranks)) == list(ranks)[:kept]
+
+
+def test_shipped_vocabulary_fills_its_table_and_has_a_token_for_every_word_of_the_task():
+    """A word that is spelt in pieces makes replies longer, and colours and items harder to copy."""
+    encoding = load_tokenizer("helpdesk")
+    assert (encoding.n_vocab + 1) % 64 == 0
+    prompts = [prompt for contexts in SPLITS.values() for context in contexts for prompt in prompts_of(context)]
+    said = [phrase for topics in PHRASES.values() for phrases in topics.values() for phrase in phrases]
+    replies = [" " + phrase.replace("{x}", "it") for phrase in said]
+    words = {word for text in prompts + replies for word in regex.findall(GPT2_PATTERN, text)}
+    assert len(words) > 200
+    assert {word for word in words if len(encoding.encode_ordinary(word)) > 1} == set()
+
+
+def test_rank_file_is_tiktokens_own_format(tmp_path):
+    ranks = train_ranks(CORPUS, 300)
+    write_ranks(tmp_path / "tiny.tiktoken", dict(reversed(ranks.items())))
+    assert read_ranks(tmp_path / "tiny.tiktoken") == ranks
+    encoding = load_tokenizer(str(tmp_path / "tiny.tiktoken"))
+    for text in CORPUS + ["\x00\r\n\t", "Ωmega 👩‍👧", ""]:
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert HELPDESK_RANKS.read_bytes().endswith(b"\n") and b"\r" not in HELPDESK_RANKS.read_bytes()
+
+
+def test_command_reads_text_and_every_string_of_preference_files(tmp_path, capsys):
+    rows = [{"prompt": "zebra", "responses": [" zebra zebra", " quagga"], "preferences": [[0, 1]]}] * 2
+    (tmp_path / "plain.txt").write_text("zebra okapi okapi", encoding="utf-8")
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(map(json.dumps, rows)) + "\n\n")
+    out = tmp_path / "out.tiktoken"
+    main([str(out), *(str(tmp_path / name) for name in ("plain.txt", "rows.json", "rows.jsonl.gz")), "--size", "300"])
+    texts = ["zebra okapi okapi"] + ["zebra", " zebra zebra", " quagga"] * 4
+    assert read_ranks(out) == train_ranks(texts, 300)
+    assert capsys.readouterr().out.startswith(f"{len(train_ranks(texts, 300))} ranks in ")
+
+
+BAD_FILES = {"missing.txt": None, "bad.json": b"{", "bad.jsonl.gz": b"no gzip", "latin.txt": b"\xe9"}
+
+
+@pytest.mark.parametrize("name, content", BAD_FILES.items())
+def test_command_stops_with_one_line_and_writes_nothing(tmp_path, capsys, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "out"), str(tmp_path / name)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and name in error
+    assert not (tmp_path / "out").exists()

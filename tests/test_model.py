@@ -1,0 +1,238 @@
+"""A sequence has one log-prob, one value and one score, however it is padded, batched or cached."""
+
+import math
+
+import pytest
+import torch
+from tiny import random_model
+
+import train_reward
+from minirlhf.config import UserError
+from minirlhf.data import PreferenceGroup, pad_left, pad_right
+from minirlhf.generate import generate
+from minirlhf.model import KVCache, ModelConfig, Transformer, pick_device, sequence_scores
+from minirlhf.rollout import collect_rollout, evaluate_actions, sequence_kl
+
+PROMPTS = [[1, 2, 3, 4], [5], [6, 7], [8, 1, 5]]
+RESPONSES = [[3, 10], [4, 5, 6, 10], [7, 2, 1, 8, 9], [10]]
+PAD = 40  # no row of the softmax, but of the table
+
+
+def alone(model, prompt, response):
+    """(log-probs, values) of a response by the plainest code: one unpadded sequence, a loop over its tokens."""
+    ids = torch.tensor([prompt + response])
+    hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+    logprobs, values = [], []
+    for place, token in enumerate(response, start=len(prompt)):
+        logprobs.append((hidden[place - 1] @ model.wte.weight[:11].T).log_softmax(0)[token])
+        values.append(model.value_head(hidden[place - 1])[0])
+    return torch.stack(logprobs), torch.stack(values)
+
+
+def evaluate(model, order, extra_left=0, extra_right=0):
+    """(log-probs, values, entropies) of a batch of the sequences in this order, with so many columns of padding more."""
+    prompts, prompt_mask = pad_left([PROMPTS[i] for i in order], PAD)
+    responses, response_mask = pad_right([RESPONSES[i] for i in order], PAD)
+    left, right = torch.full((len(order), extra_left), PAD), torch.full((len(order), extra_right), PAD)
+    return evaluate_actions(
+        model, torch.cat([left, prompts], 1), torch.cat([left < 0, prompt_mask], 1),
+        torch.cat([responses, right], 1), torch.cat([response_mask, right < 0], 1), 1.0, entropy=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 2), (1,)])
+@pytest.mark.parametrize("extra", [(0, 0), (5, 0), (0, 4), (3, 2)])
+def test_log_prob_and_value_do_not_depend_on_padding_or_batch(order, extra):
+    """Positions that count padding, or a mask that lets it be seen, shift log-probs by tens of nats without an error."""
+    model = random_model()
+    logprobs, values, _ = evaluate(model, order, *extra)
+    for row, i in enumerate(order):
+        expected = alone(model, PROMPTS[i], RESPONSES[i])
+        for found, wanted in zip((logprobs, values), expected):
+            torch.testing.assert_close(found[row, :len(wanted)], wanted, rtol=0, atol=1e-5)
+            assert (found[row, len(wanted):] == 0).all()
+
+
+def test_entropy_is_that_of_the_softmax_and_zero_on_padding():
+    """Entropy averaged over padding reads as collapse (or as health) that is not there."""
+    model = random_model()
+    _, _, entropy = evaluate(model, (0,), 2, 3)
+    ids = torch.tensor([PROMPTS[0] + RESPONSES[0]])
+    hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+    p = (hidden[3:5] @ model.wte.weight[:11].T).softmax(-1)
+    torch.testing.assert_close(entropy[0, :2], -(p * p.log()).sum(-1), rtol=0, atol=1e-5)
+    assert (entropy[0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("pad", [pad_left, pad_right])
+@pytest.mark.parametrize("extra", [0, 4])
+def test_score_is_read_at_the_last_real_token_under_any_padding(pad, extra):
+    """Read at column -1, a right-padded sequence is scored at its padding; read at the mask's sum, a left-padded one is."""
+    model = random_model()
+    model.score_shift.fill_(0.5)
+    model.score_scale.fill_(2.0)
+    sequences = [p + r for p, r in zip(PROMPTS, RESPONSES)]
+    longest = max(map(len, sequences)) + extra
+    ids, mask = pad(sequences + [[1] * longest], PAD)
+    scores = sequence_scores(model, ids, mask)
+    for sequence, score in zip(sequences, scores):
+        one = torch.tensor([sequence])
+        hidden = model(one, torch.ones_like(one, dtype=torch.bool))
+        torch.testing.assert_close(score, (model.reward_head(hidden[0, -1])[0] - 0.5) / 2.0, rtol=0, atol=1e-5)
+
+
+def test_what_stands_in_padding_changes_nothing():
+    """A stray id in the padding that reaches attention makes results depend on whatever was in the batch before."""
+    model = random_model()
+    ids, mask = pad_left([p + r for p, r in zip(PROMPTS, RESPONSES)], PAD)
+    noise = torch.where(mask, ids, torch.randint(0, 64, ids.shape, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(model(ids, mask)[mask], model(noise, mask)[mask])
+
+
+def test_hidden_states_do_not_depend_on_later_tokens():
+    """A leak from the future makes every log-prob too good, and sampling can never match it."""
+    model = random_model()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    changed = torch.tensor([[1, 2, 3, 9, 9]])
+    torch.testing.assert_close(model(ids, mask)[:, :3], model(changed, mask)[:, :3], rtol=0, atol=1e-6)
+    assert not torch.allclose(model(ids, mask)[:, 3:], model(changed, mask)[:, 3:])
+
+
+@pytest.mark.parametrize("cuts", [(6, 7, 8, 9), (7, 9), (9,), (6, 8, 9)])
+def test_reading_in_pieces_through_the_cache_equals_reading_at_once(cuts):
+    """Decoding with positions or masks that differ from the learner's samples from another policy than the one trained."""
+    model = random_model()
+    ids, mask = pad_left([[1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 3, 2, 1, 5]], PAD)
+    cache, hidden, start = KVCache(model, 2, 9), [], 0
+    for end in cuts:
+        hidden.append(model(ids[:, start:end], mask[:, :end], cache))
+        start = end
+    torch.testing.assert_close(torch.cat(hidden, 1)[mask], model(ids, mask)[mask], rtol=0, atol=1e-5)
+
+
+def test_rows_that_leave_the_cache_leave_the_others_as_they_were():
+    """After finished rows have left, each row must go on with its own keys and values, not with a neighbour's."""
+    model = random_model()
+    ids, mask = pad_left([[1, 2, 3], [4], [5, 6]], PAD)
+    cache = KVCache(model, 3, 5)
+    model(ids, mask, cache)
+    kept = torch.tensor([True, False, True])
+    cache.keep_rows(kept)
+    token, longer = torch.tensor([[7], [8]]), torch.cat([mask[kept], torch.ones(2, 1, dtype=torch.bool)], 1)
+    whole = model(torch.cat([ids[kept], token], 1), longer)[:, -1]
+    torch.testing.assert_close(model(token, longer, cache)[:, -1], whole, rtol=0, atol=1e-5)
+
+
+def test_train_and_eval_mode_give_the_same_log_probs():
+    """Dropout between sampling and learning makes the first importance ratio differ from 1."""
+    model = random_model()
+    prompts, responses = pad_left(PROMPTS, PAD), pad_right(RESPONSES, PAD)
+    both = [evaluate_actions(mode, *prompts, *responses, 1.0, entropy=True) for mode in (model.train(), model.eval())]
+    assert all(torch.equal(a, b) for a, b in zip(*both))
+    assert torch.equal(*(sequence_scores(mode, *prompts) for mode in (model.train(), model.eval())))
+
+
+def test_temperature_divides_the_logits_of_policy_and_reference_alike():
+    """A reference at temperature 1 beside a policy at 0.7 charges a KL penalty to a policy that has not moved."""
+    policy, reference = random_model(1), random_model(2)
+    sampled = (*pad_left(PROMPTS[:2], PAD), *pad_right(RESPONSES[:2], PAD))
+    rollout = collect_rollout(policy, reference, *sampled, torch.zeros(2), 0.1, 0.7, 0)
+    for model, logprobs in ((policy, rollout.logprobs), (reference, rollout.ref_logprobs)):
+        ids = torch.tensor([PROMPTS[0] + RESPONSES[0]])
+        logits = model(ids, torch.ones_like(ids, dtype=torch.bool))[0, 3:5] @ model.wte.weight[:11].T
+        wanted = (logits / 0.7).log_softmax(-1)[torch.arange(2), torch.tensor(RESPONSES[0])]
+        torch.testing.assert_close(logprobs[0, :2], wanted, rtol=0, atol=1e-5)
+    same = collect_rollout(policy, policy, *sampled, torch.zeros(2), 0.1, 0.7, 0)
+    assert torch.equal(same.logprobs, same.ref_logprobs)
+    assert (sequence_kl(policy, policy, sampled, 0.7) == 0).all()
+
+
+def test_padding_and_rounding_rows_are_in_no_softmax():
+    """Rows beyond the vocabulary in the softmax take probability from real tokens: log-probs too low, whatever is learnt."""
+    model = random_model()
+    sampled = (*pad_left(PROMPTS[:1], PAD), torch.arange(11)[:, None])
+    prompt, mask = (x.expand(11, -1) for x in sampled[:2])
+    before, _, _ = evaluate_actions(model, prompt, mask, sampled[2], torch.ones(11, 1, dtype=torch.bool), 1.0)
+    assert before.exp().sum() == pytest.approx(1.0, abs=1e-5)
+    model.wte.weight[11:] *= 100
+    after, _, _ = evaluate_actions(model, prompt, mask, sampled[2], torch.ones(11, 1, dtype=torch.bool), 1.0)
+    assert torch.equal(before, after)
+
+
+def test_a_fresh_model_scores_and_values_everything_zero():
+    """Heads that start at random numbers start training with a gradient that undoes them."""
+    model = Transformer(ModelConfig(11, 64, n_layer=1, n_head=2, d_model=16, context=12))
+    ids, mask = pad_right(PROMPTS, PAD)
+    assert (sequence_scores(model, ids, mask) == 0).all()
+    assert (model.value_head(model(ids, mask)) == 0).all()
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.1])
+def test_the_first_preference_loss_is_exactly_ln_2(centering):
+    """Anything else at step 0 is a wrong margin, a wrong reduction or a head that does not start at 0."""
+    model = Transformer(ModelConfig(11, 64, n_layer=1, n_head=2, d_model=16, context=12))
+    groups = [PreferenceGroup((1, 2), ((3, 10), (4, 5, 10), (6,)), ((0, 1, 0.0, 1.0), (2, 1, 0.0, 0.5))),
+              PreferenceGroup((7,), ((8, 10), (9, 10)), ((1, 0, 0.0, 1.0),))]
+    loss, accuracy = train_reward.pair_loss(model, groups, PAD, centering, total_weight=2.5)
+    assert loss.item() == torch.tensor(2.0).log().item() == pytest.approx(math.log(2), abs=1e-7)
+    assert accuracy.item() == 0.5  # a tie is half right
+
+
+def test_one_row_and_one_token_work_everywhere():
+    """squeeze() without a dimension, std of one number: batches of one are where shapes break."""
+    model = random_model()
+    prompt, mask = torch.tensor([[3]]), torch.tensor([[True]])
+    response, response_mask = generate(model, prompt, mask, 1, eos=10, pad=PAD)
+    assert response.shape == response_mask.shape == (1, 1)
+    rollout = collect_rollout(model, model, prompt, mask, response, response_mask, torch.ones(1), 0.1, 1.0, 0)
+    assert rollout.logprobs.shape == rollout.values.shape == rollout.rewards.shape == (1, 1)
+    assert rollout.rewards.item() == 1.0
+    assert sequence_scores(model, prompt, mask).shape == (1,)
+    assert sequence_kl(model, model, (prompt, mask, response, response_mask), 1.0).tolist() == [0.0]
+
+
+def test_nothing_changes_its_arguments():
+    """A mask written to in place corrupts the batch for whoever reads it next."""
+    model = random_model()
+    sampled = (*pad_left(PROMPTS, PAD), *pad_right(RESPONSES, PAD))
+    copies = [tensor.clone() for tensor in sampled]
+    generate(model, *sampled[:2], 4, eos=10, pad=PAD)
+    sequence_scores(model, *sampled[:2])
+    collect_rollout(model, model, *sampled, torch.zeros(4), 0.1, 1.0, 2)
+    sequence_kl(model, model, sampled, 1.0)
+    assert all(torch.equal(*pair) for pair in zip(sampled, copies))
+
+
+def test_micro_batches_of_a_rollout_equal_the_whole():
+    """Rows measured in a smaller batch must be the same rows in the same places."""
+    policy, reference = random_model(1), random_model(2)
+    sampled = (*pad_left(PROMPTS, PAD), *pad_right(RESPONSES, PAD), torch.arange(4.0))
+    whole, *cut = (collect_rollout(policy, reference, *sampled, 0.1, 1.0, size) for size in (0, 1, 3))
+    for rollout in cut:
+        for found, wanted in zip(rollout, whole):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_sequence_beyond_the_context_is_an_error_that_names_it():
+    """Positions past the table would be an IndexError deep inside, or on CUDA an assertion without a name."""
+    with pytest.raises(ValueError, match=r"ids \(1, 25\).*context of 24"):
+        random_model()(torch.ones(1, 25, dtype=torch.long), torch.ones(1, 25, dtype=torch.bool))
+
+
+def test_the_same_seed_makes_the_same_weights():
+    """Weights from the global generator depend on whatever was drawn before."""
+    sizes = ModelConfig(11, 64, n_layer=1, n_head=2, d_model=16, context=12)
+    torch.manual_seed(1)
+    first = Transformer(sizes, seed=3).state_dict()
+    torch.manual_seed(2)
+    second, other = Transformer(sizes, seed=3).state_dict(), Transformer(sizes, seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["wte.weight"], other["wte.weight"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only a machine without CUDA refuses it")
+def test_a_device_that_is_not_there_is_refused_by_name():
+    """torch's own complaint is a page long and comes after the data has been read."""
+    with pytest.raises(UserError, match="--device cuda"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"

@@ -1,0 +1,196 @@
+"""A task, settings and a model so small that a run of either script takes a tenth of a second.
+
+The task: the reply to "b 3:" should be " bb", the letter twice. This module is also the task's truth: --task tiny.
+"""
+
+import base64
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from minirlhf.checkpoint import load_checkpoint
+from minirlhf.config import PolicyConfig, RewardConfig, run_script
+from minirlhf.log import Metrics
+from minirlhf.model import ModelConfig, Transformer
+
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and sums are the same bits in every process
+
+ROOT = Path(__file__).parent.parent
+LETTERS = "abcd"
+EOS, PAD, VOCAB = 256, 257, 257  # of the tokenizer that write_inputs makes: a token for each byte
+
+
+# ---- the truth -------------------------------------------------------------------------------------------------------
+
+
+def gold(prompt: str, response: str, finished: bool = True) -> float:
+    """+1 for each of the first two letters that is right, -0.25 for every other character, -1 for not ending."""
+    said = response.removeprefix(" ")
+    right = min(2, said.count(prompt[0]))
+    return right - 0.25 * (len(said) - right) - (0.0 if finished else 1.0)
+
+
+def best_response(prompt: str) -> str:
+    return f" {prompt[0] * 2}"
+
+
+def probes(prompt: str) -> dict[str, str]:
+    return {"once": f" {prompt[0]}", "wrong letter": " zz"}
+
+
+def preference_probability(prompt: str, a: str, b: str) -> float:
+    return 1 / (1 + math.exp(gold(prompt, b) - gold(prompt, a)))
+
+
+def letters_right(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward of the user's own, for --reward tiny:letters_right."""
+    return [gold(prompt, response) for prompt, response in zip(prompts, responses)]
+
+
+# ---- inputs and settings ---------------------------------------------------------------------------------------------
+
+
+def write_inputs(folder: Path) -> None:
+    """pairs.jsonl, 40 pairs of 20 prompts, and bytes.tiktoken."""
+    records = [dict(prompt=f"{letter} {number}:", chosen=f" {letter * 2}", rejected=rejected)
+               for number in range(5) for place, letter in enumerate(LETTERS)
+               for rejected in (f" {LETTERS[place - 1]}", f" {letter}x")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "bytes.tiktoken").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+
+
+def reward_config(inputs: Path, out: Path | str, **changes) -> RewardConfig:
+    """3 steps of warm-up and 4 of preferences; inputs: the folder of write_inputs."""
+    settings = dict(data=(str(inputs / "pairs.jsonl"),), tokenizer=str(inputs / "bytes.tiktoken"), task="tiny", holdout=0.3,
+                    n_layer=1, n_head=2, d_model=16, max_prompt_length=6, max_response_length=5, warmup_sequences=24,
+                    warmup_batch_size=8, warmup_lr=1e-2, batch_size=4, lr=1e-2, normalise_prompts=8, device="cpu", out=str(out))
+    return RewardConfig(**{**settings, **changes})
+
+
+def policy_config(reward_run: Path, out: Path | str, **changes) -> PolicyConfig:
+    """2 iterations of 8 responses."""
+    settings = dict(reward_run=str(reward_run), iterations=2, batch_size=8, minibatch_size=4, lr=1e-2, eval_prompts=4,
+                    test_prompts=4, best_of_n=0, save_every=1, device="cpu", out=str(out))
+    return PolicyConfig(**{**settings, **changes})
+
+
+def as_flags(config) -> list[str]:
+    """The command line that says the same as a configuration."""
+    flags = []
+    for name, value in vars(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            flags += [flag, *value] if value else []
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+def random_model(seed: int = 0, vocab: int = 11, context: int = 24, spread: float = 0.3) -> Transformer:
+    """2 layers, far from uniform, and with heads that say something."""
+    model = Transformer(ModelConfig(vocab, table_rows=64, n_layer=2, n_head=2, d_model=16, context=context))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += spread * torch.randn(weight.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
+# ---- what a run left behind ------------------------------------------------------------------------------------------
+
+
+def weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path, kind)[1]["model"]
+
+
+def assert_same_weights(ours: Path, theirs: Path, kind: str) -> None:
+    a, b = weights(ours, kind), weights(theirs, kind)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def rows(path: Path) -> list[dict]:
+    """Metrics, each line of which must be one whole JSON object, without the wall clock's figures."""
+    lines = path.read_text().split("\n")
+    assert lines.pop() == ""
+    return [{key: value for key, value in json.loads(line).items()
+             if not key.startswith("seconds") and key != "tokens_per_second"} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- runs that end badly ---------------------------------------------------------------------------------------------
+
+
+def ending(main, config_class, arguments: list[str]) -> int:
+    """The exit status of a script run in this process; 0 if it returns.
+
+    Not pytest.raises: what that returns holds the frames of the run, and with them the lock on its folder.
+    """
+    try:
+        run_script(main, config_class, arguments)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def refused(capsys, main, config_class, arguments: list[str]) -> str:
+    """The one line with which a script refuses: exit status 2, "error: ..." alone on stderr."""
+    capsys.readouterr()
+    status, output = ending(main, config_class, arguments), capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.endswith("\n"), output.err
+    assert output.err.count("\n") == 1 and "Traceback" not in output.out + output.err, output.err
+    assert status == 2
+    return output.err
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def after_row(monkeypatch, number: int, action) -> None:
+    """Once: action(metrics, row) instead of writing the number-th row (from 1) of this process from now on."""
+    write, written = Metrics.write, []
+
+    def counting_write(metrics, row):
+        written.append(row)
+        if len(written) == number:
+            monkeypatch.setattr(Metrics, "write", write)
+            action(metrics, row)
+        else:
+            write(metrics, row)
+
+    monkeypatch.setattr(Metrics, "write", counting_write)
+
+
+def write_and_signal(number: int = signal.SIGINT):
+    def action(metrics, row):
+        metrics.write(row)
+        os.kill(os.getpid(), number)
+    return action
+
+
+def tear_and_die(metrics, row) -> None:
+    """A kill in the middle of a step, which leaves half a row."""
+    line = json.dumps(row, default=str).encode()
+    metrics.file.write(line[: len(line) // 2])
+    raise Killed
+
+
+def environment() -> dict[str, str]:
+    """For scripts that run in a process of their own."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
