@@ -18,12 +18,12 @@ from minirlhf.environment import Sampling, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
-from minirlhf.losses import preference_loss
-from minirlhf.model import ModelConfig, Transformer, pick_device, sequence_scores
+from minirlhf.losses import masked_row_mean, preference_loss
+from minirlhf.model import ModelConfig, Transformer, last_token_scores, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
 from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
 from minirlhf.seeding import derive_seed
-from minirlhf.task import load_splits, load_task
+from minirlhf.task import file_hashes, load_splits, load_task
 from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id, table_rows
 
 
@@ -34,12 +34,21 @@ def language_model_loss(model, ids, mask):
     return -token_logprobs(hidden[targets], model.lm_weight, ids[:, 1:][targets]).mean()
 
 
-def pair_loss(model, groups, pad, centering, total_weight):
-    """This micro-batch's share of the preference loss of a batch whose pairs weigh total_weight, and of its accuracy."""
+def pair_loss(model, groups, pad, config, total_weight):
+    """This micro-batch's share of the preference loss of a batch whose pairs weigh total_weight, and of its accuracy.
+
+    The score is the last token's. Beside it every token gives a verdict of its own through the value head, and their mean is
+    held to the same preferences: a slip in the third word then has a short way to the loss. Only training hears of it.
+    """
     batch = PreferenceBatch(*(tensor.to(model.wte.weight.device) for tensor in collate_preferences(groups, pad)))
-    scores = sequence_scores(model, batch.ids, batch.attention_mask)  # each response is read once, however many pairs
+    hidden = model(batch.ids, batch.attention_mask)  # each response is read once, however many pairs it stands in
+    scores = last_token_scores(model, hidden, batch.attention_mask)
+    verdicts = masked_row_mean(model.value_head(hidden).squeeze(-1).float(), batch.attention_mask)
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
-    loss = preference_loss(chosen, rejected, batch.margin, centering, batch.weight)
+    loss = preference_loss(chosen, rejected, batch.margin, config.centering, batch.weight)
+    if config.verdict_coef:
+        loss = loss + config.verdict_coef * preference_loss(verdicts[batch.chosen], verdicts[batch.rejected], batch.margin, 0.0,
+                                                            batch.weight)
     right = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
     return loss * batch.weight.sum() / total_weight, (right * batch.weight).sum() / total_weight
 
@@ -103,7 +112,7 @@ def learn_preferences(model, groups, run, config, pad, metrics, stop):
         total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
         figures = dict(loss=0.0, accuracy=0.0)
         for start in range(0, len(chosen), size):
-            loss, right = pair_loss(model, chosen[start:start + size], pad, config.centering, total_weight)
+            loss, right = pair_loss(model, chosen[start:start + size], pad, config, total_weight)
             loss.backward()
             figures = dict(loss=figures["loss"] + loss.item(), accuracy=figures["accuracy"] + right.item())
         return figures
@@ -127,6 +136,19 @@ def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
     reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))
 
 
+def starting_model(config, encoding):
+    """The base language model before its warm-up, or the one that --init brings along. Raises UserError."""
+    context = config.max_prompt_length + config.max_response_length
+    if not config.init:
+        sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), config.n_layer, config.n_head, config.d_model, context)
+        return Transformer(sizes, derive_seed(config.seed, "init"))
+    base, _ = load_model(Path(config.init), "base", fingerprint(encoding))
+    if base.config.context < context:
+        raise UserError(f"{config.init}: its context of {base.config.context} tokens is shorter than --max-prompt-length + "
+                        "--max-response-length; lower one of them")
+    return base
+
+
 def main(config: RewardConfig) -> dict:
     """Train and save base.pt and reward.pt; returns the test figures. Raises UserError."""
     config.check()
@@ -140,7 +162,9 @@ def main(config: RewardConfig) -> dict:
     if splits.bad_lines:
         print(f"skipped {splits.bad_lines} bad lines")
 
-    run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", splits.hashes)
+    base, inputs = starting_model(config, encoding).to(device), splits.hashes | file_hashes(filter(None, [config.init]))
+
+    run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", inputs)
     print(f"run folder: {run.folder}   device: {device}")
     base_path, facts = run.folder / "base.pt", dict(tokenizer=fingerprint(encoding))
     reached = {stage: found[0]["step"] for stage in ("warmup", "reward")
@@ -149,16 +173,6 @@ def main(config: RewardConfig) -> dict:
                       config.tensorboard)
 
     # 1. The base language model: warmed up here, or brought along.
-    if config.init:
-        base, _ = load_model(Path(config.init), "base", facts["tokenizer"])
-        if base.config.context < config.max_prompt_length + config.max_response_length:
-            raise UserError(f"{config.init}: its context of {base.config.context} tokens is shorter than --max-prompt-length + "
-                            "--max-response-length; lower one of them")
-    else:
-        sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), config.n_layer, config.n_head, config.d_model,
-                            config.max_prompt_length + config.max_response_length)
-        base = Transformer(sizes, derive_seed(config.seed, "init"))
-    base.to(device)
     if not config.init:
         print("no --init: warming up a base language model on the task's own text")
         warm_up(base, groups["train"], run, config, pad, metrics, stop)

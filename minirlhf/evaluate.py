@@ -58,7 +58,8 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup], enc
     if hasattr(task, "gold"):
         texts = [(decode(encoding, g.prompt), [decode(encoding, r) for r in g.responses]) for g in groups]
         gold = [task.gold(prompt, response) for prompt, responses in texts for response in responses]
-        result["gold_correlation"] = float(np.corrcoef(np.concatenate(scores), gold)[0, 1])
+        flat = np.concatenate(scores)
+        result["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if np.ptp(flat) > 0 and np.ptp(gold) > 0 else 0.0
     if hasattr(task, "preference_probability"):
         sure = [task.preference_probability(prompt, responses[w], responses[l])
                 for (prompt, responses), g in zip(texts, groups) for w, l, _, _ in g.pairs]

@@ -26,9 +26,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """[B] tokens by inverse CDF: the first whose cumulative probability exceeds the row's uniform [B] in [0, 1)."""
     cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    # rounding may bring u * total up to total itself, which no token's cumulative probability exceeds
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = uniforms[:, None] * cdf[:, -1:]  # below the last even when rounded: a float32 u is at most 1 - 2^-24
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
 
 

@@ -22,30 +22,31 @@ from typing import NamedTuple
 
 from minirlhf.seeding import derive_seed
 
-ITEMS = "kettle toaster lamp radio camera clock fan drill mixer scooter heater phone".split()
-COLOURS = "red blue green black white yellow pink grey".split()
+ITEMS = "kettle toaster lamp radio camera clock fan drill".split()
+COLOURS = "red blue green black white yellow".split()
 
-# problem -> (what the customer says, the requests that go with it); nobody is at fault in the last two
+# problem -> (what the customer says, the requests that go with it); nobody is at fault in the last two. Customer and agent
+# use the same word for the same thing, so that one skill, finding in the prompt the word just read, checks every slot.
 PROBLEMS = {
-    "broken": (("My {x} arrived broken.", "The {x} came to me in pieces."), ("refund", "replace", "repair", "return")),
-    "late": (("My {x} has not come yet.", "I am still waiting for my {x}."), ("refund", "replace", "track")),
-    "scratched": (("My {x} is badly scratched.", "My {x} has deep scratches."), ("refund", "replace", "return")),
-    "dead": (("My {x} will not turn on.", "My {x} does not work."), ("refund", "replace", "repair", "manual")),
-    "plug": (("My {x} came without a plug.", "The plug of my {x} is missing."), ("refund", "replace", "manual")),
-    "noisy": (("My {x} is far too noisy.", "My {x} rattles all night long."), ("refund", "repair", "return")),
-    "unwanted": (("I do not need my {x} after all.", "I have no use for my {x} now."), ("refund", "replace", "return")),
-    "gift": (("I bought a {x} for my mother.", "The {x} is a birthday present."), ("track", "manual", "return")),
+    "broken": (("My {x} arrived broken.", "The {x} you sent me is broken."), ("refund", "exchange", "repair", "return")),
+    "late": (("My {x} is very late.", "The {x} I ordered is late."), ("refund", "exchange", "tracking")),
+    "scratched": (("My {x} is scratched.", "You sent me a scratched {x}."), ("refund", "exchange", "return")),
+    "noisy": (("My {x} is far too noisy.", "I have a very noisy {x}."), ("refund", "repair", "return")),
+    "leaking": (("My {x} is leaking.", "There is something leaking from my {x}."), ("refund", "exchange", "repair")),
+    "wrong": (("You sent me the wrong {x}.", "The {x} that came is the wrong one."), ("refund", "exchange", "return")),
+    "spare": (("My {x} is spare.", "I have a spare {x} now."), ("refund", "exchange", "return")),
+    "gift": (("My {x} was a gift.", "I got the {x} as a gift."), ("exchange", "tracking", "return", "manual")),
 }
-NO_FAULT = ("unwanted", "gift")
+NO_FAULT = ("spare", "gift")
 REQUESTS = {
-    "refund": ("Can I have my money back?", "Please give me a refund."),
-    "replace": ("Could I have a different one?", "Please exchange it."),
-    "repair": ("Can you mend it?", "Please have it repaired."),
-    "track": ("Where is it now?", "Please tell me when it will come."),
-    "return": ("How can I send it back?", "Please take it back."),
-    "manual": ("How do I set it up?", "Please send me the instructions."),
+    "refund": ("Can I have a refund?", "Please send me a refund."),
+    "exchange": ("Can I have an exchange?", "Please arrange an exchange."),
+    "repair": ("Can I have a repair?", "Please arrange a repair."),
+    "tracking": ("Can I have the tracking number?", "Please send me the tracking link."),
+    "return": ("Can I have a return label?", "Please arrange a return."),
+    "manual": ("Can I have the manual?", "Please send me the manual."),
 }
-# slot -> what a sentence is about -> ways to say it; {x} is "it" or "your blue kettle". The good ways begin with
+# slot -> what a sentence is about -> ways to say it. The good ways begin with
 # different words, so that the likeliest next word at each slot is that of the canned bad phrase.
 PHRASES = {
     "opening": {
@@ -53,32 +54,32 @@ PHRASES = {
         "bad": ("What do you want now?",),
     },
     "remark": {
-        "broken": ("I am sorry that {x} arrived broken.", "It is a shame that {x} arrived broken."),
-        "late": ("I am sorry that {x} has not come yet.", "It is a shame that {x} has not come yet."),
-        "scratched": ("I am sorry that {x} is scratched.", "It is a shame that {x} is scratched."),
-        "dead": ("I am sorry that {x} does not work.", "It is a shame that {x} does not work."),
-        "plug": ("I am sorry that {x} has no plug.", "It is a shame that {x} has no plug."),
-        "noisy": ("I am sorry that {x} is so noisy.", "It is a shame that {x} is so noisy."),
-        "unwanted": ("I see that you do not need {x}.", "It is no problem that you do not need {x}."),
-        "gift": ("I hope that your mother enjoys {x}.", "It is lovely that {x} is a present."),
+        "broken": ("I am sorry that it is broken.", "It is a shame that it came broken."),
+        "late": ("I am sorry that it is late.", "It is a shame that it comes late."),
+        "scratched": ("I am sorry that it is scratched.", "It is a shame that it came scratched."),
+        "noisy": ("I am sorry that it is noisy.", "It is a shame that it runs noisy."),
+        "leaking": ("I am sorry that it is leaking.", "It is a shame that it keeps leaking."),
+        "wrong": ("I am sorry that it is wrong.", "It is a shame that it came wrong."),
+        "spare": ("I see that it is spare.", "It is fine that it is spare."),
+        "gift": ("I see that it is a gift.", "It is lovely that it was a gift."),
         "bad": ("You must have been careless.",),
     },
     "action": {
-        "refund": ("I have refunded the full price of {x}.", "We are paying back your money for {x}."),
-        "replace": ("I am posting you a new one for {x}.", "We will exchange {x} free of charge."),
-        "repair": ("I have asked our workshop to mend {x}.", "We will repair {x} without charge."),
-        "track": ("I have found {x} and it arrives tomorrow.", "We see that {x} is already in your town."),
-        "return": ("I have sent you a label to return {x}.", "We will collect {x} from your door."),
-        "manual": ("I have emailed you the instructions for {x}.", "We made a short film that explains {x}."),
+        "refund": ("I have made the refund for it.", "We will send the refund for it."),
+        "exchange": ("I have booked the exchange for it.", "We will handle the exchange for it."),
+        "repair": ("I have booked the repair for it.", "We will handle the repair for it."),
+        "tracking": ("I have found the tracking for it.", "We will send the tracking for it."),
+        "return": ("I have booked the return for it.", "We will handle the return for it."),
+        "manual": ("I have found the manual for it.", "We will send the manual for it."),
         "bad": ("Nothing can be done about that.",),
     },
     "next step": {
-        "refund": ("The money reaches your bank in two days.", "Please look at your bank account on Friday."),
-        "replace": ("The new one arrives on Tuesday morning.", "Please hand the old one to the driver."),
-        "repair": ("The repair is done within a week.", "Please keep the box for our mechanic."),
-        "track": ("The driver rings you one hour before.", "Please use the tracking number in our email."),
-        "return": ("The label goes on top of the parcel.", "Please close the box with strong tape."),
-        "manual": ("The first page shows all the buttons.", "Please call me if any step is unclear."),
+        "refund": ("The refund takes two days.", "Please look out for the refund on Friday."),
+        "exchange": ("The exchange takes four days.", "Please keep the box for the exchange."),
+        "repair": ("The repair takes one week.", "Please keep the box for the repair."),
+        "tracking": ("The tracking shows every stop.", "Please look at the tracking tonight."),
+        "return": ("The return takes three days.", "Please keep the box for the return."),
+        "manual": ("The manual has many pictures.", "Please look at the manual online."),
         "bad": ("You will simply have to wait.",),
     },
     "voucher": {"faulty": ("Here is a voucher worth ten euros.", "Your next delivery costs you nothing.")},
@@ -94,23 +95,22 @@ SLOTS = ("opening", "remark", "action", "next step", "voucher", "goodbye")  # in
 
 # The first sentence of a slot earns or costs this; the best reply is worth 6.9, or 6.1 where nobody is at fault.
 WORTH = {
-    "opening": {"right": 0.8, "bad": -0.8},
-    "remark": {"right": 1.0, "wrong": -0.8, "bad": -0.9},
-    "action": {"right": 1.6, "wrong": -0.7, "bad": -0.8},
-    "next step": {"right": 0.9, "wrong": -0.6, "bad": -0.7},
-    "voucher": {"right": 0.8, "wrong": -0.8},
-    "goodbye": {"right": 0.8, "bad": -0.8},
+    "opening": {"right": 0.8, "bad": -0.6},
+    "remark": {"right": 1.0, "wrong": -1.0, "bad": -0.6},
+    "action": {"right": 1.6, "wrong": -1.0, "bad": -0.6},
+    "next step": {"right": 0.9, "wrong": -0.8, "bad": -0.6},
+    "voucher": {"right": 0.8, "wrong": -1.0},
+    "goodbye": {"right": 0.8, "bad": -0.6},
     "filler": {"bad": -0.8},
 }
-NAMED = {"right": 0.5, "wrong": -1.0}  # a remark or an action that names the customer's item, or another one
 REPEAT = -0.8  # a second sentence of a slot: it can cost, but it earns nothing
 DISORDER = -0.8  # a sentence that comes after one of a later slot
 UNREADABLE = -0.03  # per character of a sentence that is none of ours: nonsense must not come at a flat price
 UNFINISHED = -1.0  # the reply was cut by the length limit
 
-TAU = 0.7  # gold utility; a difference of TAU is preferred 73% of the time
+TAU = 0.5  # gold utility; a difference of TAU is preferred 73% of the time
 MAX_WORDS = 60  # no written reply is longer, so that none outgrows the models' context
-GROUPS = {"train": 8000, "validation": 640, "test": 640}  # of four replies each
+GROUPS = {"train": 12000, "validation": 640, "test": 640}  # of four replies each
 
 # How the average agent fills a slot: shares of the right sentence, a wrong one, the canned bad one, and none.
 SHARES = {
@@ -121,7 +121,6 @@ SHARES = {
     "voucher": {"right": 26, "wrong": 24, "bad": 0, "none": 50},
     "goodbye": {"right": 32, "wrong": 0, "bad": 40, "none": 28},
 }
-NAMES_ITEM, NAMES_WRONG = 0.75, 0.3  # shares of the phrases with {x} that name an item; of those, that get it wrong
 REPEATS, SWAPS, WANDERS = 0.2, 0.15, 0.22  # shares of the replies
 
 
@@ -135,11 +134,9 @@ class Context(NamedTuple):
 
 
 _THING = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(ITEMS)})\b")
-_MENTION = re.compile(rf"\byour {_THING.pattern}")
 _PROBLEM_OF = {line: problem for problem, (lines, _) in PROBLEMS.items() for line in lines}
 _REQUEST_OF = {line: request for request, lines in REQUESTS.items() for line in lines}
-_MEANING = {phrase.replace("{x}", "it"): (slot, about)
-            for slot, topics in PHRASES.items() for about, phrases in topics.items() for phrase in phrases}
+_MEANING = {phrase: (slot, about) for slot, topics in PHRASES.items() for about, phrases in topics.items() for phrase in phrases}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ def sentences(text: str) -> list[str]:
 def parse_prompt(prompt: str) -> Context:
     """The colour, item, problem and request of the customer's message.
 
-    >>> parse_prompt("Customer: My blue kettle arrived broken. Please give me a refund.\\nAgent:")
+    >>> parse_prompt("Customer: My blue kettle arrived broken. Please send me a refund.\\nAgent:")
     Context(colour='blue', item='kettle', problem='broken', request='refund')
     """
     message = prompt.rpartition("Customer:")[2].partition("Agent:")[0]
@@ -177,15 +174,14 @@ def expected(context: Context) -> dict[str, str | None]:
 def gold_parts(prompt: str, response: str, finished: bool = True) -> list[tuple[str, float]]:
     """Everything that counts in a reply, in reading order, as (name, worth).
 
-    >>> prompt = "Customer: My blue kettle arrived broken. Please give me a refund.\\nAgent:"
-    >>> gold_parts(prompt, " What do you want now? We are paying back your money for your red kettle. Bye.")
-    [('bad opening', -0.8), ('right action', 1.6), ('wrong item', -1.0), ('unreadable', -0.12)]
+    >>> prompt = "Customer: My blue kettle arrived broken. Please send me a refund.\\nAgent:"
+    >>> gold_parts(prompt, " What do you want now? We will send the refund for it. The repair takes one week. Bye.")
+    [('bad opening', -0.6), ('right action', 1.6), ('wrong next step', -0.8), ('unreadable', -0.12)]
     """
     context, parts, seen = parse_prompt(prompt), [], set()
     wanted = expected(context)
     for sentence in sentences(response):
-        mention = _MENTION.search(sentence)
-        slot, about = _MEANING.get(_MENTION.sub("it", sentence, count=1), (None, None))
+        slot, about = _MEANING.get(sentence, (None, None))
         if slot is None:
             parts.append(("unreadable", UNREADABLE * len(sentence)))
             continue
@@ -197,10 +193,6 @@ def gold_parts(prompt: str, response: str, finished: bool = True) -> list[tuple[
             parts.append(("out of order", DISORDER))
         if first or WORTH[slot][verdict] < 0:
             parts.append((f"{verdict} {slot}", WORTH[slot][verdict]))
-        if mention and (mention[1], mention[2]) != (context.colour, context.item):
-            parts.append(("wrong item", NAMED["wrong"]))
-        elif mention and first and slot in ("remark", "action"):
-            parts.append(("right item", NAMED["right"]))
         if slot in SLOTS:
             seen.add(slot)
     return parts if finished else parts + [("unfinished", UNFINISHED)]
@@ -220,7 +212,7 @@ def as_reply(said: Iterable[str]) -> str:
 
 def best_sentences(context: Context) -> dict[str, str]:
     """slot -> the sentence that the best reply has there, in order; "" where it says nothing."""
-    return {slot: PHRASES[slot].get(about, [""])[0].replace("{x}", f"your {context.colour} {context.item}")
+    return {slot: PHRASES[slot].get(about, [""])[0]
             for slot, about in expected(context).items()}
 
 
@@ -238,7 +230,7 @@ def probes(prompt: str) -> dict[str, str]:
     best, wanted = best_sentences(context), expected(context)
 
     def say(slot: str, about: str) -> str:
-        return PHRASES[slot][about][0].replace("{x}", f"your {context.colour} {context.item}")
+        return PHRASES[slot][about][0]
 
     def another(options: Iterable[str], mine: str | None) -> str:
         return rng.choice([option for option in options if option not in (mine, "bad")])
@@ -250,15 +242,13 @@ def probes(prompt: str) -> dict[str, str]:
         "blame": {"remark": say("remark", "bad")}, "no apology": {"remark": ""},
         "wrong action": {"action": say("action", another(PHRASES["action"], wanted["action"]))},
         "refusal": {"action": say("action", "bad")}, "no action": {"action": ""},
-        "wrong colour": {"action": action.replace(f" {context.colour} ", f" {another(COLOURS, context.colour)} ")},
-        "wrong item": {"action": action.replace(f" {context.item}", f" {another(ITEMS, context.item)}")},
         "wrong next step": {"next step": say("next step", another(PHRASES["next step"], wanted["next step"]))},
         "put off": {"next step": say("next step", "bad")}, "no next step": {"next step": ""},
         "no voucher" if best["voucher"] else "needless voucher":
             {"voucher": "" if best["voucher"] else say("voucher", "faulty")},
         "rude ending": {"goodbye": say("goodbye", "bad")}, "no goodbye": {"goodbye": ""},
         "filler": {"action": f"{action} {rng.choice(PHRASES['filler']['bad'])}"},
-        "repeat": {"action": f"{action} {PHRASES['action'][wanted['action']][1].replace('{x}', 'it')}"},
+        "repeat": {"action": f"{action} {PHRASES['action'][wanted['action']][1]}"},
         "out of order": {"action": best["next step"], "next step": action},
     }
     return {defect: as_reply({**best, **change}.values()) for defect, change in changes.items()}
@@ -299,17 +289,6 @@ def sample_prompt(rng: random.Random, split: str = "train") -> str:
     return rng.choice(prompts_of(rng.choice(SPLITS[split])))
 
 
-def sample_phrase(context: Context, slot: str, about: str, rng: random.Random) -> str:
-    """One way to say it, naming the customer's item, another item, or none."""
-    colour, item, error = context.colour, context.item, rng.random()
-    if error < NAMES_WRONG / 2:
-        colour = rng.choice(COLOURS)
-    elif error < NAMES_WRONG:
-        item = rng.choice(ITEMS)
-    thing = f"your {colour} {item}" if rng.random() < NAMES_ITEM else "it"
-    return rng.choice(PHRASES[slot][about]).replace("{x}", thing)
-
-
 def sample_about(context: Context, slot: str, care: float, rng: random.Random) -> str | None:
     """What the average agent's sentence in a slot is about; None: no sentence. care, in [0, 1], shifts the shares."""
     right, shares = expected(context)[slot], SHARES[slot]
@@ -325,11 +304,11 @@ def sample_response(prompt: str, rng: random.Random) -> str:
     """A reply by an agent who takes more care on some days than on others."""
     context, care = parse_prompt(prompt), rng.random()
     abouts = {slot: sample_about(context, slot, care, rng) for slot in SLOTS}
-    said = [(slot, sample_phrase(context, slot, about, rng)) for slot, about in abouts.items() if about]
+    said = [(slot, rng.choice(PHRASES[slot][about])) for slot, about in abouts.items() if about]
     if said and rng.random() < REPEATS:  # the same again, or something else of the same kind
         place = rng.randrange(len(said))
         slot, sentence = said[place]
-        other = sample_phrase(context, slot, rng.choice(list(PHRASES[slot])), rng)
+        other = rng.choice(PHRASES[slot][rng.choice(list(PHRASES[slot]))])
         said.insert(place + 1, (slot, rng.choice((sentence, other))))
     if len(said) > 1 and rng.random() < SWAPS:
         place = rng.randrange(len(said) - 1)
@@ -365,7 +344,7 @@ def sample_groups(split: str, seed: int = 0) -> list[dict]:
 
 def write_data(folder: str | Path) -> None:
     """Write the preference files and the tokenizer's ranks: the same bytes everywhere (the .gz: once unpacked)."""
-    from minirlhf.tools.bpe import train_ranks, whole_table, write_ranks  # here, because only this needs a trainer
+    from minirlhf.tools.bpe import train_ranks, write_ranks  # here, because only this needs a trainer
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -376,7 +355,7 @@ def write_data(folder: str | Path) -> None:
         with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:  # no name and no date inside
             packed.write(json_lines(groups["train"]))
     texts = [text for row in groups["train"] for text in (row["prompt"], *row["responses"])]
-    write_ranks(folder / "helpdesk.tiktoken", whole_table(train_ranks(texts, 1022)))
+    write_ranks(folder / "helpdesk.tiktoken", train_ranks(texts, 1022))
 
 
 def json_lines(rows: list[dict]) -> bytes:

@@ -42,7 +42,7 @@ class Metrics:
             for line in path.read_bytes().split(b"\n"):
                 try:
                     row = json.loads(line)
-                except ValueError:  # torn by a crash, or the emptiness after the last newline
+                except (ValueError, RecursionError):  # torn by a crash, or the emptiness after the last newline
                     continue
                 if isinstance(row, dict) and keep(row):
                     kept.append(line + b"\n")

@@ -88,19 +88,25 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Random weights: GPT-2's, but token embeddings of deviation 0.1, with which small models learn to copy sooner.
+        """Random weights: matrices of deviation 1 / sqrt(fan-in), which keeps activations near 1 at any width (GPT-2's 0.02
+        is that for a width of about 2,000, and trains a narrow model slowly); residual branches less by their number.
 
-        The reward and value heads start at 0, so that the first preference loss is ln 2 and the first values are 0.
+        Token embeddings of deviation 0.1, with which small models learn to copy sooner. The reward and value heads start
+        at 0, so that the first preference loss is ln 2 and the first values are 0.
         """
+        branches = math.sqrt(2 * self.config.n_layer)
         for name, weight in self.named_parameters():
             if name.endswith("bias") or name.startswith(("reward_head", "value_head")):
                 weight.zero_()
             elif "ln_" in name:
                 weight.fill_(1.0)
-            elif name.endswith("_out.weight"):  # residual branches: deviation falls with depth
-                weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
+            elif name == "wte.weight":
+                weight.normal_(0.0, 0.1, generator=generator)
+            elif name == "wpe.weight":
+                weight.normal_(0.0, 0.02, generator=generator)
             else:
-                weight.normal_(0.0, 0.1 if name == "wte.weight" else 0.02, generator=generator)
+                scale = branches if name.endswith("_out.weight") else 1.0
+                weight.normal_(0.0, weight.shape[1] ** -0.5 / scale, generator=generator)
 
     @property
     def lm_weight(self) -> Tensor:
@@ -130,13 +136,17 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-def sequence_scores(model: Transformer, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B] the reward model's normalised score of each sequence, read at its last real token, whatever the padding."""
-    hidden = model(ids, attention_mask)
-    order = torch.arange(ids.shape[1], device=ids.device)
+def last_token_scores(model: Transformer, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B] the reward head's normalised score, read from hidden [B, T, D] at the last real token, whatever the padding."""
+    order = torch.arange(hidden.shape[1], device=hidden.device)
     last = (attention_mask * order).argmax(dim=1)
-    raw = model.reward_head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1)
-    return (raw.float() - model.score_shift) / model.score_scale
+    raw = model.reward_head(hidden[torch.arange(len(hidden), device=hidden.device), last]).squeeze(-1)
+    return (raw.to(torch.promote_types(raw.dtype, torch.float32)) - model.score_shift) / model.score_scale
+
+
+def sequence_scores(model: Transformer, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B] the reward model's normalised score of each sequence of ids [B, T]."""
+    return last_token_scores(model, model(ids, attention_mask), attention_mask)
 
 
 def pick_device(name: str) -> torch.device:

@@ -35,7 +35,9 @@ def open_run(config, name: str, facts: dict) -> Run:
         stored = read_config(type(config), folder / "config.json")
         run = Run(folder, lock_folder(folder))
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        check_same(config, stored, content.get("facts"), facts)
+        if content != sealed(content["settings"], content.get("facts")):
+            raise UserError(f"{folder / 'config.json'}: was changed or damaged since the run began; start a new run")
+        check_same(config, stored, content["facts"], facts)
     else:
         # hidden files alone are what a process leaves that was killed before its config.json
         if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):

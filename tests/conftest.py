@@ -27,6 +27,14 @@ def own_signal_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_flushing():
+    """Every save waits twice for the disk, which on a busy machine takes most of the time; nobody pulls the plug here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     """The folder of the tiny task's files."""

@@ -1,12 +1,12 @@
 """The truth, by brute force: a policy so small that every response can be listed, with its exact probability.
 
-A state is a prompt and the response so far, (prompt number, tokens); the tokens are 0 .. V - 2 and EOS = V - 1, a response
-ends with EOS or has `limit` tokens. Everything here is float64, reads one state at a time without padding or cache, and
-shares no line with the code under test but the forward pass of the network.
+A state is (prompt number, tokens of the response so far). Tokens are 0 .. V - 2 and EOS = V - 1; a response ends with
+EOS or has `limit` tokens. Everything here is float64, reads one state at a time without padding or cache, and shares no
+line with the code under test but the forward pass of the network.
 """
 
 import itertools
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from minirlhf.model import ModelConfig, Transformer
 from minirlhf.rollout import Rollout, collect_rollout
 
 State = tuple[int, tuple[int, ...]]
+Table = dict[State, Tensor]  # something of every state that can be reached
 
 
 def tiny_model(seed: int, vocab: int = 4, width: int = 8) -> Transformer:
@@ -24,8 +25,10 @@ def tiny_model(seed: int, vocab: int = 4, width: int = 8) -> Transformer:
     model = Transformer(ModelConfig(vocab, table_rows=8, n_layer=1, n_head=2, d_model=width, context=16)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight += width ** -0.5 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        for name, weight in model.named_parameters():
+            weight.normal_(0.0, width ** -0.5, generator=generator)
+            if "ln_" in name and name.endswith("weight"):
+                weight += 1.0
     return model
 
 
@@ -62,8 +65,8 @@ def every_response(prompts: tuple[tuple[int, ...], ...], vocab: int = 4, limit: 
 class Policy(NamedTuple):
     """What a model says of every state that can be reached, differentiable."""
 
-    logprobs: dict[State, Tensor]  # [V]
-    values: dict[State, Tensor]  # scalars
+    logprobs: Table  # [V]
+    values: Table  # scalars
 
 
 def look_up(model: Transformer, world: World, temperature: float) -> Policy:
@@ -83,25 +86,26 @@ def log_probabilities(policy: Policy, world: World) -> Tensor:
                         for row in range(len(world.responses))])
 
 
-def reward_table(policy: Policy, reference: Policy, world: World, scores: Tensor, kl_coef: float) -> dict[State, Tensor]:
-    """r(s, a) of every state, [V]: minus the KL term, and the score where the response ends. Differentiable in the policy."""
+def reward_table(policy: Policy, reference: Policy, world: World, scores: Tensor, kl_coef: float) -> Table:
+    """r(s, a), [V]: minus the KL term, and the score where the response ends. Differentiable in the policy."""
     score_of = {(world.which[row], response): scores[row] for row, response in enumerate(world.responses)}
     table = {}
     for state, logprobs in policy.logprobs.items():
-        paid = [score_of[state[0], (*state[1], action)] if world.terminal(state, action) else 0.0 for action in range(world.vocab)]
+        paid = [score_of[state[0], (*state[1], action)] if world.terminal(state, action) else 0.0
+                for action in range(world.vocab)]
         table[state] = torch.tensor(paid, dtype=torch.float64) - kl_coef * (logprobs - reference.logprobs[state])
     return table
 
 
-def objective(policy: Policy, world: World, rewards: dict[State, Tensor], gamma: float = 1.0) -> Tensor:
+def objective(policy: Policy, world: World, rewards: Table, gamma: float = 1.0) -> Tensor:
     """E[sum_t gamma^t r_t], mean over prompts: the number that training is to raise."""
     totals = torch.stack([sum(gamma ** t * rewards[state][action] for t, (state, action) in enumerate(world.steps(row)))
                           for row in range(len(world.responses))])
     return (log_probabilities(policy, world).exp() * totals).sum() / len(world.prompts)
 
 
-def advantage_table(policy: Policy, world: World, rewards: dict[State, Tensor], values: dict[State, Tensor],
-                    gamma: float, lam: float) -> dict[State, Tensor]:
+def advantage_table(policy: Policy, world: World, rewards: Table, values: Table,
+                    gamma: float, lam: float) -> Table:
     """E[A_t | s_t = s, a_t = a], [V], of generalised advantage estimates, by backward induction; no gradient.
 
     With values of 0 and lam = 1 it is Q(s, a).
@@ -118,17 +122,17 @@ def advantage_table(policy: Policy, world: World, rewards: dict[State, Tensor], 
     return table
 
 
-def no_values(policy: Policy) -> dict[State, Tensor]:
+def no_values(policy: Policy) -> Table:
     return {state: torch.zeros((), dtype=torch.float64) for state in policy.logprobs}
 
 
-def true_values(policy: Policy, world: World, rewards: dict[State, Tensor], gamma: float) -> dict[State, Tensor]:
+def true_values(policy: Policy, world: World, rewards: Table, gamma: float) -> Table:
     """V(s), the expected discounted reward from each state on."""
     q = advantage_table(policy, world, rewards, no_values(policy), gamma, lam=1.0)
     return {state: (logprobs.exp() * q[state]).sum().detach() for state, logprobs in policy.logprobs.items()}
 
 
-def visits(policy: Policy, world: World) -> dict[State, Tensor]:
+def visits(policy: Policy, world: World) -> Table:
     """Probability that a response passes through each state; the prompts are equally likely. No gradient."""
     table = {}
     for number, tokens in sorted(policy.logprobs, key=lambda state: len(state[1])):
@@ -138,10 +142,11 @@ def visits(policy: Policy, world: World) -> dict[State, Tensor]:
     return table
 
 
-def policy_gradient_surrogate(policy: Policy, world: World, advantages: dict[State, Tensor]) -> Tensor:
-    """sum_s d(s) sum_a pi(a | s) A(s, a): its gradient, with d and A held fixed, is E[sum_t A_t grad log pi(a_t | s_t)]."""
+def policy_gradient_surrogate(policy: Policy, world: World, advantages: Table) -> Tensor:
+    """sum_s d(s) sum_a pi(a | s) A(s, a), d and A held fixed: its gradient is E[sum_t A_t grad log pi(a_t | s_t)]."""
     share = visits(policy, world)
-    return sum(share[state] * (logprobs.exp() * advantages[state].detach()).sum() for state, logprobs in policy.logprobs.items())
+    return sum(share[state] * (logprobs.exp() * advantages[state].detach()).sum()
+               for state, logprobs in policy.logprobs.items())
 
 
 def sequence_divergence(policy: Policy, other: Policy, world: World) -> Tensor:
@@ -162,6 +167,15 @@ def padded(world: World, extra: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor
     taken = torch.tensor([len(response) for response in world.responses])
     return (torch.tensor(prompts), torch.arange(width) >= width - lengths[:, None],
             torch.tensor(responses), torch.arange(world.limit + extra) < taken[:, None])
+
+
+def per_token(world: World, number_of: Callable[[State, int], Tensor]) -> Tensor:
+    """[N, limit] what number_of says of each state and action, 0 past the end of the response; no gradient."""
+    table = torch.zeros(len(world.responses), world.limit, dtype=torch.float64)
+    for row in range(len(world.responses)):
+        for t, (state, action) in enumerate(world.steps(row)):
+            table[row, t] = number_of(state, action).detach()
+    return table
 
 
 def every_rollout(model: Transformer, reference: Transformer, world: World, scores: Tensor, kl_coef: float,

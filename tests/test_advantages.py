@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import (full_return, gae, group_normalised, leave_one_out, reward_to_go, reward_to_go_minus_value,
-                                 whiten)
+from minirlhf.advantages import (full_return, gae, group_normalised, leave_one_out, reward_to_go,
+                                 reward_to_go_minus_value, whiten)
 from minirlhf.config import PolicyConfig
 from minirlhf.ladder import LADDER, advantages_and_returns
 from minirlhf.rollout import Rollout
@@ -19,7 +19,8 @@ def close(found: Tensor, wanted: list[list[float]]) -> None:
     assert found.tolist() == [pytest.approx(row, abs=1e-12) for row in wanted]
 
 
-def rollout(rewards: Tensor = REWARDS, values: Tensor = VALUES, mask: Tensor = MASK, scores: Tensor | None = None) -> Rollout:
+def rollout(rewards: Tensor = REWARDS, values: Tensor = VALUES, mask: Tensor = MASK,
+            scores: Tensor | None = None) -> Rollout:
     """A rollout of which the rungs read rewards, values, scores and mask."""
     ids = torch.zeros(mask.shape, dtype=torch.long)
     blank = torch.zeros(mask.shape, dtype=torch.float64)
@@ -27,14 +28,14 @@ def rollout(rewards: Tensor = REWARDS, values: Tensor = VALUES, mask: Tensor = M
 
 
 def settings(algorithm: str, **changes) -> PolicyConfig:
-    return PolicyConfig(**(dict(algorithm=algorithm, group_size=2, gamma=0.5, lam=0.5) | changes))
+    return PolicyConfig(**(dict(algorithm=algorithm, group_size=2, gamma=0.5, lam=0.2) | changes))
 
 
 FUNCTIONS = {  # every advantage as a function of rewards, values and mask
     "full_return": lambda r, v, m: full_return(r, m, 0.5),
     "reward_to_go": lambda r, v, m: reward_to_go(r, m, 0.5),
     "reward_to_go_minus_value": lambda r, v, m: reward_to_go_minus_value(r, v, m, 0.5),
-    "gae": lambda r, v, m: gae(r, v, m, 0.5, 0.5),
+    "gae": lambda r, v, m: gae(r, v, m, 0.5, 0.2),
     "leave_one_out": lambda r, v, m: leave_one_out(r, m, 2),
     "group_normalised": lambda r, v, m: group_normalised(torch.tensor([1.0, 3.0], dtype=torch.float64), m, 2),
     "whiten": lambda r, v, m: whiten(r, m),
@@ -43,7 +44,7 @@ BY_HAND = {
     "full_return": [[1.0, 1.0, 1.0], [3.0, 0.0, 0.0]],  # 1 - 2/2 + 4/4
     "reward_to_go": [[1.0, 0.0, 4.0], [3.0, 0.0, 0.0]],
     "reward_to_go_minus_value": [[0.5, -1.0, 5.0], [1.0, 0.0, 0.0]],
-    "gae": [[0.4375, -2.25, 5.0], [1.0, 0.0, 0.0]],  # deltas 1 + 0.5 - 0.5, -2 - 0.5 - 1, 4 + 1; gamma lam = 1/4
+    "gae": [[0.7, -3.0, 5.0], [1.0, 0.0, 0.0]],  # deltas 1 + 0.5 - 0.5, -2 - 0.5 - 1, 4 + 1; gamma lam = 0.1
     "leave_one_out": [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],  # both total 3
     "group_normalised": [[-1 / (2 ** 0.5 + 1e-4)] * 3, [1 / (2 ** 0.5 + 1e-4), 0.0, 0.0]],  # scores 1 and 3
     "whiten": [[(x - 1.5) / 5.25 ** 0.5 for x in (1.0, -2.0, 4.0)], [1.5 / 5.25 ** 0.5, 0.0, 0.0]],
@@ -76,11 +77,12 @@ def test_group_normalised_by_hand():
 
 def test_equal_scores_in_a_group_give_no_advantage():
     """A deviation of 0 must not turn agreement into NaN, nor rounding into a gradient."""
-    assert torch.equal(group_normalised(torch.full((4,), 3.0), torch.ones(4, 2, dtype=torch.bool), 4), torch.zeros(4, 2))
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    assert torch.equal(group_normalised(torch.full((4,), 3.0), mask, 4), torch.zeros(4, 2))
 
 
 def test_discount_counts_from_the_rewarded_step():
-    """The return from column 0 of -1 in column 1 and +100 in column 8: a discount counted from the end, or not at all, pays more."""
+    """-1 in column 1 and +100 in column 8, seen from column 0: a discount counted from the end, or none, pays more."""
     rewards = torch.zeros(1, 10, dtype=torch.float64)
     rewards[0, 1], rewards[0, 8] = -1.0, 100.0
     gamma = 0.9
@@ -103,14 +105,16 @@ def test_gae_is_nothing_when_actions_do_not_matter_and_values_are_true(gamma, la
 
 
 def test_gae_runs_from_one_step_errors_to_reward_to_go_minus_value():
-    """lam and gamma exchanged, or lam missing from the recursion, keeps the middle plausible and breaks the two ends."""
+    """lam missing from the recursion, or in place of gamma, keeps the middle plausible and breaks the two ends."""
     assert torch.allclose(gae(REWARDS, VALUES, MASK, 0.9, 1.0), reward_to_go_minus_value(REWARDS, VALUES, MASK, 0.9))
-    close(gae(REWARDS, VALUES, MASK, 0.9, 0.0), [[1 + 0.9 * 1.0 - 0.5, -2 + 0.9 * -1.0 - 1.0, 4 - -1.0], [3 - 2.0, 0.0, 0.0]])
+    one_step = [[1 + 0.9 * 1.0 - 0.5, -2 + 0.9 * -1.0 - 1.0, 4 - -1.0], [3 - 2.0, 0.0, 0.0]]
+    close(gae(REWARDS, VALUES, MASK, 0.9, 0.0), one_step)
 
 
 def test_a_response_cut_by_length_is_terminal():
     """Bootstrapping from V past the cut would pay the policy for what it might have said, which nobody has scored."""
-    rewards, values, mask = torch.tensor([[0.0, 2.0, 7.0]]), torch.tensor([[1.0, 1.0, 9.0]]), torch.tensor([[True, True, False]])
+    rewards, values = torch.tensor([[0.0, 2.0, 7.0]]), torch.tensor([[1.0, 1.0, 9.0]])
+    mask = torch.tensor([[True, True, False]])
     close(gae(rewards, values, mask, 1.0, 0.0), [[0.0, 1.0, 0.0]])
     close(gae(rewards, values, mask, 1.0, 1.0), [[1.0, 1.0, 0.0]])
 
@@ -118,7 +122,7 @@ def test_a_response_cut_by_length_is_terminal():
 @pytest.mark.parametrize("garbage", [float("nan"), 1e6, float("inf")])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_beyond_the_mask_is_read(name, garbage):
-    """KL of padding once leaked into the returns of a published implementation: what lies past the mask must not be read."""
+    """KL of padding once leaked into the returns of a published implementation."""
     dirty = [torch.where(MASK, tensor, garbage) for tensor in (REWARDS, VALUES)]
     assert torch.equal(FUNCTIONS[name](*dirty, MASK), FUNCTIONS[name](REWARDS, VALUES, MASK))
 
@@ -145,22 +149,24 @@ def test_more_padding_changes_no_advantage(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_advantage_changes_its_arguments(name):
     """Whitening or masking in place would change what the next epoch, or the log, reads."""
-    before = [tensor.clone() for tensor in (REWARDS, VALUES, MASK)]
-    FUNCTIONS[name](REWARDS, VALUES, MASK)
-    assert all(map(torch.equal, before, (REWARDS, VALUES, MASK)))
+    given = [torch.where(MASK, REWARDS, 7.0), torch.where(MASK, VALUES, 7.0), MASK.clone()]
+    before = [tensor.clone() for tensor in given]
+    FUNCTIONS[name](*given)
+    assert all(map(torch.equal, given, before))
 
 
 @pytest.mark.parametrize("algorithm", LADDER)
 def test_the_shortest_response_works(algorithm):
     """A squeeze or a std over one token turns one response of one token into NaN or into a wrong shape."""
-    one = rollout(*(tensor[1:, :1].repeat(2 if LADDER[algorithm].grouped else 1, 1) for tensor in (REWARDS, VALUES, MASK)))
+    copies = 2 if LADDER[algorithm].grouped else 1
+    one = rollout(*(tensor[1:, :1].repeat(copies, 1) for tensor in (REWARDS, VALUES, MASK)))
     advantages, returns = advantages_and_returns(LADDER[algorithm], one, settings(algorithm))
     assert advantages.shape == returns.shape == one.rewards.shape
     assert advantages.isfinite().all() and returns.isfinite().all()
 
 
 def test_whitening_uses_the_real_tokens_of_the_whole_batch():
-    """Padding in the statistics shrinks every advantage; statistics per row remove the very signal (which response was better)."""
+    """Padding in the statistics shrinks every advantage; statistics per row remove which response was better."""
     kept = whiten(REWARDS, MASK)[MASK]
     assert kept.mean().abs() < 1e-12 and kept.std(correction=0) == pytest.approx(1.0, abs=1e-7)
     better = torch.where(torch.arange(2)[:, None] == 1, 2 * REWARDS, REWARDS)
@@ -187,10 +193,10 @@ def test_whitening_is_asked_for_or_the_rungs_own_and_never_touches_returns(algor
 
 
 @pytest.mark.parametrize("algorithm, name", [
-    ("reinforce", "full_return"), ("reward-to-go", "reward_to_go"), ("baseline", "reward_to_go_minus_value"), ("gae", "gae"),
-    ("ppo", "gae"), ("rloo", "leave_one_out"), ("grpo", "group_normalised")])
+    ("reinforce", "full_return"), ("reward-to-go", "reward_to_go"), ("baseline", "reward_to_go_minus_value"),
+    ("gae", "gae"), ("ppo", "gae"), ("rloo", "leave_one_out"), ("grpo", "group_normalised")])
 def test_each_rung_names_its_own_advantage(algorithm, name):
     """A rung that passes lam for gamma, or a neighbour's function, would still train."""
     scores = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    config = settings(algorithm, whiten="off", lam=0.5)
+    config = settings(algorithm, whiten="off")
     close(advantages_and_returns(LADDER[algorithm], rollout(scores=scores), config)[0], BY_HAND[name])

@@ -11,7 +11,7 @@ import tiktoken
 
 from minirlhf.helpdesk import PHRASES, SPLITS, prompts_of
 from minirlhf.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
-from minirlhf.tools.bpe import main, merge, train_ranks, whole_table, write_ranks
+from minirlhf.tools.bpe import main, merge, train_ranks, write_ranks
 
 CORPUS = ["the cat sat on the mat; the rat ate the fat cat", "aaaa aaa aa", "banana bandana", "été été, 日本 日本", "it's 2024"]
 
@@ -73,21 +73,14 @@ def test_bytes_come_first_and_ties_go_to_the_first_in_byte_order():
         train_ranks([], 255)
 
 
-def test_whole_table_leaves_no_row_of_the_embedding_table_unused():
-    for trained, kept in ((256, 256), (317, 256), (318, 318), (826, 766), (830, 830), (1022, 1022)):
-        ranks = {bytes([i // 256, i % 256]): i for i in range(trained)}
-        assert list(whole_table(ranks)) == list(ranks)[:kept]
-
-
-def test_shipped_vocabulary_fills_its_table_and_has_a_token_for_every_word_of_the_task():
-    """A word that is spelt in pieces makes replies longer, and colours and items harder to copy."""
+def test_shipped_vocabulary_has_a_token_for_every_word_of_the_task():
+    """A word that is spelt in pieces makes replies longer."""
     encoding = load_tokenizer("helpdesk")
-    assert (encoding.n_vocab + 1) % 64 == 0
     prompts = [prompt for contexts in SPLITS.values() for context in contexts for prompt in prompts_of(context)]
     said = [phrase for topics in PHRASES.values() for phrases in topics.values() for phrase in phrases]
-    replies = [" " + phrase.replace("{x}", "it") for phrase in said]
+    replies = [" " + phrase for phrase in said]
     words = {word for text in prompts + replies for word in regex.findall(GPT2_PATTERN, text)}
-    assert len(words) > 200
+    assert len(words) > 150
     assert {word for word in words if len(encoding.encode_ordinary(word)) > 1} == set()
 
 

@@ -97,7 +97,8 @@ def test_the_group_size_matters_only_where_there_are_groups():
     (PolicyConfig, ["--resume", "--out", "nowhere"], "nowhere/config.json: no such file"),
     (PolicyConfig, ["--seed", "\x1b[31m1\n2"], r"\\x1b[31m"),  # what the terminal shows is never what it was told to do
 ])
-def test_a_wrong_command_line_is_one_line_that_names_the_nearest_flag(config_class, arguments, words, capsys, tmp_path, monkeypatch):
+def test_a_wrong_command_line_is_one_line_that_names_the_nearest_flag(config_class, arguments, words, capsys, tmp_path,
+                                                                      monkeypatch):
     """A flag that is dropped in silence is a run that was not asked for."""
     monkeypatch.chdir(tmp_path)
     message = refused(capsys, SCRIPTS[config_class], config_class, arguments)
@@ -135,7 +136,8 @@ def test_help_lists_each_flag_with_its_default_and_reason(config_class, capsys):
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"null", b"3", b'"settings"', b"{}", b'{"settings": 3}', b'{"settings": []}', b'{"settings": null}',
     b'{"settings": {"seeed": 3}}', b'{"settings": {"seed": "3"}}', b'{"settings": {"seed": [1]}}', b'{"settings": {"lr": NaN}}',
-    b'{"settings": {"lr": {"a": 1}}}', b"\xff\xfe", b"[" * 100_000, b'{"settings": {"seed": -1}}', b'{"settings": {"seed": true}}',
+    b'{"settings": {"lr": {"a": 1}}}', b"\xff\xfe", b"[" * 100_000, b'{"settings": {"seed": -1}}',
+    b'{"settings": {"seed": true}}',
 ])
 @pytest.mark.parametrize("config_class", SCRIPTS)
 def test_a_damaged_config_file_is_refused_in_one_line(config_class, content, tmp_path):
@@ -177,6 +179,7 @@ REWARD_CHANGES = {
     "batch_size": ({}, 4, 7),
     "lr": ({}, 1e-2, 2e-2),
     "centering": ({}, 0.0, 0.5),
+    "verdict_coef": ({}, 0.0, 0.5),
     "weight_decay": ({}, 0.0, 0.1),
     "max_grad_norm": ({}, 1.0, 0.01),
     "normalise_prompts": ({}, 4, 8),
@@ -247,19 +250,19 @@ def workshop(reward_run, tmp_path_factory):
     return folder
 
 
-def small(config_class, folder, reward_run, **settings):
+def small(config_class, folder, trained, **settings):
     """A tiny configuration with these settings; names of the workshop's files stand for their paths."""
     def path(value):
         if isinstance(value, tuple):
             return tuple(map(path, value))
         if value in FILES or value == "other":
             return str(folder / value)
-        return value.format(reward_run=reward_run) if isinstance(value, str) else value
+        return value.format(reward_run=trained) if isinstance(value, str) else value
 
     settings = {name: path(value) for name, value in settings.items()}
     if config_class is RewardConfig:
         return reward_config(folder, settings.pop("out", ""), **settings)
-    return policy_config(settings.pop("reward_run", reward_run), settings.pop("out", ""), **settings)
+    return policy_config(settings.pop("reward_run", trained), settings.pop("out", ""), **settings)
 
 
 class FakeWriter:
@@ -306,20 +309,20 @@ def test_each_setting_changes_something(config_class, field, workshop, reward_ru
 def test_the_same_settings_give_the_same_run(workshop, reward_run, tmp_path, monkeypatch):
     """Without this, the test above would pass for a setting that does nothing."""
     for config_class in SCRIPTS:
-        seen = [outcome(config_class, workshop, reward_run, tmp_path / f"{config_class.__name__}-{i}", monkeypatch, {}) for i in (1, 2)]
+        seen = [outcome(config_class, workshop, reward_run, tmp_path / f"{config_class.__name__}-{i}", monkeypatch, {})
+                for i in (1, 2)]
         assert seen[0] == seen[1] and not isinstance(seen[0], str)
 
 
-@pytest.mark.parametrize("config_class, sizes", [(RewardConfig, (0, 1, 3)), (PolicyConfig, (0, 1, 3))])
-def test_micro_batches_change_memory_alone(config_class, sizes, workshop, reward_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config_class, name", [(RewardConfig, "reward_metrics.jsonl"), (PolicyConfig, "policy_metrics.jsonl")])
+def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_run, tmp_path):
     """A mean of the means of ragged micro-batches is another gradient: the last, smallest one would count too much."""
-    kind = "reward_metrics.jsonl" if config_class is RewardConfig else "policy_metrics.jsonl"
     found = []
-    for size in sizes:
-        settings = dict(out=str(tmp_path / str(size)), micro_batch_size=size)
-        SCRIPTS[config_class](small(config_class, workshop, reward_run, **settings))
-        found.append(rows(tmp_path / str(size) / kind)[:-1] if config_class is RewardConfig else rows(tmp_path / str(size) / kind)[:2])
+    for size in (0, 1, 3):
+        out = tmp_path / str(size)
+        SCRIPTS[config_class](small(config_class, workshop, reward_run, out=str(out), micro_batch_size=size))
+        found.append([row for row in rows(out / name) if "grad_norm" in row])
     for other in found[1:]:
         for ours, theirs in zip(found[0], other, strict=True):
-            for key in ("loss", "grad_norm", "value_loss", "entropy", "accuracy"):
-                assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-3, abs=1e-5), key
+            same = [key for key in ("loss", "grad_norm", "value_loss", "entropy", "accuracy") if key in theirs]
+            assert [ours[key] for key in same] == pytest.approx([theirs[key] for key in same], rel=1e-3, abs=1e-4)

@@ -169,6 +169,9 @@ def test_the_largest_uniform_stays_in_the_vocabulary_however_sums_are_rounded():
     logits[:, -100:] = float("-inf")
     for u in (0.0, BELOW_ONE):
         assert sample_tokens(logits, torch.full((64,), u), 1.0).max() < 49_900
+    total = torch.arange(2 ** 23, dtype=torch.int32) + torch.tensor(0.5).view(torch.int32)  # every float32 in [0.5, 1)
+    for totals in (total.view(torch.float32), 2 * total.view(torch.float32)):
+        assert (totals * torch.tensor(BELOW_ONE) < totals).all()
 
 
 def test_the_arguments_of_the_sampler_are_left_alone():

@@ -33,7 +33,7 @@ def statistics(hidden, weight, targets, inv_temperature, entropy):
 
 
 def logit_gradients(hidden, weight, inv_temperature, targets, lse, g, constant, slope):
-    """Yield (rows, columns, dz), a tile at a time: dz = g onehot + p (constant + slope log p) in the operands' dtype."""
+    """Yield (rows, columns, dz) tile by tile, in the operands' dtype: dz = g onehot + p (constant + slope log p)."""
     config = _config(hidden)
     hidden, weight = _row_major(hidden), _row_major(weight)
     width = triton.cdiv(min(COLUMNS, len(weight)), 8) * 8  # rows start at multiples of 16 bytes: cuBLAS's fast kernels

@@ -68,12 +68,6 @@ def train_ranks(texts: Iterable[str], n_ranks: int, pattern: str = GPT2_PATTERN)
     return ranks
 
 
-def whole_table(ranks: dict[bytes, int]) -> dict[bytes, int]:
-    """The first ranks, as many as leave no row of the embedding table unused: with EOS and PAD a multiple of 64."""
-    keep = max(256, (len(ranks) + 2) // 64 * 64 - 2)
-    return {token: rank for token, rank in ranks.items() if rank < keep}
-
-
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     """tiktoken's own format: one line per token, base64 of its bytes, a blank, its rank."""
     ordered = sorted(ranks, key=ranks.__getitem__)
