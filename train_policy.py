@@ -136,7 +136,7 @@ def describe_rollout(rollout: Rollout, samples: Samples, returns: Tensor, world:
     mask = rollout.response_mask
     kl = torch.where(mask, kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
     row = dict(score=rollout.scores.mean(), score_std=rollout.scores.std(correction=0), kl=kl.mean(),
-               total_reward=rollout.rewards.sum(1).mean(), return_mean=masked_mean(returns, mask),
+               total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(), return_mean=masked_mean(returns, mask),
                return_std=returns[mask].std(correction=0), length=mask.sum(1).float().mean(), tokens=mask.sum(),
                eos_rate=sum(samples.finished) / len(samples.finished))
     gold = true_worth(world.task, samples)

@@ -102,7 +102,7 @@ class PolicyConfig:
     max_kl: float = setting(200.0, "stop when the KL passes so many nats: the policy has left the language", 0)
     eval_every: int = setting(20, "iterations between evaluations on the validation prompts", 1)
     eval_prompts: int = setting(256, "validation prompts per evaluation", 1)
-    test_prompts: int = setting(512, "test prompts of the closing table; fewer say little (TASK noise 0.1)", 1)
+    test_prompts: int = setting(512, "test prompts of the closing table, if there are as many; fewer say little", 1)
     best_of_n: int = setting(128, "test prompts of the best-of-n rows; 0: leave them out", 0)
     out: str = setting("", "run folder; empty: a fresh one under runs/")
     seed: int = setting(0, "every random choice derives from it", 0)

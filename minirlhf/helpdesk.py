@@ -224,7 +224,7 @@ def best_response(prompt: str) -> str:
 def probes(prompt: str) -> dict[str, str]:
     """The best reply with exactly one defect, by the name of the defect: tests of what a reward model has understood.
 
-    The wrong colour, problem and so on are drawn by a generator that the prompt seeds. The prompt must be the task's.
+    The wrong problem, action and so on are drawn by a generator that the prompt seeds. The prompt must be the task's.
     """
     context, rng = parse_prompt(prompt), random.Random(derive_seed(0, "probes", prompt))
     best, wanted = best_sentences(context), expected(context)

@@ -1,5 +1,6 @@
 """Every loss of the project, as small pure functions. They return sums with explicit denominators, so that the gradient
-is the same however a minibatch is cut into micro-batches."""
+is the same however a minibatch is cut into micro-batches. What is masked is set to 0 before it is used, not after: the
+gradient of where(mask, x * nan, 0) is nan."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, den
     logprobs, advantages, mask: [B, R]. The denominator is fixed before sampling, (sequences) x (maximum response
     length): dividing by the tokens that happened to be sampled would be biased, since length goes with reward.
     """
-    return -torch.where(mask, logprobs * advantages, 0.0).sum() / denominator
+    return -(torch.where(mask, logprobs, 0.0) * torch.where(mask, advantages, 0.0)).sum() / denominator
 
 
 def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
@@ -39,8 +40,8 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: T
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    return -torch.where(mask, surrogate, 0.0).sum() / denominator
+    advantages = torch.where(mask, advantages, 0.0)
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum() / denominator
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float,
@@ -49,11 +50,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
     The denominator is the number of real tokens of the whole minibatch. (Huang et al. 2024, detail 9.)
     """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     squared = (values - returns) ** 2
     if clip_range:
         clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
         squared = torch.maximum(squared, (clipped - returns) ** 2)
-    return 0.5 * torch.where(mask, squared, 0.0).sum() / denominator
+    return 0.5 * squared.sum() / denominator
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -149,8 +149,11 @@ def test_probe_table_counts_the_defects_that_are_seen(encoding, score_by_last_le
 
 def test_probes_longer_than_the_model_can_read_are_cut(encoding):
     """The lengths are settings; a probe beyond them crashed the run at its very end."""
-    table = probe_table(fresh_model(), ["b 3:" * 10, "c 3:"], encoding, tiny, 6, 2, CPU)
-    assert table == {"once": (0.0, 2), "wrong letter": (0.0, 2)}
+    class Wordy:
+        best_response = staticmethod(lambda prompt: prompt[0] * 20)
+        probes = staticmethod(lambda prompt: {"at the end": prompt[0] * 19 + "x"})
+
+    assert probe_table(fresh_model(), ["b 3:" * 10, "c 3:"], encoding, Wordy, 6, 5, CPU) == {"at the end": (0.0, 2)}
 
 
 # ---- the scale of the scores -----------------------------------------------------------------------------------------

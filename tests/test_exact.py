@@ -303,5 +303,5 @@ def test_training_reaches_the_known_optimum(algorithm, seed):
     best = (start + c.scores / config.kl_coef).view(len(c.world.prompts), -1).log_softmax(1).flatten()
     final = log_probabilities(look_up(train(c, config), c.world, config.temperature), c.world).detach()
     before, after = (float((p.exp() * (p - best)).sum()) / len(c.world.prompts) for p in (start, final))
-    assert before > 0.3
-    assert after < 0.015
+    assert before > 0.7
+    assert after < 0.04

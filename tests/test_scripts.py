@@ -138,10 +138,10 @@ def test_the_embedded_task_runs_with_its_own_files(tmp_path, monkeypatch):
     shared = dict(device="cpu", seed=1)
     result = train_reward.main(RewardConfig(out=str(tmp_path / "reward"), n_layer=1, n_head=1, d_model=8, max_response_length=32,
                                             warmup_sequences=64, normalise_prompts=8, **shared))
-    assert 0.7 < result["ceiling"] < 1.0 and len(result["probes"]) > 10 and result["probes"]["wrong colour"][1] == 20
+    assert 0.7 < result["ceiling"] < 1.0 and len(result["probes"]) > 10 and result["probes"]["wrong action"][1] == 20
     figures = train_policy.main(PolicyConfig(reward_run=str(tmp_path / "reward"), out=str(tmp_path / "policy"), iterations=1,
                                              batch_size=8, eval_prompts=4, test_prompts=4, best_of_n=0, **shared))
-    assert 6.0 < figures["best_gold"] <= 6.9 and "greedy_gap_closed" in figures
+    assert 5.0 < figures["best_gold"] <= 5.9 + 1e-9 and "greedy_gap_closed" in figures
 
 
 def test_other_data_needs_no_truth(inputs, tmp_path, capsys):
