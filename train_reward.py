@@ -35,22 +35,26 @@ def language_model_loss(model, ids, mask):
 
 
 def pair_loss(model, groups, pad, config, total_weight):
-    """This micro-batch's share of the preference loss of a batch whose pairs weigh total_weight, and of its accuracy.
+    """This micro-batch's share of a batch whose pairs weigh total_weight: (what to differentiate, figures to log).
 
-    The score is the last token's. Beside it every token gives a verdict of its own through the value head, and their mean is
-    held to the same preferences: a slip in the third word then has a short way to the loss. Only training hears of it.
+    The score is the last token's, and the logged loss is its preference loss alone. Beside it every token gives a verdict of
+    its own through the value head, and their mean is held to the same preferences: a slip in the third word then has a short
+    way to the loss. Only training hears of the verdicts.
     """
     batch = PreferenceBatch(*(tensor.to(model.wte.weight.device) for tensor in collate_preferences(groups, pad)))
     hidden = model(batch.ids, batch.attention_mask)  # each response is read once, however many pairs it stands in
     scores = last_token_scores(model, hidden, batch.attention_mask)
-    verdicts = masked_row_mean(model.value_head(hidden).squeeze(-1).float(), batch.attention_mask)
+    verdicts = masked_row_mean(model.value_head(hidden).squeeze(-1), batch.attention_mask)
+    share = batch.weight.sum() / total_weight
+
+    def loss_of(x, centering):
+        return share * preference_loss(x[batch.chosen], x[batch.rejected], batch.margin, centering, batch.weight)
+
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
-    loss = preference_loss(chosen, rejected, batch.margin, config.centering, batch.weight)
-    if config.verdict_coef:
-        loss = loss + config.verdict_coef * preference_loss(verdicts[batch.chosen], verdicts[batch.rejected], batch.margin, 0.0,
-                                                            batch.weight)
     right = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
-    return loss * batch.weight.sum() / total_weight, (right * batch.weight).sum() / total_weight
+    loss = loss_of(scores, config.centering)
+    figures = dict(loss=loss.item(), accuracy=((right * batch.weight).sum() / total_weight).item())
+    return (loss + config.verdict_coef * loss_of(verdicts, 0.0) if config.verdict_coef else loss), figures
 
 
 def batch_reader(lengths, batch_size, seed):
@@ -110,12 +114,12 @@ def learn_preferences(model, groups, run, config, pad, metrics, stop):
     def backward(step):
         chosen = [groups[i] for i in batch(step)]
         total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
-        figures = dict(loss=0.0, accuracy=0.0)
+        sums = dict(loss=0.0, accuracy=0.0)
         for start in range(0, len(chosen), size):
-            loss, right = pair_loss(model, chosen[start:start + size], pad, config, total_weight)
+            loss, figures = pair_loss(model, chosen[start:start + size], pad, config, total_weight)
             loss.backward()
-            figures = dict(loss=figures["loss"] + loss.item(), accuracy=figures["accuracy"] + right.item())
-        return figures
+            sums = {key: sums[key] + figures[key] for key in sums}
+        return sums
 
     train_stage("reward", model, per_epoch * config.epochs, config.lr, backward, run, config, metrics, stop)
 

@@ -76,7 +76,7 @@ class PolicyConfig:
     prompts: str = setting("", "file of prompts; empty: the prompts of the reward run's data")
     algorithm: str = setting("ppo", "rung of the ladder", choices=ALGORITHM_NAMES)
     reward: str = setting("", "module:function(prompts, responses) -> scores, in place of the reward model")
-    iterations: int = setting(80, "rounds of sample, score, update", 1)
+    iterations: int = setting(60, "rounds of sample, score, update; the gold utility is flat by then", 1)
     batch_size: int = setting(128, "responses sampled per iteration", 1)
     group_size: int = setting(4, "responses per prompt where siblings are the baseline (rloo, grpo)", 2)
     ppo_epochs: int = setting(2, "passes over each rollout (ppo, grpo); four were unstable at this size", 1)

@@ -1,5 +1,6 @@
 """The ladder: which advantage and which loss each --algorithm names. One loop serves all; read two neighbours as a diff."""
 
+import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def clipped(logprobs: Tensor, r: Rollout, advantages: Tensor, c: PolicyConfig, k
 
 
 def clipped_with_kl(logprobs: Tensor, r: Rollout, advantages: Tensor, c: PolicyConfig, kl_coef: float, denominator: float) -> Tensor:
-    penalty = torch.where(r.response_mask, kl_k3(logprobs, r.ref_logprobs), 0.0).sum() / denominator
+    penalty = kl_k3(logprobs[r.response_mask], r.ref_logprobs[r.response_mask]).sum() / denominator
     return clipped(logprobs, r, advantages, c, kl_coef, denominator) + kl_coef * penalty
 
 
@@ -54,10 +55,13 @@ LADDER: dict[str, Rung] = {
 def advantages_and_returns(rung: Rung, rollout: Rollout, config: PolicyConfig) -> tuple[Tensor, Tensor]:
     """([B, R], [B, R]): the weight on each action's log-probability, and what the value head should have said.
 
-    Returns are advantage + value, taken before whitening; only rungs that learn a value use them.
+    Returns are advantage + value, taken before whitening; where no value is learnt, reward-to-go, to look at.
     """
     advantages = rung.advantages(rollout, config)
-    returns = torch.where(rollout.response_mask, advantages + rollout.values, 0.0)
+    if rung.learns_value:
+        returns = torch.where(rollout.response_mask, advantages + rollout.values, 0.0)
+    else:
+        returns = reward_to_go(rollout.rewards, rollout.response_mask, config.gamma)
     if config.whiten == "on" or (config.whiten == "auto" and rung.whitens):
         advantages = whiten(advantages, rollout.response_mask)
     return advantages, returns
@@ -88,7 +92,7 @@ def minibatch_loss(policy: Transformer, rung: Rung, rollout: Rollout, advantages
             approx_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
             ratio=torch.where(mask, ratio, 0.0).sum(),
             clip_fraction=((ratio - 1.0).abs() > config.clip_range).sum(),
-            value_clip_fraction=((values - rollout.values).abs() > config.value_clip_range)[mask].sum(),
+            value_clip_fraction=((values - rollout.values).abs() > (config.value_clip_range or math.inf))[mask].sum(),
             value_loss=0.5 * torch.where(mask, (values - returns) ** 2, 0.0).sum(),
         )
     return loss, figures

@@ -27,6 +27,7 @@ SPEAKERS = {"user": HUMAN, "human": HUMAN, "assistant": ASSISTANT, "gpt": ASSIST
 MAX_RECORD = 16 * 2**20  # characters; bounds the memory that one hostile line can take, 1000 times a long dialogue
 MAX_BAD_RECORDS = 10_000  # in a file with fewer usable ones: it is not the file that one thinks, and not worth the wait
 CHUNK = 2**16  # characters read at a time
+SMALLEST_WEIGHT = 1e-6  # a batch of pairs that all weigh nothing would divide by nothing; leave such pairs out
 LARGEST_NUMBER = 1e6  # margins and weights beyond it are mistakes, and 1e39 would be inf in float32
 BLANKS = re.compile(r"\s*")
 
@@ -210,7 +211,7 @@ def _shape(record: dict) -> str:
 def _pairs(record: dict) -> list[PreferencePair]:
     prompt, responses, preferences = _comparison(record)
     margins = _numbers(record, "margin", None, -LARGEST_NUMBER, len(preferences))
-    weights = _numbers(record, "weight", 1.0, 0.0, len(preferences))
+    weights = _numbers(record, "weight", 1.0, SMALLEST_WEIGHT, len(preferences))
     return [
         PreferencePair(prompt, responses[winner], responses[loser], margin, weight)
         for (winner, loser), margin, weight in zip(preferences, margins, weights)

@@ -96,8 +96,9 @@ def sequence_kl(model: Transformer, ref_model: Transformer, rollout_inputs: tupl
     states = [m(ids, mask)[:, first:][response_mask] for m in (model, ref_model)]
     kls = []
     for ours, theirs in zip(states[0].split(chunk), states[1].split(chunk)):
-        log_pi = (ours @ model.lm_weight.T).float().div(temperature).log_softmax(-1)
-        log_ref = (theirs @ ref_model.lm_weight.T).float().div(temperature).log_softmax(-1)
+        exact = torch.promote_types(ours.dtype, torch.float32)
+        log_pi = (ours @ model.lm_weight.T).to(exact).div(temperature).log_softmax(-1)
+        log_ref = (theirs @ ref_model.lm_weight.T).to(exact).div(temperature).log_softmax(-1)
         kls.append((log_pi.exp() * (log_pi - log_ref)).sum(-1))
-    per_token = torch.zeros(response_mask.shape, device=ids.device)
+    per_token = torch.zeros(response_mask.shape, device=ids.device, dtype=kls[0].dtype)
     return per_token.masked_scatter(response_mask, torch.cat(kls)).sum(1)

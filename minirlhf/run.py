@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 from minirlhf.checkpoint import write_atomically
 from minirlhf.config import UserError, fail, read_config
 
-SCHEDULE = ("iterations", "warmup_sequences", "epochs")  # a resumed run may go on for longer than it was first told
+SCHEDULE = ("iterations", "epochs")  # a resumed run may go on for longer than it was first told
 FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints")  # no figure depends on these
 
 
@@ -77,7 +77,7 @@ def check_same(config, stored, stored_facts: dict, facts: dict) -> None:
         old, new = getattr(stored, field.name), getattr(config, field.name)
         if old == new or field.name in FREE:
             continue
-        if field.name in SCHEDULE:
+        if field.name in SCHEDULE and new > old:
             print(f"new schedule: {field.name} {old} -> {new}; from here on the run differs from one of {old}")
         else:
             raise UserError(f"--resume with {field.name} = {new!r}, but the run has {old!r}; leave the flag out, or start anew")

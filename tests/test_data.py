@@ -197,7 +197,8 @@ BAD_LINES = {
             ('"1"', '"margin" must be'), ("[1, 2]", '"margin" must be'), ("{}", '"margin" must be'),
         ]
     },
-    "weight": (GOOD.replace("}", ', "weight": -0.1}').encode(), r'"weight" must be 0 to 1e\+06'),
+    "weight": (GOOD.replace("}", ', "weight": -0.1}').encode(), r'"weight" must be 1e-06 to 1e\+06'),
+    "a weight of nothing": (GOOD.replace("}", ', "weight": 0}').encode(), r'"weight" must be 1e-06 to 1e\+06'),
 }
 
 
