@@ -1,11 +1,11 @@
-"""Do the tests notice? One wrong line at a time is put into a copy of the source; the test that should notice must fail.
+"""Do the tests notice? One wrong line at a time goes into a copy of the source; the test that should notice must fail.
 
     python -m tests.mutants [--only ID ...] [--list] [--jobs N]
 
-Every mutant is a bug that trains without complaint. Each runs in a process of its own, against the tests named for it
-and no others, up to the first failure. The tests named must pass on the source as it is, else their failing proves
-nothing: that run is the first row. Exit status 1 if a mutant survives, or if its old text is not in the source exactly
-once: a mutant is then to be brought up to date with the source, not removed.
+Nearly every mutant is a bug that trains without complaint. Each meets the one test named for it, in a process of its
+own, up to the first failure. The tests must also pass on the source as it is, else their failing proves nothing: that
+run is the last row. Exit status 1 if a mutant survives, if a test fails with nothing changed, or if a mutant's old text
+is not in the source exactly once: bring the mutant up to date with the source then.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
     file: str
     old: str  # stands in the file exactly once
     new: str
-    tests: str  # "file::name", blanks between: tests/test_file.py::test_name
+    test: str  # "file::name" stands for tests/test_file.py::test_name
 
 
 MUTANTS = [Mutant(*fields) for fields in [
@@ -41,19 +41,18 @@ MUTANTS = [Mutant(*fields) for fields in [
      "exact::kl_penalty_lowers_the_reward_on_average_and_is_not_clamped"),
     ("kl-unmasked", ROLLOUT, "torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)",
      "-kl_coef * kl_k1(logprobs, ref_logprobs)", "rollout::rewards_read_nothing_beyond_the_mask"),
-    ("score-late", ROLLOUT, "== mask.sum(1, keepdim=True) - 1", "== mask.sum(1, keepdim=True)", "rollout::rewards_by_hand"),
-    ("score-on-every-token", ROLLOUT, "torch.where(last, scores[:, None]", "torch.where(mask, scores[:, None]",
+    ("score-late", ROLLOUT, "mask.sum(1, keepdim=True) - 1", "mask.sum(1, keepdim=True)", "rollout::rewards_by_hand"),
+    ("score-on-every-token", ROLLOUT, "where(last, scores[:, None]", "where(mask, scores[:, None]",
      "rollout::rewards_by_hand"),
     ("logits-late", ROLLOUT, "model(ids, mask)[:, first:]", "model(ids, mask).roll(1, 1)[:, first:]", OWN_ACTION),
     ("value-of-next-state", ROLLOUT, "model.value_head(states)", "model.value_head(states.roll(-1, 0))", OWN_ACTION),
-    ("padding-attended-to", ROLLOUT, "model(ids, mask)[:, first:]", "model(ids, torch.ones_like(mask))[:, first:]", OWN_ACTION),
-    ("reference-at-temperature-1", ROLLOUT, "evaluate_actions(ref_model, *some, temperature)",
-     "evaluate_actions(ref_model, *some, 1.0)", "rollout::temperature_divides_the_logits_of_policy_and_reference_alike"),
+    ("padding-attended-to", ROLLOUT, "model(ids, mask)", "model(ids, torch.ones_like(mask))", OWN_ACTION),
+    ("reference-at-temperature-1", ROLLOUT, "(ref_model, *some, temperature)", "(ref_model, *some, 1.0)",
+     "rollout::temperature_divides_the_logits_of_policy_and_reference_alike"),
     ("logprob-detached", ROLLOUT, "return tuple(blank.masked_scatter(response_mask, x)",
      "return tuple(blank.masked_scatter(response_mask, x.detach())", STOPPING),
-    ("eos-not-trained", ROLLOUT, "    first = prompt_ids.shape[1] - 1\n    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)  # the",
-     "    response_mask = response_mask & (response_ids != model.config.vocab_size - 1)\n"
-     "    first = prompt_ids.shape[1] - 1\n    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)  # the", STOPPING),
+    ("eos-not-trained", ROLLOUT, "    states = model(",
+     "    response_mask = response_mask & (response_ids != model.config.vocab_size - 1)\n    states = model(", STOPPING),
     # Advantages.
     ("full-return-undiscounted", ADVANTAGES, "discounted_returns(rewards, mask, gamma)[:, :1]",
      "discounted_returns(rewards, mask, 1.0)[:, :1]", "advantages::discount_counts_from_the_rewarded_step"),
@@ -72,8 +71,8 @@ MUTANTS = [Mutant(*fields) for fields in [
      "torch.where(rollout.response_mask, whiten(advantages, rollout.response_mask) + rollout.values, 0.0)",
      "advantages::whitening_is_asked_for_or_the_rungs_own_and_never_touches_returns[gae]"),
     # Losses.
-    ("policy-loss-nan-gradient", LOSSES, "(torch.where(mask, logprobs, 0.0) * torch.where(mask, advantages, 0.0)).sum()",
-     "torch.where(mask, logprobs * advantages, 0.0).sum()", "losses::nothing_beyond_the_mask_reaches_a_loss_or_its_gradient"),
+    ("policy-loss-nan-gradient", LOSSES, "(torch.where(mask, logprobs, 0.0) * torch.where(mask, advantages, 0.0))",
+     "torch.where(mask, logprobs * advantages, 0.0)", "losses::nothing_beyond_the_mask_reaches_a_loss_or_its_gradient"),
     ("ppo-optimistic", LOSSES, "-torch.minimum(ratio", "-torch.maximum(ratio", "losses::ppo_loss_by_hand"),
     ("value-clip-optimistic", LOSSES, "torch.maximum(squared", "torch.minimum(squared", "losses::value_loss_by_hand"),
     ("kl-clamped", LOSSES, "    return logprobs - ref_logprobs", "    return (logprobs - ref_logprobs).clamp(min=0.0)",
@@ -82,9 +81,9 @@ MUTANTS = [Mutant(*fields) for fields in [
      "losses::preference_loss_is_finite_for_any_difference"),
     ("grpo-kl-reversed", LADDER, "logprobs[r.response_mask], r.ref_logprobs[r.response_mask]",
      "r.ref_logprobs[r.response_mask], logprobs[r.response_mask]", "exact::grpo_equals_its_own_exact_value"),
-    ("entropy-sign", LADDER, "loss - config.ent_coef", "loss + config.ent_coef", "losses::the_parts_of_the_loss_add_up"),
-    ("value-loss-mean-of-means", LADDER, "mask, config.value_clip_range, tokens)",
-     "mask, config.value_clip_range, float(mask.sum()))", "losses::the_gradient_does_not_depend_on_the_micro_batch_size"),
+    ("entropy-sign", LADDER, "- config.ent_coef", "+ config.ent_coef", "losses::the_parts_of_the_loss_add_up"),
+    ("value-loss-mean-of-means", LADDER, "config.value_clip_range, tokens)",
+     "config.value_clip_range, float(mask.sum()))", "losses::the_gradient_does_not_depend_on_the_micro_batch_size"),
     ("policy-loss-per-sampled-token", LADDER, "advantages, config, kl_coef, denominator)\n    loss = policy_part",
      "advantages, config, kl_coef, tokens)\n    loss = policy_part", STEP),
     # The loop.
@@ -93,7 +92,7 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("step-per-micro-batch", POLICY, "loss.backward()", "loss.backward(); optimizer.step(); optimizer.zero_grad()",
      "losses::the_update_does_not_depend_on_the_micro_batch_size"),
     ("resumes-without-moments", POLICY, 'optimizer.load_state_dict(states["optimizer"])', "pass", RESUMED),
-    ("resumes-without-kl-coef", POLICY, 'done, kl_coef = meta["step"], meta["kl_coef"]', 'done = meta["step"]', RESUMED),
+    ("resumes-without-beta", POLICY, 'done, kl_coef = meta["step"], meta["kl_coef"]', 'done = meta["step"]', RESUMED),
     # Sampling and scoring.
     ("eos-outside-mask", "minirlhf/generate.py",
      "        response_mask[rows, t] = running\n        running = running & (token != eos)\n",
@@ -108,15 +107,15 @@ MUTANTS = [Mutant(*fields) for fields in [
 ]]
 
 
-def run_tests(tree: Path, tests: set[str]) -> tuple[str, float]:
-    """("", seconds) when all pass, else the first test that failed, or what went wrong otherwise after "broken: "."""
-    names = sorted("tests/test_{}.py::test_{}".format(*test.split("::")) for test in tests)
+def run_tests(tree: Path, *tests: str) -> tuple[str, float]:
+    """("", seconds) when all pass, else the first test that failed; "broken: ..." when pytest could not run them."""
+    names = sorted("tests/test_{}.py::test_{}".format(*test.split("::")) for test in set(tests))
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *names],
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *names],
                           cwd=tree, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     failed = re.search(r"^FAILED tests/(\w+\.py::\w+)", done.stdout, re.MULTILINE)
-    outcome = "" if done.returncode == 0 else failed[1] if failed else "broken: " + done.stdout[-200:].replace("\n", " ")
-    return outcome, time.monotonic() - start
+    outcome = failed[1] if failed else "broken: " + done.stdout[-200:].replace("\n", " ")
+    return outcome if done.returncode else "", time.monotonic() - start
 
 
 def run_mutant(mutant: Mutant, source: Path, scratch: Path) -> tuple[str, float]:
@@ -127,7 +126,7 @@ def run_mutant(mutant: Mutant, source: Path, scratch: Path) -> tuple[str, float]
     tree = scratch / mutant.id
     shutil.copytree(source, tree)
     (tree / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-    return run_tests(tree, set(mutant.tests.split()))
+    return run_tests(tree, mutant.test)
 
 
 def main() -> int:
@@ -139,14 +138,14 @@ def main() -> int:
     chosen = [mutant for mutant in MUTANTS if not options.only or mutant.id in options.only]
     if options.list:
         for mutant in chosen:
-            print(f"{mutant.id} | {mutant.file} | {mutant.tests}")
+            print(f"{mutant.id} | {mutant.file} | {mutant.test}")
         return 0
 
     killed = 0
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         source = Path(scratch) / "source"  # one moment of the tree, whoever edits it meanwhile
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs"))
-        unchanged = pool.submit(run_tests, source, {test for mutant in chosen for test in mutant.tests.split()})
+        unchanged = pool.submit(run_tests, source, *(mutant.test for mutant in chosen))
         results = pool.map(lambda mutant: run_mutant(mutant, source, Path(scratch)), chosen)
         print("id | file | killed by | seconds")
         for mutant, (outcome, seconds) in zip(chosen, results):
