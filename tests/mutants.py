@@ -52,7 +52,7 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("logprob-detached", ROLLOUT, "return tuple(blank.masked_scatter(response_mask, x)",
      "return tuple(blank.masked_scatter(response_mask, x.detach())", STOPPING),
     ("eos-not-trained", ROLLOUT, "    states = model(",
-     "    response_mask = response_mask & (response_ids != model.config.vocab_size - 1)\n    states = model(", STOPPING),
+     "    response_mask = response_mask & (response_ids < model.config.vocab_size - 1)\n    states = model(", STOPPING),
     # Advantages.
     ("full-return-undiscounted", ADVANTAGES, "discounted_returns(rewards, mask, gamma)[:, :1]",
      "discounted_returns(rewards, mask, 1.0)[:, :1]", "advantages::discount_counts_from_the_rewarded_step"),
@@ -92,7 +92,7 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("step-per-micro-batch", POLICY, "loss.backward()", "loss.backward(); optimizer.step(); optimizer.zero_grad()",
      "losses::the_update_does_not_depend_on_the_micro_batch_size"),
     ("resumes-without-moments", POLICY, 'optimizer.load_state_dict(states["optimizer"])', "pass", RESUMED),
-    ("resumes-without-beta", POLICY, 'done, kl_coef = meta["step"], meta["kl_coef"]', 'done = meta["step"]', RESUMED),
+    ("resumes-without-kl", POLICY, 'done, kl_coef = meta["step"], meta["kl_coef"]', 'done = meta["step"]', RESUMED),
     # Sampling and scoring.
     ("eos-outside-mask", "minirlhf/generate.py",
      "        response_mask[rows, t] = running\n        running = running & (token != eos)\n",
