@@ -82,7 +82,7 @@ def check_same(config, stored, stored_facts: dict, facts: dict) -> None:
         else:
             raise UserError(f"--resume with {field.name} = {new!r}, but the run has {old!r}; leave the flag out, or start anew")
     if stored_facts != json.loads(json.dumps(facts)):
-        raise UserError(f"--resume: the input files have changed since the run began; start a new run")
+        raise UserError("--resume: the input files have changed since the run began; start a new run")
 
 
 class StopSignal:

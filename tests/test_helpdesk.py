@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import random
-import re
 import statistics
 import time
 from collections import Counter
