@@ -8,6 +8,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,6 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.d_model
-        self.n_head = config.n_head
         self.ln_1 = nn.LayerNorm(width)
         self.attention_in = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
@@ -60,14 +61,9 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, bias: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        batch, length, width = x.shape
-        query, key, value = (part.view(batch, length, self.n_head, -1).transpose(1, 2)
-                             for part in self.attention_in(self.ln_1(x)).split(width, dim=2))
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [N, D], one row per token; attend maps their queries, keys and values [N, 3 D] to what each token read [N, D]."""
+        x = x + self.attention_out(attend(self.attention_in(self.ln_1(x))))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
 
 
@@ -116,24 +112,81 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] of ids [B, T], exact under left and right padding.
 
-        attention_mask: bool [B, S], S = tokens in the cache + T, 1 on real tokens. Position ids count real tokens,
-        so that a sequence has the same hidden states wherever its padding is. Those at padding are meaningless.
+        attention_mask: bool [B, S], S = tokens in the cache + T, 1 on real tokens, which lie together in each row. Position
+        ids count real tokens, so that a sequence has the same hidden states wherever its padding is. Those at padding are
+        meaningless. Without a cache, only real tokens are computed, and what rows in succession have in common only once.
         """
-        length, seen = ids.shape[1], attention_mask.shape[1]
+        (batch, length), seen, n_head = ids.shape, attention_mask.shape[1], self.config.n_head
         if seen > self.config.context and cache is None:
             raise ValueError(f"ids {tuple(ids.shape)}: longer than the context of {self.config.context}")
+        if cache is None:
+            layout = pack(ids, attention_mask)
+            x = self.wte(layout.ids) + self.wpe(layout.positions)
+            for block in self.blocks:
+                x = block(x, lambda qkv: attend_packed(qkv, layout, n_head))
+            return F.embedding(layout.out, self.ln_f(x))
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, seen - length:]
-        order = torch.arange(seen, device=ids.device)
-        causal = order[seen - length:, None] >= order[None, :]  # [T, S]
-        itself = order[seen - length:, None] == order[None, :]  # padding sees itself: a softmax over nothing is NaN
-        visible = (causal & attention_mask[:, None, :] | itself)[:, None]  # [B, 1, T, S]
-        bias = torch.zeros(visible.shape, dtype=self.wte.weight.dtype, device=ids.device).masked_fill_(~visible, float("-inf"))
-        x = self.wte(ids) + self.wpe(positions)
+        bias = cached_bias(attention_mask, length, self.wte.weight.dtype)
+        x = (self.wte(ids) + self.wpe(positions)).flatten(0, 1)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, cache, layer)
-        if cache is not None:
-            cache.length += length
-        return self.ln_f(x)
+            x = block(x, lambda qkv: attend_cached(qkv.view(batch, length, -1), cache, layer, bias, n_head))
+        cache.length += length
+        return self.ln_f(x).view(batch, length, -1)
+
+
+class Packed(NamedTuple):
+    """N tokens that stand for rows of text: no padding, and a beginning that successive rows share stands here once."""
+
+    ids: Tensor  # [N]
+    positions: Tensor  # [N] place of the token in its row
+    rows: Tensor  # [B, T] which token is where in each row, rows moved to the left; 0 past their ends
+    first: Tensor  # [N] where each token stands in rows, flattened
+    out: Tensor  # [B, T] which token is where in the rows as they were given
+
+
+def pack(ids: Tensor, attention_mask: Tensor) -> Packed:
+    """The tokens of ids [B, T] that have to be computed. A causal model gives a shared beginning the same hidden states in
+    every row, so siblings (responses to one prompt) pay for their prompt together. Work and memory: a few [B, T] integers."""
+    length = ids.shape[1]
+    order = torch.arange(length, device=ids.device)
+    padding = attention_mask.int().argmax(1, keepdim=True)  # left of the first real token
+    real = order < attention_mask.sum(1, keepdim=True)
+    aligned = ids.gather(1, (order + padding) % length)
+    same = torch.zeros_like(real)  # as in the row above, up to and with this column
+    same[1:] = ((aligned[1:] == aligned[:-1]) & real[1:] & real[:-1]).cumprod(1).bool()
+    own = real & ~same
+    row = torch.arange(len(ids), device=ids.device)[:, None]
+    source = torch.where(same, 0, row).cummax(0).values  # the row in which the token stands that this one is like
+    rows = (own.flatten().cumsum(0) - 1).view_as(own).gather(0, source)
+    rows = torch.where(real, rows, 0)
+    first = own.flatten().nonzero().squeeze(1)
+    return Packed(aligned.flatten()[first], first % length, rows, first, rows.gather(1, (order - padding) % length))
+
+
+def attend_packed(qkv: Tensor, layout: Packed, n_head: int) -> Tensor:
+    """[N, D] what each packed token reads in its row. Padding is to the right there, where no real token looks."""
+    batch, length = layout.rows.shape
+    query, key, value = F.embedding(layout.rows, qkv).view(batch, length, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return F.embedding(layout.first, mixed.transpose(1, 2).reshape(batch * length, -1))
+
+
+def cached_bias(attention_mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, S] 0 where the last T = length of S columns may look, -inf elsewhere."""
+    order = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    new = order[-length:, None]
+    # padding sees itself: a softmax over nothing is NaN
+    visible = ((new >= order) & attention_mask[:, None, :] | (new == order))[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def attend_cached(qkv: Tensor, cache: KVCache, layer: int, bias: Tensor, n_head: int) -> Tensor:
+    """[B T, D] what each of T new tokens reads: qkv [B, T, 3 D], in the cache and among themselves."""
+    batch, length = qkv.shape[:2]
+    query, key, value = qkv.view(batch, length, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    key, value = cache.append(layer, key, value)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return mixed.transpose(1, 2).reshape(batch * length, -1)
 
 
 def last_token_scores(model: Transformer, hidden: Tensor, attention_mask: Tensor) -> Tensor:
