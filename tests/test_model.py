@@ -10,7 +10,7 @@ from minirlhf.config import UserError
 from minirlhf.data import PreferenceGroup, collate_preferences, pad_left, pad_right
 from minirlhf.generate import generate
 from minirlhf.losses import preference_loss
-from minirlhf.model import KVCache, ModelConfig, Transformer, pick_device, sequence_scores
+from minirlhf.model import KVCache, ModelConfig, Transformer, pack, pick_device, sequence_scores
 from minirlhf.rollout import collect_rollout, evaluate_actions, sequence_kl
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7], [8, 1, 5]]
@@ -86,6 +86,40 @@ def test_what_stands_in_padding_changes_nothing():
     ids, mask = pad_left([p + r for p, r in zip(PROMPTS, RESPONSES)], PAD)
     noise = torch.where(mask, ids, torch.randint(0, 64, ids.shape, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(model(ids, mask)[mask], model(noise, mask)[mask])
+
+
+def siblings(side):
+    """(sequences, ids, mask): groups that share a beginning, one with a repeat and a row that is the beginning of another."""
+    sequences = [[1, 2, 3, 4, 5], [1, 2, 3, 6], [1, 2, 3, 6], [1, 2], [7], [7, 1, 2, 3], [1, 2, 3, 4, 5, 6]]
+    return sequences, *side(sequences, PAD)
+
+
+@pytest.mark.parametrize("side", [pad_left, pad_right])
+def test_rows_that_share_a_beginning_are_each_as_if_alone(side):
+    """Computed once for all siblings, a prompt must still be each one's own: its states, and its share of the gradient."""
+    model = random_model().double().requires_grad_(True)
+    sequences, ids, mask = siblings(side)
+    weights = torch.randn(*mask.shape, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = torch.where(mask[:, :, None], model(ids, mask) * weights, 0.0).sum()
+    gradient = torch.autograd.grad(together, model.blocks.parameters())
+    apart = 0.0
+    for row, sequence in enumerate(sequences):
+        one = torch.tensor([sequence])
+        hidden = model(one, torch.ones_like(one, dtype=torch.bool))[0]
+        torch.testing.assert_close(model(ids, mask)[row, mask[row]], hidden, rtol=0, atol=1e-12)
+        apart = apart + (hidden * weights[row, mask[row]]).sum()
+    for found, wanted in zip(gradient, torch.autograd.grad(apart, model.blocks.parameters())):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", [pad_left, pad_right])
+def test_padding_and_repeated_beginnings_are_not_computed(side):
+    """Four responses to a prompt cost one prompt. Sharing that stops at a different column each row loses nothing but work."""
+    _, ids, mask = siblings(side)
+    layout = pack(ids, mask)
+    assert layout.ids.tolist() == [1, 2, 3, 4, 5] + [6] + [7] + [1, 2, 3] + [1, 2, 3, 4, 5, 6]
+    assert layout.positions.tolist() == [0, 1, 2, 3, 4] + [3] + [0] + [1, 2, 3] + [0, 1, 2, 3, 4, 5]
+    assert torch.equal(layout.ids[layout.out][mask], ids[mask])
 
 
 def test_hidden_states_do_not_depend_on_later_tokens():
