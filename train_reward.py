@@ -18,7 +18,7 @@ from minirlhf.environment import Sampling, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
-from minirlhf.losses import masked_row_mean, preference_loss
+from minirlhf.losses import preference_loss
 from minirlhf.model import ModelConfig, Transformer, last_token_scores, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
 from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
@@ -38,13 +38,13 @@ def pair_loss(model, groups, pad, config, total_weight):
     """This micro-batch's share of a batch whose pairs weigh total_weight: (what to differentiate, figures to log).
 
     The score is the last token's, and the logged loss is its preference loss alone. Beside it every token gives a verdict of
-    its own through the value head, and their mean is held to the same preferences: a slip in the third word then has a short
-    way to the loss. Only training hears of the verdicts.
+    its own through the value head, and their sum is held to the same preferences: a slip in the third word then has a short
+    way to the loss, and what the words are worth adds up. Only training hears of the verdicts.
     """
     batch = PreferenceBatch(*(tensor.to(model.wte.weight.device) for tensor in collate_preferences(groups, pad)))
     hidden = model(batch.ids, batch.attention_mask)  # each response is read once, however many pairs it stands in
     scores = last_token_scores(model, hidden, batch.attention_mask)
-    verdicts = masked_row_mean(model.value_head(hidden).squeeze(-1), batch.attention_mask)
+    verdicts = torch.where(batch.attention_mask, model.value_head(hidden).squeeze(-1), 0.0).sum(1)
     share = batch.weight.sum() / total_weight
 
     def loss_of(x, centering):

@@ -22,22 +22,22 @@ from typing import NamedTuple
 
 from minirlhf.seeding import derive_seed
 
-ITEMS = "kettle toaster lamp radio camera clock fan drill".split()
+ITEMS = "kettle toaster lamp radio camera clock fan drill mixer heater".split()
 COLOURS = "red blue green black white yellow".split()
 
-# problem -> (what the customer says, the requests that go with it); nobody is at fault in the last two. Customer and agent
+# problem -> (what the customer says, the requests that go with it); nobody is at fault in the last four. Customer and agent
 # use the same word for the same thing, so that one skill, finding in the prompt the word just read, checks every slot.
 PROBLEMS = {
     "broken": (("My {x} arrived broken.", "The {x} you sent me is broken."), ("refund", "exchange", "repair", "return")),
     "late": (("My {x} is very late.", "The {x} I ordered is late."), ("refund", "exchange", "tracking")),
-    "scratched": (("My {x} is scratched.", "You sent me a scratched {x}."), ("refund", "exchange", "return")),
-    "noisy": (("My {x} is far too noisy.", "I have a very noisy {x}."), ("refund", "repair", "return")),
     "leaking": (("My {x} is leaking.", "There is something leaking from my {x}."), ("refund", "exchange", "repair")),
     "wrong": (("You sent me the wrong {x}.", "The {x} that came is the wrong one."), ("refund", "exchange", "return")),
     "spare": (("My {x} is spare.", "I have a spare {x} now."), ("refund", "exchange", "return")),
     "gift": (("My {x} was a gift.", "I got the {x} as a gift."), ("exchange", "tracking", "return", "manual")),
+    "small": (("My {x} is too small for us.", "I chose a {x} that is too small."), ("refund", "exchange", "return")),
+    "double": (("I ordered the {x} double.", "By mistake my order of the {x} is double."), ("refund", "tracking", "return")),
 }
-NO_FAULT = ("spare", "gift")
+NO_FAULT = ("spare", "gift", "small", "double")
 REQUESTS = {
     "refund": ("Can I have a refund?", "Please send me a refund."),
     "exchange": ("Can I have an exchange?", "Please arrange an exchange."),
@@ -54,14 +54,14 @@ PHRASES = {
         "bad": ("What do you want now?",),
     },
     "remark": {
-        "broken": ("I am sorry that it is broken.", "It is a shame that it came broken."),
-        "late": ("I am sorry that it is late.", "It is a shame that it comes late."),
-        "scratched": ("I am sorry that it is scratched.", "It is a shame that it came scratched."),
-        "noisy": ("I am sorry that it is noisy.", "It is a shame that it runs noisy."),
-        "leaking": ("I am sorry that it is leaking.", "It is a shame that it keeps leaking."),
-        "wrong": ("I am sorry that it is wrong.", "It is a shame that it came wrong."),
-        "spare": ("I see that it is spare.", "It is fine that it is spare."),
-        "gift": ("I see that it is a gift.", "It is lovely that it was a gift."),
+        "broken": ("I am sorry it is broken.", "What a shame that it came broken."),
+        "late": ("I am sorry it is late.", "What a shame that it comes late."),
+        "leaking": ("I am sorry it is leaking.", "What a shame that it is leaking."),
+        "wrong": ("I am sorry it is wrong.", "What a shame that it came wrong."),
+        "spare": ("I see it is spare.", "No problem that it is spare."),
+        "gift": ("I see it is a gift.", "No problem that it was a gift."),
+        "small": ("I see it is small.", "No problem that it is too small."),
+        "double": ("I see it is double.", "No problem that it came double."),
         "bad": ("You must have been careless.",),
     },
     "action": {
@@ -93,24 +93,24 @@ PHRASES = {
 }
 SLOTS = ("opening", "remark", "action", "next step", "voucher", "goodbye")  # in the order of a good reply
 
-# The first sentence of a slot earns or costs this; the best reply is worth 6.9, or 6.1 where nobody is at fault.
+# The first sentence of a slot earns or costs this; the best reply is worth 6.2, or 5.2 where nobody is at fault.
 WORTH = {
     "opening": {"right": 0.8, "bad": -0.6},
     "remark": {"right": 1.0, "wrong": -1.0, "bad": -0.6},
     "action": {"right": 1.6, "wrong": -1.0, "bad": -0.6},
-    "next step": {"right": 0.9, "wrong": -0.8, "bad": -0.6},
-    "voucher": {"right": 0.8, "wrong": -1.0},
+    "next step": {"right": 1.0, "wrong": -0.8, "bad": -0.6},
+    "voucher": {"right": 1.0, "wrong": -1.2},
     "goodbye": {"right": 0.8, "bad": -0.6},
     "filler": {"bad": -0.8},
 }
-REPEAT = -0.8  # a second sentence of a slot: it can cost, but it earns nothing
+REPEAT = -1.0  # a second sentence of a slot: it can cost, but it earns nothing
 DISORDER = -0.8  # a sentence that comes after one of a later slot
 UNREADABLE = -0.03  # per character of a sentence that is none of ours: nonsense must not come at a flat price
 UNFINISHED = -1.0  # the reply was cut by the length limit
 
 TAU = 0.5  # gold utility; a difference of TAU is preferred 73% of the time
 MAX_WORDS = 60  # no written reply is longer, so that none outgrows the models' context
-GROUPS = {"train": 12000, "validation": 640, "test": 640}  # of four replies each
+GROUPS = {"train": 16000, "validation": 640, "test": 640}  # of four replies each
 
 # How the average agent fills a slot: shares of the right sentence, a wrong one, the canned bad one, and none.
 SHARES = {
@@ -118,10 +118,10 @@ SHARES = {
     "remark": {"right": 32, "wrong": 15, "bad": 37, "none": 16},
     "action": {"right": 34, "wrong": 17, "bad": 37, "none": 12},
     "next step": {"right": 32, "wrong": 15, "bad": 37, "none": 16},
-    "voucher": {"right": 26, "wrong": 24, "bad": 0, "none": 50},
+    "voucher": {"right": 50, "wrong": 50, "bad": 0, "none": 50},
     "goodbye": {"right": 32, "wrong": 0, "bad": 40, "none": 28},
 }
-REPEATS, SWAPS, WANDERS = 0.2, 0.15, 0.22  # shares of the replies
+REPEATS, SWAPS, WANDERS = 0.35, 0.15, 0.2  # shares of the replies
 
 
 class Context(NamedTuple):
@@ -290,9 +290,9 @@ def sample_prompt(rng: random.Random, split: str = "train") -> str:
 
 
 def sample_about(context: Context, slot: str, care: float, rng: random.Random) -> str | None:
-    """What the average agent's sentence in a slot is about; None: no sentence. care, in [0, 1], shifts the shares."""
+    """What an agent's sentence in a slot is about; None: no sentence. care, in [0, 1], shifts the shares."""
     right, shares = expected(context)[slot], SHARES[slot]
-    weights = {**shares, "right": shares["right"] * (0.6 + 0.8 * care), "bad": shares["bad"] * (1.4 - 0.8 * care)}
+    weights = {**shares, "right": shares["right"] * (0.6 + 2.4 * care), "bad": shares["bad"] * (1.2 - 0.9 * care)}
     verdict = rng.choices(list(weights), list(weights.values()))[0]
     wrong = [about for about in PHRASES[slot] if about not in (right, "bad")]
     options = {"right": [right], "wrong": wrong, "bad": ["bad"], "none": []}[verdict]
@@ -300,22 +300,27 @@ def sample_about(context: Context, slot: str, care: float, rng: random.Random) -
     return rng.choice(options) if options else None
 
 
+def wordings(sentence: str) -> tuple[str, ...]:
+    """The ways to say what a sentence of the task says."""
+    slot, about = _MEANING[sentence]
+    return PHRASES[slot][about]
+
+
 def sample_response(prompt: str, rng: random.Random) -> str:
-    """A reply by an agent who takes more care on some days than on others."""
-    context, care = parse_prompt(prompt), rng.random()
+    """A reply by an agent who takes little care on most days and much on a few: without those few, preferences would say
+    nothing about what is missing from a reply that is nearly perfect, and that is where a policy ends."""
+    context, care = parse_prompt(prompt), rng.random() ** 3
     abouts = {slot: sample_about(context, slot, care, rng) for slot in SLOTS}
-    said = [(slot, rng.choice(PHRASES[slot][about])) for slot, about in abouts.items() if about]
-    if said and rng.random() < REPEATS:  # the same again, or something else of the same kind
+    said = [rng.choice(PHRASES[slot][about]) for slot, about in abouts.items() if about]
+    if said and rng.random() < REPEATS:  # the same again, perhaps in other words
         place = rng.randrange(len(said))
-        slot, sentence = said[place]
-        other = rng.choice(PHRASES[slot][rng.choice(list(PHRASES[slot]))])
-        said.insert(place + 1, (slot, rng.choice((sentence, other))))
+        said.insert(place + 1, rng.choice(wordings(said[place])))
     if len(said) > 1 and rng.random() < SWAPS:
         place = rng.randrange(len(said) - 1)
         said[place:place + 2] = reversed(said[place:place + 2])
     if rng.random() < WANDERS:
-        said.insert(rng.randint(0, len(said)), ("filler", rng.choice(PHRASES["filler"]["bad"])))
-    response = as_reply(sentence for _, sentence in said)
+        said.insert(rng.randint(0, len(said)), rng.choice(PHRASES["filler"]["bad"]))
+    response = as_reply(said)
     return response if 0 < len(response.split()) <= MAX_WORDS else sample_response(prompt, rng)
 
 

@@ -77,8 +77,3 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the mask; unchanged by any amount of padding."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
-
-
-def masked_row_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """[B] mean of each row of x [B, T] over its mask."""
-    return torch.where(mask, x, 0.0).sum(1) / mask.sum(1)
