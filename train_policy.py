@@ -18,7 +18,7 @@ from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
 from minirlhf.environment import (Environment, Prompts, Samples, load_environment, newest_reward_run, next_prompts,
                                   sample_responses, true_worth)
-from minirlhf.ladder import LADDER, Rung, advantages_and_returns, explained_variance, minibatch_loss
+from minirlhf.ladder import Rung, advantages_and_returns, explained_variance, minibatch_loss, pick_rung
 from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
 from minirlhf.model import Transformer, pick_device
@@ -33,7 +33,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     """Train and save policy.pt; returns the closing table. reward_function(prompts, responses) -> one number each
     takes the reward model's place. Raises UserError."""
     config.check()
-    device, stop, rung = pick_device(config.device), StopSignal(), LADDER[config.algorithm]
+    rung, device, stop = pick_rung(config), pick_device(config.device), StopSignal()
     if not config.reward_run:  # named in config.json, so that a resumed run does not take up a newer one
         config = dataclasses.replace(config, reward_run=str(newest_reward_run(Path("runs"))))
     world = load_environment(config, reward_function, device)

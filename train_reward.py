@@ -140,17 +140,33 @@ def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
     reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))
 
 
+def base_brought_along(config):
+    return str(Path(config.init_reward).with_name("base.pt")) if config.init_reward else config.init
+
+
 def starting_model(config, encoding):
-    """The base language model before its warm-up, or the one that --init brings along. Raises UserError."""
+    """The base language model before its warm-up, or the one brought along by --init or --init-reward. Raises UserError."""
     context = config.max_prompt_length + config.max_response_length
-    if not config.init:
+    path = base_brought_along(config)
+    if not path:
         sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), config.n_layer, config.n_head, config.d_model, context)
         return Transformer(sizes, derive_seed(config.seed, "init"))
-    base, _ = load_model(Path(config.init), "base", fingerprint(encoding))
+    base, _ = load_model(Path(path), "base", fingerprint(encoding))
     if base.config.context < context:
-        raise UserError(f"{config.init}: its context of {base.config.context} tokens is shorter than --max-prompt-length + "
+        raise UserError(f"{path}: its context of {base.config.context} tokens is shorter than --max-prompt-length + "
                         "--max-response-length; lower one of them")
     return base
+
+
+def earlier_reward_model(config, encoding):
+    """The reward model of --init-reward, or None. It goes back to its raw scale, on which alone a difference of scores is the
+    log-odds that the preference loss takes it for. Raises UserError."""
+    if not config.init_reward:
+        return None
+    reward_model, _ = load_model(Path(config.init_reward), "reward", fingerprint(encoding))
+    reward_model.score_shift.zero_()
+    reward_model.score_scale.fill_(1.0)
+    return reward_model
 
 
 def main(config: RewardConfig) -> dict:
@@ -166,7 +182,9 @@ def main(config: RewardConfig) -> dict:
     if splits.bad_lines:
         print(f"skipped {splits.bad_lines} bad lines")
 
-    base, inputs = starting_model(config, encoding).to(device), splits.hashes | file_hashes(filter(None, [config.init]))
+    brought = base_brought_along(config)
+    base, earlier = starting_model(config, encoding).to(device), earlier_reward_model(config, encoding)
+    inputs = splits.hashes | file_hashes(filter(None, [brought, config.init_reward]))
 
     run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", inputs)
     print(f"run folder: {run.folder}   device: {device}")
@@ -177,14 +195,14 @@ def main(config: RewardConfig) -> dict:
                       config.tensorboard)
 
     # 1. The base language model: warmed up here, or brought along.
-    if not config.init:
+    if not brought:
         print("no --init: warming up a base language model on the task's own text")
         warm_up(base, groups["train"], run, config, pad, metrics, stop)
     save_model(base_path, "base", base, facts)
     print(f"saved {base_path}")
 
-    # 2. The reward model starts from the base model; its reward head starts at 0.
-    reward_model = copy.deepcopy(base)
+    # 2. The reward model starts from the base model with a reward head of 0, or from an earlier reward model.
+    reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
     learn_preferences(reward_model, groups["train"], run, config, pad, metrics, stop)
 
     # 3. Scores in units of the base policy's own spread.

@@ -21,7 +21,6 @@ def setting(default, reason: str, low: float | None = None, high: float | None =
     return dataclasses.field(default=default, metadata=dict(reason=reason, low=low, high=high, choices=choices))
 
 
-ALGORITHM_NAMES = ("reinforce", "reward-to-go", "baseline", "gae", "ppo", "rloo", "grpo")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -36,6 +35,7 @@ class RewardConfig:
     skip_bad_lines: bool = setting(False, "count and skip lines that cannot be read, instead of stopping")
     tokenizer: str = setting("helpdesk", "the shipped ranks, a .tiktoken file, or any tiktoken encoding by name (gpt2)")
     init: str = setting("", "start from this checkpoint (a base.pt) and skip the warm-up")
+    init_reward: str = setting("", "go on from this earlier reward.pt, with the base.pt beside it; skips the warm-up")
     n_layer: int = setting(2, "transformer blocks; two are enough to copy a colour from prompt to reply", 1)
     n_head: int = setting(4, "attention heads; must divide --d-model", 1)
     d_model: int = setting(128, "width; at 0.5M parameters both scripts take minutes on two cores", 1)
@@ -66,6 +66,8 @@ class RewardConfig:
         check_ranges(self)
         if self.d_model % self.n_head:
             raise UserError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; try --n-head 4")
+        if self.init and self.init_reward:
+            raise UserError("--init-reward brings the base.pt beside it; leave out --init")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class PolicyConfig:
 
     reward_run: str = setting("", "folder that train_reward.py made; empty: the newest finished one under runs/")
     prompts: str = setting("", "file of prompts; empty: the prompts of the reward run's data")
-    algorithm: str = setting("ppo", "rung of the ladder", choices=ALGORITHM_NAMES)
+    algorithm: str = setting("ppo", "rung of the ladder: reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, or your own")
     reward: str = setting("", "module:function(prompts, responses) -> scores, in place of the reward model")
     iterations: int = setting(60, "rounds of sample, score, update; the gold utility is flat by then", 1)
     batch_size: int = setting(128, "responses sampled per iteration", 1)
@@ -114,9 +116,6 @@ class PolicyConfig:
 
     def check(self) -> None:
         check_ranges(self)
-        grouped = self.algorithm in ("rloo", "grpo")
-        if grouped and self.batch_size % self.group_size:
-            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --group-size {self.group_size}")
 
 
 def flag(name: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minirlhf.advantages import (full_return, gae, group_normalised, leave_one_out, reward_to_go, reward_to_go_minus_value,
                                  whiten)
-from minirlhf.config import PolicyConfig
+from minirlhf.config import PolicyConfig, UserError, nearest
 from minirlhf.losses import kl_k3, policy_gradient_loss, ppo_loss, value_loss
 from minirlhf.model import Transformer
 from minirlhf.rollout import Rollout, evaluate_actions
@@ -50,6 +50,16 @@ LADDER: dict[str, Rung] = {
     "grpo": Rung(lambda r, c: group_normalised(r.scores, r.response_mask, c.group_size), clipped_with_kl,
                  grouped=True, reuses_rollout=True, kl_in_reward=False),
 }
+
+
+def pick_rung(config: PolicyConfig) -> Rung:
+    """The row that --algorithm names; whoever adds one to LADDER can name it. Raises UserError."""
+    if config.algorithm not in LADDER:
+        raise UserError(f"--algorithm {config.algorithm!r} is not known{nearest(config.algorithm, LADDER)}")
+    rung = LADDER[config.algorithm]
+    if rung.grouped and config.batch_size % config.group_size:
+        raise UserError(f"--batch-size {config.batch_size} is not a multiple of --group-size {config.group_size}")
+    return rung
 
 
 def advantages_and_returns(rung: Rung, rollout: Rollout, config: PolicyConfig) -> tuple[Tensor, Tensor]:

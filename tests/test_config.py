@@ -15,6 +15,7 @@ from tiny import contents, policy_config, refused, reward_config, rows, write_in
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, flag, given_flags, read_config
+from minirlhf.ladder import pick_rung
 
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}
 FIELDS = [(config_class, field) for config_class in SCRIPTS for field in dataclasses.fields(config_class)]
@@ -58,8 +59,7 @@ def test_a_wrong_setting_fails_before_any_work(config_class, tmp_path, monkeypat
 
 @pytest.mark.parametrize("config, problem", [
     (RewardConfig(d_model=100, n_head=3), "--n-head 3 does not divide --d-model 100"),
-    (PolicyConfig(algorithm="rloo", batch_size=30), "--batch-size 30 is not a multiple of --group-size 4"),
-    (PolicyConfig(algorithm="grpo", batch_size=30), "--batch-size 30 is not a multiple of --group-size 4"),
+    (RewardConfig(init="base.pt", init_reward="reward.pt"), "--init-reward brings the base.pt beside it; leave out --init"),
 ])
 def test_settings_that_contradict_each_other_are_refused(config, problem):
     """A view of the wrong shape deep inside says nothing of the two flags that made it."""
@@ -67,9 +67,22 @@ def test_settings_that_contradict_each_other_are_refused(config, problem):
         config.check()
 
 
+@pytest.mark.parametrize("config, problem", [
+    (PolicyConfig(algorithm="rloo", batch_size=30), "--batch-size 30 is not a multiple of --group-size 4"),
+    (PolicyConfig(algorithm="grpo", batch_size=30), "--batch-size 30 is not a multiple of --group-size 4"),
+    (PolicyConfig(algorithm="pop"), "--algorithm 'pop' is not known; did you mean ppo?"),
+])
+def test_a_rung_that_cannot_run_is_refused_before_any_work(config, problem, tmp_path, monkeypatch):
+    """The ladder is open to rungs of the user's own, so that not the settings but main asks it for the name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=problem):
+        train_policy.main(dataclasses.replace(config, out="run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_group_size_matters_only_where_there_are_groups():
     """ppo must not be refused for a group size that it does not use."""
-    PolicyConfig(algorithm="ppo", batch_size=30).check()
+    pick_rung(PolicyConfig(algorithm="ppo", batch_size=30))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -79,7 +92,6 @@ def test_the_group_size_matters_only_where_there_are_groups():
     (RewardConfig, ["--warmup-sequence", "8"], "unknown argument --warmup-sequence; did you mean --warmup-sequences?"),
     (PolicyConfig, ["--algoritm", "ppo"], "unknown argument --algoritm; did you mean --algorithm?"),
     (PolicyConfig, ["--kl-cof=0.1"], "unknown argument --kl-cof=0.1; did you mean --kl-coef?"),
-    (PolicyConfig, ["--algorithm", "pop"], "--algorithm 'pop' is not known; did you mean ppo?"),
     (PolicyConfig, ["--no-seed"], "unknown argument --no-seed"),
     (PolicyConfig, ["--iter", "3"], "unknown argument --iter"),  # no abbreviations: a new flag would change their meaning
     (PolicyConfig, ["ppo"], "unknown argument ppo"),
@@ -171,6 +183,7 @@ REWARD_CHANGES = {
     "skip_bad_lines": (dict(data=("bad.jsonl",)), False, True),
     "tokenizer": ({}, "bytes.tiktoken", "merged.tiktoken"),
     "init": ({}, ..., "{reward_run}/base.pt"),
+    "init_reward": ({}, ..., "{reward_run}/reward.pt"),
     "n_layer": ({}, 1, 2),
     "n_head": ({}, 1, 2),
     "d_model": ({}, 8, 16),

@@ -16,7 +16,7 @@ from tiny import as_flags, assert_same_weights, contents, policy_config, refused
 import train_policy
 import train_reward
 from minirlhf import task
-from minirlhf.config import ALGORITHM_NAMES, PolicyConfig, RewardConfig, UserError
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
 from minirlhf.ladder import LADDER, minibatch_loss
 from minirlhf.log import Metrics, Progress, duration, printable, rounded
 
@@ -62,7 +62,7 @@ def test_training_lowers_both_losses(reward_run):
         assert losses[-1] < factor * losses[0]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)
+@pytest.mark.parametrize("algorithm", LADDER)
 def test_each_rung_runs_and_logs_everything(algorithm, reward_run, tmp_path, monkeypatch, capsys):
     """Two iterations through main(config); every figure that the loss computes reaches the log, and the live kl_coef does."""
     computed = set()
@@ -100,7 +100,7 @@ def test_each_rung_runs_and_logs_everything(algorithm, reward_run, tmp_path, mon
     assert (tmp_path / "run" / "samples.md").read_text() in said.out
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)
+@pytest.mark.parametrize("algorithm", LADDER)
 def test_a_learning_rate_of_0_moves_nothing_through_every_epoch(algorithm, reward_run, tmp_path):
     """A ratio that is not 1 before the first step means that sampling and learning disagree about the policy."""
     train_policy.main(policy_config(reward_run, tmp_path / "run", algorithm=algorithm, lr=0.0, ppo_epochs=3, micro_batch_size=3,
@@ -159,6 +159,24 @@ def test_the_warm_up_is_skipped_with_a_model_brought_along(inputs, reward_run, t
     assert {row["stage"] for row in rows(tmp_path / "run" / "reward_metrics.jsonl")} == {"reward", "test"}
     flags = as_flags(reward_config(inputs, tmp_path / "long", init=str(reward_run / "base.pt"), max_response_length=6))
     assert "base.pt: its context of 11 tokens" in refused(capsys, train_reward.main, RewardConfig, flags)
+
+
+def test_an_earlier_reward_model_is_gone_on_with(inputs, reward_run, tmp_path, capsys):
+    """On its raw scale: normalised twice, its scores would be another unit, and its first loss that of another model.
+
+    With a learning rate of 0 it comes out as it went in, and so does the base model, by which policies stay comparable.
+    """
+    earlier = str(reward_run / "reward.pt")
+    train_reward.main(reward_config(inputs, tmp_path / "still", init_reward=earlier, lr=0.0, normalise_prompts=14))
+    assert_same_weights(tmp_path / "still" / "base.pt", reward_run / "base.pt", "base")
+    assert_same_weights(tmp_path / "still" / "reward.pt", reward_run / "reward.pt", "reward")
+    train_reward.main(reward_config(inputs, tmp_path / "on", init_reward=earlier, epochs=2))
+    found = [row for row in rows(tmp_path / "on" / "reward_metrics.jsonl") if row["stage"] != "test"]
+    before = [row["loss"] for row in rows(reward_run / "reward_metrics.jsonl") if row["stage"] == "reward"]
+    assert {row["stage"] for row in found} == {"reward"} and found[0]["loss"] < 0.9 * before[0]
+    for name, words in (("base.pt", "holds a base model, not a reward model"), ("none.pt", "none.pt: No such file")):
+        flags = as_flags(reward_config(inputs, tmp_path / "bad", init_reward=str(reward_run / name)))
+        assert words in refused(capsys, train_reward.main, RewardConfig, flags) and not (tmp_path / "bad").exists()
 
 
 # ---- a reward of one's own -------------------------------------------------------------------------------------------
