@@ -128,7 +128,7 @@ def made_up(number, probability=0.8):
 # ---- a person at a terminal ------------------------------------------------------------------------------------------
 
 
-def test_every_key_does_what_it_says_and_training_reads_the_answers(policy_run, reward_run, inputs, tmp_path, open_terminal):
+def test_every_key_does_what_it_says_and_training_reads_it(policy_run, reward_run, inputs, tmp_path, open_terminal):
     """Left, right, tie, skip, arrows, undo, a key that means nothing, quit; then the reward model learns from the file."""
     out = tmp_path / "labels.jsonl"
     terminal = open_terminal("--run", str(policy_run), "--out", str(out))
@@ -137,7 +137,7 @@ def test_every_key_does_what_it_says_and_training_reads_the_answers(policy_run, 
     assert "1 answered" in terminal.press("1", QUIT)
     assert "2 answered" in terminal.press("\x1b[C", QUIT)
     assert "3 answered (1 ties)" in terminal.press("t", QUIT)
-    assert "3 answered (1 ties), 1 skipped; the reward model agreed with" in terminal.press("s", QUIT)
+    assert "3 answered (1 ties), 1 skipped; reward model" in terminal.press("s", QUIT)
     assert "that key means nothing here" in terminal.press("x", "nothing here")
     shown = terminal.press("u", "taken back")
     assert "3 answered (1 ties), 0 skipped" in shown and len(rows(out)) == 3
@@ -148,15 +148,16 @@ def test_every_key_does_what_it_says_and_training_reads_the_answers(policy_run, 
     status, said, restored = terminal.end()
     assert status == 0 and restored and "train_reward.py --init-reward" in said
     found = rows(out)
-    assert [row["answer"] for row in found] == ["left", "right", "tie", "left"] and [row["number"] for row in found] == sorted(
-        {row["number"] for row in found})
+    assert [row["answer"] for row in found] == ["left", "right", "tie", "left"]
+    assert sorted({row["number"] for row in found}) == [row["number"] for row in found]
     assert all(row["responses"][0] != row["responses"][1] and 0 < row["reward_model"] < 1 for row in found)
     pairs = read_preferences(str(out))
     left, right = found[1]["responses"]
     assert (pairs[1].chosen, pairs[1].rejected, pairs[1].weight) == (right, left, 1.0)
     tie = pairs[2:4]
     assert (tie[0].chosen, tie[0].rejected) == (tie[1].rejected, tie[1].chosen) and [pair.weight for pair in tie] == [0.5, 0.5]
-    train_reward.main(tiny.reward_config(inputs, tmp_path / "second", data=(str(out),), init_reward=str(reward_run / "reward.pt")))
+    earlier = str(reward_run / "reward.pt")
+    train_reward.main(tiny.reward_config(inputs, tmp_path / "second", data=(str(out),), init_reward=earlier))
 
 
 def test_a_kill_at_any_time_loses_no_answer_and_the_next_start_goes_on(policy_run, tmp_path, open_terminal):
@@ -340,7 +341,7 @@ def test_the_summary_counts_agreement_by_hand(tmp_path):
                                                     ("skip", 0.9)]):
         file.add(made_up(number, probability), answer)
     low, high = wilson(2.5, 4)
-    agreed = f"the reward model agreed with 2.5 of 4: 62% [{low:.0%}, {high:.0%}]"
+    agreed = f"reward model agreed 2.5/4: 62% [{low:.0%}, {high:.0%}]"
     assert file.summary() == f"5 answered (1 ties), 1 skipped; {agreed}"
     file.lock.close()
 

@@ -45,7 +45,7 @@ class LabelConfig:
                         choices=("next", "uncertain"))
     candidates: int = setting(8, "pairs sampled per prompt for --pick uncertain", 1)
     count: int = setting(0, "stop when the file holds so many answers, skipped ones included; 0: go on until q", 0)
-    judge: str = setting("", "module:function(prompt, a, b) -> probability that a is better, or None to skip; in place of a person")
+    judge: str = setting("", "module:function(prompt, a, b) -> probability that a is better, None to skip; in a person's place")
     temperature: float = setting(0.0, "of sampling; 0: the run's own", 0)
     max_response_length: int = setting(0, "tokens, EOS included; 0: the run's own", 0)
     seed: int = setting(0, "every random choice derives from it", 0)
@@ -65,9 +65,7 @@ def main(config: LabelConfig) -> dict:
     labels = LabelFile(path, identity(trained), config.run)
     if labels.mended:
         print(f"{path}: the last answer was cut short when the program ended; that pair comes again")
-    texts = read_prompts(trained.config.prompts) if trained.config.prompts else unique_prompts(load_splits(trained.reward_config).train)
-    ids, _ = encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)
-    pairs = fresh_pairs(trained, Prompts(texts, ids), labels.next_number(), config)
+    pairs = fresh_pairs(trained, training_prompts(trained), labels.next_number(), config)
     try:
         if judge:
             ask_program(judge, labels, pairs, config)
@@ -82,6 +80,13 @@ def main(config: LabelConfig) -> dict:
     return {answer: sum(row["answer"] == answer for row in labels.rows) for answer in ("left", "right", "tie", "skip")}
 
 
+def training_prompts(trained: Trained) -> Prompts:
+    """The prompts that the policy was trained on."""
+    named = trained.config.prompts
+    texts = read_prompts(named) if named else unique_prompts(load_splits(trained.reward_config).train)
+    return Prompts(texts, encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)[0])
+
+
 def fresh_pairs(trained: Trained, prompts: Prompts, number: int, config: LabelConfig) -> Iterator[Pair]:
     """Pairs of different responses from this number on, sampled when asked for; each a function of seed and number alone.
     Raises UserError when the policy keeps saying the same."""
@@ -92,10 +97,11 @@ def fresh_pairs(trained: Trained, prompts: Prompts, number: int, config: LabelCo
     while True:
         chosen = [next_prompts(prompts, 1, each, config.seed, n) for n in range(number, number + at_once)]
         some = Prompts(*([x for part in column for x in part] for column in zip(*chosen)))
-        samples = sample_responses(trained.policy, *some, sampling, "label", rows=list(range(number * each, (number + at_once) * each)))
+        rows = list(range(number * each, (number + at_once) * each))
+        samples = sample_responses(trained.policy, *some, sampling, "label", rows=rows)
         scores = (scorer(samples).double() * scale).tolist()
         for start in range(0, len(scores), each):
-            pairs = [Pair(number, samples.prompts[i], samples.responses[i:i + 2], 0.5 + 0.5 * math.tanh((scores[i] - scores[i + 1]) / 2))
+            pairs = [Pair(number, samples.prompts[i], samples.responses[i:i + 2], sigmoid(scores[i] - scores[i + 1]))
                      for i in range(start, start + each, 2) if samples.responses[i] != samples.responses[i + 1]]
             dull = 0 if pairs else dull + 1
             if dull == DULL:
@@ -103,6 +109,10 @@ def fresh_pairs(trained: Trained, prompts: Prompts, number: int, config: LabelCo
             if pairs:
                 yield min(pairs, key=lambda pair: abs(pair.probability - 0.5))
             number += 1
+
+
+def sigmoid(x: float) -> float:
+    return 0.5 + 0.5 * math.tanh(x / 2)  # cannot overflow
 
 
 def ask_program(judge: Callable, labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) -> None:
@@ -124,13 +134,14 @@ def ask_program(judge: Callable, labels: LabelFile, pairs: Iterator[Pair], confi
 
 def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) -> None:
     """Show a pair, take a key, until q or --count. Raises OSError when an answer could not be written."""
-    fd, todo, note, waiting = sys.stdin.fileno(), [], "", False  # todo: pairs to show before fresh ones, the next at the end
+    fd, todo, note = sys.stdin.fileno(), [], ""  # todo: pairs to show before fresh ones, the next at the end
+    waiting, shown = False, 0  # waiting: no screen is being written; shown: the width of the last one
 
     def resize(*_) -> None:
-        nonlocal waiting
-        if waiting:  # not while a screen is being written, this handler's own included
+        nonlocal waiting, shown
+        while waiting and shown != shutil.get_terminal_size().columns:
             waiting = False
-            show(todo[-1], labels, note)
+            shown = show(todo[-1], labels, note)
             waiting = True
 
     before = signal.signal(signal.SIGWINCH, resize)
@@ -139,8 +150,9 @@ def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) ->
             while not config.count or len(labels.rows) < config.count:
                 todo = todo or [next(pairs)]
                 termios.tcflush(fd, termios.TCIFLUSH)  # a key pressed before the pair was there is no answer to it
-                show(todo[-1], labels, note)
+                shown = show(todo[-1], labels, note)
                 waiting = True
+                resize()  # in case that it happened before waiting was true
                 action, note = KEYS.get(read_key(fd).lower(), ""), ""
                 waiting = False
                 if action == "quit":
@@ -156,8 +168,8 @@ def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) ->
         signal.signal(signal.SIGWINCH, before)
 
 
-def show(pair: Pair, labels: LabelFile, note: str) -> None:
-    """One screen, as wide as the terminal is now."""
+def show(pair: Pair, labels: LabelFile, note: str) -> int:
+    """One screen, as wide as the terminal is now; returns that width."""
     columns = shutil.get_terminal_size().columns
     clear = "" if os.environ.get("TERM", "dumb") == "dumb" else "\x1b[H\x1b[2J"
     status = wrap(labels.summary(), columns) + ["─" * columns]
@@ -165,6 +177,7 @@ def show(pair: Pair, labels: LabelFile, note: str) -> None:
     lines = [*status, *wrap(pair.prompt.strip("\n"), columns), "", *body, "", *wrap(HELP, columns), *([note] if note else [])]
     sys.stdout.write(clear + "\n".join(lines) + "\n")
     sys.stdout.flush()
+    return columns
 
 
 def next_command(trained: Trained, path: Path) -> str:

@@ -95,9 +95,10 @@ class LabelFile:
         text = f"{len(self.rows) - count['skip']} answered ({count['tie']} ties), {count['skip']} skipped"
         if not decided:
             return text
-        right = sum(0.5 if row["reward_model"] == 0.5 else (row["reward_model"] > 0.5) == (row["answer"] == "left") for row in decided)
+        leanings = [row["reward_model"] - 0.5 if row["answer"] == "left" else 0.5 - row["reward_model"] for row in decided]
+        right = sum(0.5 if lean == 0 else lean > 0 for lean in leanings)
         low, high = wilson(right, len(decided))
-        return f"{text}; the reward model agreed with {right:g} of {len(decided)}: {right / len(decided):.0%} [{low:.0%}, {high:.0%}]"
+        return f"{text}; reward model agreed {right:g}/{len(decided)}: {right / len(decided):.0%} [{low:.0%}, {high:.0%}]"
 
 
 def is_torn(line: bytes) -> bool:
