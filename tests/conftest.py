@@ -15,7 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tiny  # noqa: E402
+import train_policy  # noqa: E402
 import train_reward  # noqa: E402
+from terminals import Terminal  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +51,25 @@ def reward_run(inputs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "reward"
     train_reward.main(tiny.reward_config(inputs, folder, warmup_sequences=480, epochs=3, normalise_prompts=14))
     return folder
+
+
+@pytest.fixture(scope="session")
+def policy_run(reward_run, tmp_path_factory) -> Path:
+    """A finished policy run on the tiny task."""
+    folder = tmp_path_factory.mktemp("policy") / "run"
+    train_policy.main(tiny.policy_config(reward_run, folder))
+    return folder
+
+
+@pytest.fixture
+def open_terminal():
+    """Terminals, whose processes are ended whatever the test comes to."""
+    opened = []
+
+    def begin(main, *arguments, **settings):
+        opened.append(Terminal(main, *arguments, **settings))
+        return opened[-1]
+
+    yield begin
+    for terminal in opened:
+        terminal.abandon()

@@ -1,23 +1,16 @@
 """The labelling program, driven by keys in a real pseudo-terminal: no answer is lost, whatever ends it."""
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
-import sys
-import termios
 import time
 
 import pytest
 import tiny
 from tiny import refused
 
-import train_policy
 import train_reward
 from minirlhf.config import UserError, run_script
 from minirlhf.data import read_preferences
@@ -30,91 +23,9 @@ QUIT = "q\u00a0quit"  # the end of a screen
 SOURCE = dict(tokenizer="t", reward="r")
 
 
-class Terminal:
-    """A process of its own that runs the labelling program in a pseudo-terminal of 80 columns."""
-
-    def __init__(self, *flags, columns=80, start=None):
-        self.screen, self.status = "", None
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "xterm"
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest and earlier runs have their own
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-            try:
-                (start or run_script)(label.main, LabelConfig, list(flags))
-                status = 0
-            except SystemExit as error:
-                status = error.code
-            except BaseException as error:  # a forked child must never go back into pytest
-                print("Traceback:", repr(error))
-                status = 99
-            sys.stdout.flush()
-            os._exit(status)
-        self.resize(columns)
-
-    def resize(self, columns):
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def read(self, until, seconds=20.0):
-        """Wait for a text; returns everything since the last screen was cleared."""
-        end = time.monotonic() + seconds
-        while until not in self.screen.rpartition("\x1b[H\x1b[2J")[2]:
-            assert time.monotonic() < end and select.select([self.fd], [], [], end - time.monotonic())[0], self.screen[-2000:]
-            try:
-                self.screen += os.read(self.fd, 65536).decode()
-            except OSError:  # the other side is gone
-                pytest.fail(f"ended without {until!r}: {self.screen[-2000:]}")
-        return self.screen.rpartition("\x1b[H\x1b[2J")[2].replace("\r\n", "\n")
-
-    def press(self, key, until):
-        self.screen = ""
-        os.write(self.fd, key.encode())
-        return self.read(until)
-
-    def modes(self):
-        return termios.tcgetattr(self.fd)[3] & (termios.ICANON | termios.ECHO)
-
-    def end(self, seconds=20.0):
-        """Wait for the process to end: (exit status, or minus the signal's number; what it said last)."""
-        stop = time.monotonic() + seconds
-        while self.status is None:
-            assert time.monotonic() < stop, self.screen[-2000:]
-            if select.select([self.fd], [], [], 0.05)[0]:
-                try:
-                    self.screen += os.read(self.fd, 65536).decode()
-                except OSError:
-                    pass
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                self.status = os.waitstatus_to_exitcode(status)
-        modes = self.modes()
-        os.close(self.fd)
-        assert "Traceback" not in self.screen
-        return self.status, self.screen, modes == termios.ICANON | termios.ECHO
-
-
-@pytest.fixture(scope="module")
-def policy_run(reward_run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy") / "run"
-    train_policy.main(tiny.policy_config(reward_run, folder))
-    return folder
-
-
 @pytest.fixture
-def open_terminal():
-    """Terminals that are closed, and their processes ended, whatever the test comes to."""
-    opened = []
-
-    def begin(*flags, **settings):
-        opened.append(Terminal(*flags, **settings))
-        return opened[-1]
-
-    yield begin
-    for terminal in opened:
-        if terminal.status is None:
-            os.kill(terminal.pid, signal.SIGKILL)
-            os.waitpid(terminal.pid, 0)
-            os.close(terminal.fd)
+def open_label(open_terminal):
+    return lambda *flags: open_terminal(run_script, label.main, LabelConfig, list(flags))
 
 
 def rows(path):
@@ -128,10 +39,10 @@ def made_up(number, probability=0.8):
 # ---- a person at a terminal ------------------------------------------------------------------------------------------
 
 
-def test_every_key_does_what_it_says_and_training_reads_it(policy_run, reward_run, inputs, tmp_path, open_terminal):
+def test_every_key_does_what_it_says_and_training_reads_it(policy_run, reward_run, inputs, tmp_path, open_label):
     """Left, right, tie, skip, arrows, undo, a key that means nothing, quit; then the reward model learns from the file."""
     out = tmp_path / "labels.jsonl"
-    terminal = open_terminal("--run", str(policy_run), "--out", str(out))
+    terminal = open_label("--run", str(policy_run), "--out", str(out))
     assert "0 answered (0 ties), 0 skipped" in terminal.read(QUIT)
     assert terminal.modes() == 0  # neither echo nor line by line
     assert "1 answered" in terminal.press("1", QUIT)
@@ -160,10 +71,10 @@ def test_every_key_does_what_it_says_and_training_reads_it(policy_run, reward_ru
     train_reward.main(tiny.reward_config(inputs, tmp_path / "second", data=(str(out),), init_reward=earlier))
 
 
-def test_a_kill_at_any_time_loses_no_answer_and_the_next_start_goes_on(policy_run, tmp_path, open_terminal):
+def test_a_kill_at_any_time_loses_no_answer_and_the_next_start_goes_on(policy_run, tmp_path, open_label):
     """The pair on show when the process was killed comes again, the answers before it do not, and a torn line is mended."""
     out = tmp_path / "labels.jsonl"
-    terminal = open_terminal("--run", str(policy_run), "--out", str(out))
+    terminal = open_label("--run", str(policy_run), "--out", str(out))
     terminal.read(QUIT)
     terminal.press("1", "1 answered")
     terminal.press("s", "1 skipped")
@@ -173,7 +84,7 @@ def test_a_kill_at_any_time_loses_no_answer_and_the_next_start_goes_on(policy_ru
     assert [row["answer"] for row in rows(out)] == ["left", "skip"]
     whole = out.read_bytes()
     out.write_bytes(whole + b'{"prompt": "a 1:", "resp')
-    terminal = open_terminal("--run", str(policy_run), "--out", str(out))
+    terminal = open_label("--run", str(policy_run), "--out", str(out))
     assert terminal.read(QUIT).partition("─")[2] == shown and "cut short" in terminal.screen
     assert out.read_bytes() == whole
     assert "0 answered (0 ties), 0 skipped" in terminal.press("u", "taken back") + terminal.press("u", "0 answered")
@@ -186,12 +97,12 @@ def test_a_kill_at_any_time_loses_no_answer_and_the_next_start_goes_on(policy_ru
 
 
 @pytest.mark.parametrize("ending, status", [("\x03", 0), ("\x04", 0)])
-def test_the_terminal_is_restored_and_keys_pressed_too_early_are_no_answers(ending, status, policy_run, tmp_path, open_terminal,
+def test_the_terminal_is_restored_and_keys_pressed_too_early_are_no_answers(ending, status, policy_run, tmp_path, open_label,
                                                                             monkeypatch):
     """Three quick presses are one answer: the second pair was not yet on the screen. Ctrl-C and Ctrl-D are q."""
     fresh_pairs = label.fresh_pairs
     monkeypatch.setattr(label, "fresh_pairs", lambda *arguments: (time.sleep(0.3) or pair for pair in fresh_pairs(*arguments)))
-    terminal = open_terminal("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
+    terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
     terminal.read(QUIT)
     terminal.press("111", "1 answered")
     time.sleep(0.6)
@@ -201,8 +112,8 @@ def test_the_terminal_is_restored_and_keys_pressed_too_early_are_no_answers(endi
     assert len(rows(tmp_path / "l.jsonl")) == 1
 
 
-def test_a_resized_terminal_is_redrawn_to_its_new_width(policy_run, tmp_path, open_terminal):
-    terminal = open_terminal("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
+def test_a_resized_terminal_is_redrawn_to_its_new_width(policy_run, tmp_path, open_label):
+    terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
     assert " │ " in terminal.read(QUIT)
     terminal.screen = ""
     terminal.resize(40)
