@@ -46,7 +46,7 @@ class RoundConfig:
     epochs: int = setting(1, "passes of the reward model over its data", 1)
     lr: float = setting(5e-4, "peak Adam step of the reward model, half of the first round's", 0)
     test_pairs: int = setting(1000, "pairs of the first policy's samples on test prompts, for the accuracy on its own pairs", 1)
-    seed: int = setting(0, "of the labels and of training", 0)
+    seed: int = setting(0, "of the new pairs and their labels; training keeps the first round's seeds", 0)
     quick: bool = setting(False, "a few labels, steps and prompts: to see it run, not to learn from it")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
 
@@ -118,8 +118,8 @@ def first_data(first: Trained) -> dict[str, tuple[str, ...]]:
 def second_reward(first: Trained, answers: Path, out: Path, config: RoundConfig) -> RewardConfig:
     files = first_data(first)
     changes = dict(files, data=(str(answers), *(files["data"] if config.replay else ())), init="", task=first.task.__name__,
-                   init_reward=str(Path(first.config.reward_run) / "reward.pt"), out=str(out), seed=config.seed,
-                   epochs=config.epochs, lr=config.lr, device=config.device)
+                   init_reward=str(Path(first.config.reward_run) / "reward.pt"), out=str(out), epochs=config.epochs, lr=config.lr,
+                   device=config.device)
     return dataclasses.replace(first.reward_config, **changes)
 
 
