@@ -6,11 +6,10 @@
 
 import copy
 import functools
-from pathlib import Path
 
 import torch
 
-from minirlhf.checkpoint import load_model, newest_checkpoint, save_model, save_step
+from minirlhf.checkpoint import newest_checkpoint, save_model, save_step
 from minirlhf.config import RewardConfig, UserError, run_script
 from minirlhf.data import (PreferenceBatch, collate_preferences, describe_counts, encode_preferences, encode_prompts,
                            epoch_batches, pad_right, unique_prompts)
@@ -19,12 +18,12 @@ from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
-from minirlhf.model import ModelConfig, Transformer, last_token_scores, pick_device, sequence_scores
+from minirlhf.model import last_token_scores, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
 from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
-from minirlhf.seeding import derive_seed
+from minirlhf.start import base_file, earlier_reward_model, starting_model
 from minirlhf.task import file_hashes, load_splits, load_task
-from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id, table_rows
+from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id
 
 
 def language_model_loss(model, ids, mask):
@@ -140,35 +139,6 @@ def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
     reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))
 
 
-def base_brought_along(config):
-    return str(Path(config.init_reward).with_name("base.pt")) if config.init_reward else config.init
-
-
-def starting_model(config, encoding):
-    """The base language model before its warm-up, or the one brought along by --init or --init-reward. Raises UserError."""
-    context = config.max_prompt_length + config.max_response_length
-    path = base_brought_along(config)
-    if not path:
-        sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), config.n_layer, config.n_head, config.d_model, context)
-        return Transformer(sizes, derive_seed(config.seed, "init"))
-    base, _ = load_model(Path(path), "base", fingerprint(encoding))
-    if base.config.context < context:
-        raise UserError(f"{path}: its context of {base.config.context} tokens is shorter than --max-prompt-length + "
-                        "--max-response-length; lower one of them")
-    return base
-
-
-def earlier_reward_model(config, encoding):
-    """The reward model of --init-reward, or None. It goes back to its raw scale, on which alone a difference of scores is the
-    log-odds that the preference loss takes it for. Raises UserError."""
-    if not config.init_reward:
-        return None
-    reward_model, _ = load_model(Path(config.init_reward), "reward", fingerprint(encoding))
-    reward_model.score_shift.zero_()
-    reward_model.score_scale.fill_(1.0)
-    return reward_model
-
-
 def main(config: RewardConfig) -> dict:
     """Train and save base.pt and reward.pt; returns the test figures. Raises UserError."""
     config.check()
@@ -182,9 +152,8 @@ def main(config: RewardConfig) -> dict:
     if splits.bad_lines:
         print(f"skipped {splits.bad_lines} bad lines")
 
-    brought = base_brought_along(config)
     base, earlier = starting_model(config, encoding).to(device), earlier_reward_model(config, encoding)
-    inputs = splits.hashes | file_hashes(filter(None, [brought, config.init_reward]))
+    inputs = splits.hashes | file_hashes(filter(None, [base_file(config), config.init_reward]))
 
     run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", inputs)
     print(f"run folder: {run.folder}   device: {device}")
@@ -195,7 +164,7 @@ def main(config: RewardConfig) -> dict:
                       config.tensorboard)
 
     # 1. The base language model: warmed up here, or brought along.
-    if not brought:
+    if not base_file(config):
         print("no --init: warming up a base language model on the task's own text")
         warm_up(base, groups["train"], run, config, pad, metrics, stop)
     save_model(base_path, "base", base, facts)
