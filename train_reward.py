@@ -164,8 +164,8 @@ def main(config: RewardConfig) -> dict:
                       config.tensorboard)
 
     # 1. The base language model: warmed up here, or brought along.
-    if not base_file(config):
-        print("no --init: warming up a base language model on the task's own text")
+    if not base_file(config) or (config.init and config.warmup_init):
+        print("warming up the base language model on the task's own text")
         warm_up(base, groups["train"], run, config, pad, metrics, stop)
     save_model(base_path, "base", base, facts)
     print(f"saved {base_path}")

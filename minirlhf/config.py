@@ -34,7 +34,8 @@ class RewardConfig:
     holdout: float = setting(0.1, "share of the prompts of --data held out when no file is named for it", 0.01, 0.9)
     skip_bad_lines: bool = setting(False, "count and skip lines that cannot be read, instead of stopping")
     tokenizer: str = setting("helpdesk", "the shipped ranks, a .tiktoken file, or any tiktoken encoding by name (gpt2)")
-    init: str = setting("", "start from this checkpoint (a base.pt) and skip the warm-up")
+    init: str = setting("", "start from a base.pt, or GPT-2's model.safetensors or pytorch_model.bin, and skip the warm-up")
+    warmup_init: bool = setting(False, "warm that one up too: GPT-2 has yet to learn where a reply ends")
     init_reward: str = setting("", "go on from this earlier reward.pt, with the base.pt beside it; skips the warm-up")
     n_layer: int = setting(2, "transformer blocks; two are enough to copy a colour from prompt to reply", 1)
     n_head: int = setting(4, "attention heads; must divide --d-model", 1)
@@ -53,7 +54,7 @@ class RewardConfig:
     max_grad_norm: float = setting(1.0, "gradient norm is clipped here; logged before clipping", 0)
     micro_batch_size: int = setting(0, "prompts per forward pass; 0: the whole batch. Less memory, the same gradient", 0)
     normalise_prompts: int = setting(512, "base-policy samples over which scores are made mean 0, deviation 1", 2)
-    task: str = setting("auto", "module that knows the truth of the task (gold, probes); 'none' for other data")
+    task: str = setting("auto", "module that knows the truth of the task (gold, probes); auto: the help desk's for its files")
     out: str = setting("", "run folder; empty: a fresh one under runs/")
     seed: int = setting(0, "every random choice derives from it", 0)
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
@@ -118,6 +119,38 @@ class PolicyConfig:
         check_ranges(self)
 
 
+HELPDESK_VALIDATION = str(Path(__file__).resolve().parent.parent / "data" / "helpdesk-validation.jsonl")
+
+# --preset NAME: settings laid under the flags. What a preset does not name keeps its default.
+PRESETS: dict[str, dict[type, dict]] = {
+    "helpdesk": {RewardConfig: {}, PolicyConfig: {}},  # the defaults were found on its validation prompts
+    "hh-gpt2": {  # GPT-2 small on HH-RLHF, with --init and --data; nobody has searched these on the full set yet
+        RewardConfig: dict(
+            tokenizer="gpt2",
+            n_layer=12, n_head=12, d_model=768,  # the same shape without --init; random weights want --warmup-lr 6e-4
+            max_prompt_length=256, max_response_length=128,  # leave 95% of prompts and 97% of replies whole
+            holdout=0.02,  # of 160,000 pairs that is plenty
+            skip_bad_lines=True,  # in some pairs the two dialogues share no beginning
+            warmup_init=True, warmup_sequences=32_768, warmup_lr=5e-5,  # a tenth of its texts, in small steps
+            lr=1e-5,  # of the order of Stiennon et al. (2020), 1.5e-5
+            batch_size=32, micro_batch_size=8,  # HH has one pair a prompt, and 64 rows of 384 tokens are too many at a time
+            verdict_coef=0.0,  # found to help where responses are short and alike; not known for dialogue
+            save_every=500),  # a checkpoint with its optimiser is 1.5 GB
+        PolicyConfig: dict(
+            iterations=200, lr=1e-5,  # that of Huang et al. (2024) for this model
+            kl_coef=0.05,  # a common choice for PPO on dialogue (it is TRL's default)
+            micro_batch_size=16,  # 16 rows of 384 tokens
+            eval_prompts=128, test_prompts=256, best_of_n=32,  # replies take seconds here, not milliseconds
+            save_every=25),
+    },
+    "debug": {  # both scripts in seconds, every stage of them
+        RewardConfig: dict(data=(HELPDESK_VALIDATION,), d_model=32, warmup_sequences=512, normalise_prompts=32),
+        PolicyConfig: dict(iterations=4, batch_size=16, minibatch_size=8, eval_every=2, eval_prompts=16, test_prompts=16,
+                           best_of_n=4),
+    },
+}
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -150,13 +183,14 @@ def nearest(name: str, known) -> str:
 
 
 def given_flags(config_class, arguments: list[str]) -> dict:
-    """The settings that the command line names, and only those, by field name. Raises UserError for unknown flags."""
+    """What the command line names, and only that: settings by field name, and "preset". Raises UserError for unknown flags."""
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
 
     def complain(message: str) -> typing.NoReturn:
         raise UserError(message + "; --help lists every flag")
 
+    parser.add_argument("--preset", metavar="NAME", help=f"settings to start from, under the flags given: {', '.join(PRESETS)}")
     parser.error = complain  # argparse would print the whole usage before the one line that matters
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -191,16 +225,19 @@ def read_config(config_class, path: Path):
 def run_script(main, config_class, arguments: list[str] | None = None) -> None:
     """Parse flags, call main(config), and turn what a person can mend into one line and exit status 2.
 
-    With --resume the settings come from the run folder and the flags given now are laid over them.
+    Under the flags lie the settings of --preset; with --resume, in their place, those in the run folder.
     """
     try:
         given = given_flags(config_class, sys.argv[1:] if arguments is None else arguments)
+        preset = given.pop("preset", "helpdesk")
+        if preset not in PRESETS:
+            raise UserError(f"--preset {preset!r} is not known{nearest(preset, PRESETS)}")
+        under = PRESETS[preset][config_class]
         if given.get("resume"):
             if not given.get("out"):
                 raise UserError("--resume needs --out: the folder of the run to go on with")
-            stored = read_config(config_class, Path(given["out"]) / "config.json")
-            given = {**dataclasses.asdict(stored), **given}
-        main(config_class(**given))
+            under = dataclasses.asdict(read_config(config_class, Path(given["out"]) / "config.json"))
+        main(config_class(**{**under, **given}))
     except UserError as error:
         sys.exit(fail(str(error), 2))
     except OSError as error:

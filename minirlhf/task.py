@@ -54,7 +54,7 @@ def load_task(config: RewardConfig) -> ModuleType | None:
     """The module that knows the truth of the data, or None."""
     name = config.task
     if name == "auto":
-        name = "none" if config.data else "minirlhf.helpdesk"
+        name = "minirlhf.helpdesk" if all(Path(path).resolve().parent == DATA for path in config.data) else "none"
     return None if name == "none" else import_module(name, "--task")
 
 

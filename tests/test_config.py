@@ -14,7 +14,7 @@ from tiny import contents, policy_config, refused, reward_config, rows, write_in
 
 import train_policy
 import train_reward
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, flag, given_flags, read_config
+from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, UserError, flag, given_flags, read_config, run_script
 from minirlhf.ladder import pick_rung
 
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}
@@ -92,6 +92,7 @@ def test_the_group_size_matters_only_where_there_are_groups():
     (RewardConfig, ["--warmup-sequence", "8"], "unknown argument --warmup-sequence; did you mean --warmup-sequences?"),
     (PolicyConfig, ["--algoritm", "ppo"], "unknown argument --algoritm; did you mean --algorithm?"),
     (PolicyConfig, ["--kl-cof=0.1"], "unknown argument --kl-cof=0.1; did you mean --kl-coef?"),
+    (RewardConfig, ["--preset", "debgu"], "--preset 'debgu' is not known; did you mean debug?"),
     (PolicyConfig, ["--no-seed"], "unknown argument --no-seed"),
     (PolicyConfig, ["--iter", "3"], "unknown argument --iter"),  # no abbreviations: a new flag would change their meaning
     (PolicyConfig, ["ppo"], "unknown argument ppo"),
@@ -146,6 +147,46 @@ def test_help_lists_each_flag_with_its_default_and_reason(config_class, capsys):
         assert " ".join(f"{field.metadata['reason']} (default: {field.default!r})".split()) in page.replace("- ", "-")
 
 
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+def resolved(config_class, arguments):
+    found = []
+    run_script(found.append, config_class, arguments)
+    return found[0]
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_lies_between_the_defaults_and_the_flags(name, config_class, capsys):
+    """A preset that wins over a flag is a flag dropped in silence."""
+    preset = PRESETS[name][config_class]
+    config = resolved(config_class, ["--preset", name])
+    config.check()
+    assert config == dataclasses.replace(config_class(), **preset)
+    changed = dict(seed=7, max_response_length=3, lr=0.125)
+    flags = [word for key, value in changed.items() for word in (flag(key), str(value))]
+    assert resolved(config_class, [*flags, "--preset", name]) == dataclasses.replace(config, **changed)
+    with pytest.raises(SystemExit):
+        given_flags(config_class, ["--help"])
+    assert ", ".join(PRESETS) in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_debug_preset_runs_both_scripts_and_resumes_with_the_settings_it_recorded(tmp_path):
+    """On its way to every stage: the truth of the task is known, although --data is not empty. What lies in the run folder
+    wins over the preset when the same command line is given again with --resume."""
+    folders = [str(tmp_path / name) for name in ("reward", "policy")]
+    run_script(train_reward.main, RewardConfig, ["--preset", "debug", "--out", folders[0], "--batch-size", "64"])
+    arguments = ["--preset", "debug", "--reward-run", folders[0], "--out", folders[1], "--iterations", "2"]
+    run_script(train_policy.main, PolicyConfig, arguments)
+    settings = json.loads((tmp_path / "policy" / "config.json").read_text())["settings"]
+    wanted = {**PRESETS["debug"][PolicyConfig], "iterations": 2}
+    assert {name: settings[name] for name in wanted} == wanted
+    result = json.loads((tmp_path / "policy" / "result.json").read_text())
+    assert "sampled_gold" in result and "probes" in rows(tmp_path / "reward" / "reward_metrics.jsonl")[-1]
+    assert resolved(PolicyConfig, [*arguments[:-2], "--resume"]).iterations == 2
+
+
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +225,7 @@ REWARD_CHANGES = {
     "tokenizer": ({}, "bytes.tiktoken", "merged.tiktoken"),
     "init": ({}, ..., "{reward_run}/base.pt"),
     "init_reward": ({}, ..., "{reward_run}/reward.pt"),
+    "warmup_init": (dict(init="{reward_run}/base.pt"), False, True),
     "n_layer": ({}, 1, 2),
     "n_head": ({}, 1, 2),
     "d_model": ({}, 8, 16),
