@@ -266,7 +266,7 @@ def preference_probability(prompt: str, a: str, b: str) -> float:
     return bradley_terry(gold(prompt, a) - gold(prompt, b))
 
 
-def split_contexts(seed: int = 0) -> dict[str, list[Context]]:
+def split_contexts(seed: int = 1) -> dict[str, list[Context]]:
     """Every context in one of three parts, 8:1:1; no context is in two."""
     contexts = [Context(colour, item, problem, request) for colour, item in itertools.product(COLOURS, ITEMS)
                 for problem, (_, requests) in PROBLEMS.items() for request in requests]
@@ -292,7 +292,7 @@ def sample_prompt(rng: random.Random, split: str = "train") -> str:
 def sample_about(context: Context, slot: str, care: float, rng: random.Random) -> str | None:
     """What an agent's sentence in a slot is about; None: no sentence. care, in [0, 1], shifts the shares."""
     right, shares = expected(context)[slot], SHARES[slot]
-    weights = {**shares, "right": shares["right"] * (0.6 + 2.4 * care), "bad": shares["bad"] * (1.2 - 0.9 * care)}
+    weights = {**shares, "right": shares["right"] * (0.5 + 5 * care), "bad": shares["bad"] * (1.2 - 1.1 * care)}
     verdict = rng.choices(list(weights), list(weights.values()))[0]
     wrong = [about for about in PHRASES[slot] if about not in (right, "bad")]
     options = {"right": [right], "wrong": wrong, "bad": ["bad"], "none": []}[verdict]
