@@ -190,7 +190,8 @@ def given_flags(config_class, arguments: list[str]) -> dict:
     def complain(message: str) -> typing.NoReturn:
         raise UserError(message + "; --help lists every flag")
 
-    parser.add_argument("--preset", metavar="NAME", help=f"settings to start from, under the flags given: {', '.join(PRESETS)}")
+    if config_class in PRESETS["helpdesk"]:
+        parser.add_argument("--preset", metavar="NAME", help=f"settings to start from, under the flags given: {', '.join(PRESETS)}")
     parser.error = complain  # argparse would print the whole usage before the one line that matters
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -232,7 +233,7 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
         preset = given.pop("preset", "helpdesk")
         if preset not in PRESETS:
             raise UserError(f"--preset {preset!r} is not known{nearest(preset, PRESETS)}")
-        under = PRESETS[preset][config_class]
+        under = PRESETS[preset].get(config_class, {})  # tools have settings of their own
         if given.get("resume"):
             if not given.get("out"):
                 raise UserError("--resume needs --out: the folder of the run to go on with")
