@@ -34,11 +34,13 @@ def test_a_streamed_response_is_the_one_that_sampling_gives(greedy, policy_run, 
     """Two ways to decode that drift apart would show a policy that nobody trained."""
     trained = load_trained(str(policy_run), CPU)
     for seed in range(5):
-        chat.main(ChatConfig(run=str(policy_run), prompt="b 3:", json=True, seed=seed, greedy=greedy, device="cpu"))
+        limit = 1 if seed == 4 else 0  # one that is cut
+        chat.main(ChatConfig(run=str(policy_run), prompt="b 3:", json=True, seed=seed, greedy=greedy, device="cpu",
+                             max_response_length=limit))
         (found,) = lines_of(capsys)
         ids = trained.encoding.encode_ordinary("b 3:")
         for name in ("base", "policy"):
-            samples = sample_responses(getattr(trained, name), ["b 3:"], [ids], trained.sampling(0.0, 0, seed), "chat",
+            samples = sample_responses(getattr(trained, name), ["b 3:"], [ids], trained.sampling(0.0, limit, seed), "chat",
                                        rows=None if greedy else [0])
             score = model_scorer(trained.reward_model, trained.config.missing_eos_penalty)(samples)
             said = found[name]

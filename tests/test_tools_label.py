@@ -1,23 +1,29 @@
 """The labelling program, driven by keys in a real pseudo-terminal: no answer is lost, whatever ends it."""
 
+import fcntl
 import json
+import math
 import os
 import re
 import signal
+import struct
 import subprocess
+import termios
 import time
 
 import pytest
 import tiny
+import torch
 from tiny import refused
 
 import train_reward
 from minirlhf.config import UserError, run_script
-from minirlhf.data import read_preferences
+from minirlhf.data import pad_right, read_preferences
 from minirlhf.tools import label, labels
 from minirlhf.tools.label import LabelConfig
 from minirlhf.tools.labels import LabelFile, Pair, wilson
 from minirlhf.tools.terminal import cells, side_by_side, wrap
+from minirlhf.tools.trained import load_trained
 
 QUIT = "q\u00a0quit"  # the end of a screen
 SOURCE = dict(tokenizer="t", reward="r")
@@ -67,8 +73,8 @@ def test_every_key_does_what_it_says_and_training_reads_it(policy_run, reward_ru
     assert (pairs[1].chosen, pairs[1].rejected, pairs[1].weight) == (right, left, 1.0)
     tie = pairs[2:4]
     assert (tie[0].chosen, tie[0].rejected) == (tie[1].rejected, tie[1].chosen) and [pair.weight for pair in tie] == [0.5, 0.5]
-    earlier = str(reward_run / "reward.pt")
-    train_reward.main(tiny.reward_config(inputs, tmp_path / "second", data=(str(out),), init_reward=earlier))
+    earlier, data = str(reward_run / "reward.pt"), (str(out), str(inputs / "pairs.jsonl"))
+    train_reward.main(tiny.reward_config(inputs, tmp_path / "second", data=data, init_reward=earlier))
 
 
 def test_a_kill_at_any_time_loses_no_answer_and_the_next_start_goes_on(policy_run, tmp_path, open_label):
@@ -121,6 +127,22 @@ def test_a_resized_terminal_is_redrawn_to_its_new_width(policy_run, tmp_path, op
     assert "1 LEFT" in screen and " │ " not in screen and max(map(len, screen.split("\n"))) <= 40
 
 
+def test_a_resize_while_the_screen_is_written_is_not_missed(policy_run, tmp_path, open_label, monkeypatch):
+    """Before the program waits for a key nothing redraws at once, so that it must look again when it does."""
+    show, shown = label.show, []
+
+    def show_and_shrink(*arguments):
+        width = show(*arguments)
+        if not shown:
+            shown.append(width)
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        return width
+
+    monkeypatch.setattr(label, "show", show_and_shrink)
+    terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
+    assert "1 LEFT" in terminal.read("1 LEFT")
+
+
 def test_run_as_a_command_it_refuses_what_is_no_terminal(policy_run):
     """A pipe has no keys."""
     done = subprocess.run(tiny.python("-m", "minirlhf.tools.label", "--run", str(policy_run)), input="1", text=True,
@@ -166,7 +188,21 @@ def test_uncertain_picks_the_pair_nearest_to_a_half(policy_run, tmp_path):
         label.main(LabelConfig(run=str(policy_run), judge="tiny:preference_probability", count=60, pick="uncertain", device="cpu",
                                candidates=candidates, out=str(out)))
         found[candidates] = [abs(row["reward_model"] - 0.5) for row in rows(out)]
-    assert sum(found[8]) < 0.5 * sum(found[1])
+
+
+def test_the_probability_is_the_reward_models_on_its_raw_scale(policy_run, tmp_path):
+    """Normalised scores are another unit: their difference is no log-odds."""
+    out = tmp_path / "l.jsonl"
+    label.main(LabelConfig(run=str(policy_run), judge="tiny:preference_probability", count=60, device="cpu", out=str(out)))
+    trained = load_trained(str(policy_run), torch.device("cpu"))
+    encode, model, checked = trained.encoding.encode_ordinary, trained.reward_model, 0
+    for row in rows(out):
+        if all(len(encode(text)) < 5 and "\ufffd" not in text for text in row["responses"]):  # ended by EOS, and not cut
+            whole = [encode(row["prompt"]) + encode(text) + [tiny.EOS] for text in row["responses"]]
+            raw = [float(model.reward_head(model(*pad_right([ids], tiny.PAD))[0, -1])) for ids in whole]
+            assert row["reward_model"] == pytest.approx(1 / (1 + math.exp(raw[1] - raw[0])), abs=1e-4)
+            checked += 1
+    assert checked >= 5
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -197,6 +233,16 @@ def test_each_answer_is_flushed_to_the_disk_before_the_next(tmp_path, monkeypatc
     file = LabelFile(path, SOURCE, "run")
     file.add(made_up(0), "tie")
     assert flushed == [path.read_bytes()] and flushed[0].endswith(b"\n")
+    file.lock.close()
+
+
+def test_the_next_pair_is_the_one_after_the_last_even_if_some_were_passed_over(tmp_path):
+    """A policy that says the same twice is not asked about; counting answers would show a pair again."""
+    file = LabelFile(tmp_path / "l.jsonl", SOURCE, "run")
+    assert file.next_number() == 0
+    for number in (0, 5):
+        file.add(made_up(number), "left")
+    assert file.next_number() == 6 and file.undo() == made_up(5) and file.next_number() == 1
     file.lock.close()
 
 

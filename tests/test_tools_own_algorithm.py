@@ -11,7 +11,7 @@ import torch
 from tiny import as_flags, policy_config
 
 from minirlhf.config import PolicyConfig
-from minirlhf.ladder import LADDER
+from minirlhf.ladder import LADDER, pick_rung
 from minirlhf.losses import policy_gradient_loss
 from minirlhf.rollout import Rollout
 
@@ -72,6 +72,7 @@ def test_the_advantages_by_hand(steps):
     """Three responses of 3, 2 and 1 tokens; the third token of the first has nobody to be compared with."""
     rewards = torch.tensor([[1.0, 0.0, 2.0], [0.0, 4.0, 0.0], [6.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    assert pick_rung(PolicyConfig(algorithm="steps")).advantages is steps.minus_others_at_step
     found = steps.LADDER["steps"].advantages(rollout_of(rewards, mask), PolicyConfig())
     assert torch.allclose(found, torch.tensor([[3.0 - 5.0, 2.0 - 4.0, 2.0], [4.0 - 4.5, 4.0 - 2.0, 0.0], [6.0 - 3.5, 0.0, 0.0]]))
     poisoned = torch.where(mask, rewards, float("nan"))
@@ -79,7 +80,7 @@ def test_the_advantages_by_hand(steps):
 
 
 def test_the_mean_of_the_gradient_stays_what_it_was(steps):
-    """The README says so: over all pairs of responses of a small policy, the expected gradient equals that of reward-to-go."""
+    """The README says so: over all pairs of responses of a small policy, the expectation equals that of reward-to-go."""
     logits = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)  # [step, stop or go on]
     outcomes = [((0,), 1.0), ((1, 0), -2.0), ((1, 1), 3.0)]  # the actions taken, and what the last of them is paid
 
@@ -88,10 +89,11 @@ def test_the_mean_of_the_gradient_stays_what_it_was(steps):
         for first, paid in outcomes:
             for second, paid_too in outcomes:
                 pair, mask = (first, second), torch.zeros(2, 2, dtype=torch.bool)
-                logprobs, rewards = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+                rewards = torch.zeros(2, 2, dtype=torch.float64)
                 for row, (actions, reward) in enumerate(((first, paid), (second, paid_too))):
                     mask[row, :len(actions)], rewards[row, len(actions) - 1] = True, reward
-                logprobs = torch.stack([torch.stack([logits.log_softmax(1)[t, actions[t]] if t < len(actions) else logits.sum() * 0
+                likely = logits.log_softmax(1)
+                logprobs = torch.stack([torch.stack([likely[t, actions[t]] if t < len(actions) else 0 * likely.sum()
                                                      for t in range(2)]) for actions in pair])
                 probability = logprobs.sum().exp().detach()
                 weights = advantages(rollout_of(rewards, mask), PolicyConfig())

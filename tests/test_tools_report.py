@@ -70,8 +70,8 @@ def made_up_run(folder, **changes):
     rows = [dict(step=n, score=n * 0.1, gold=n * 0.2, kl=float(n), kl_coef=0.025) for n in range(1, 6)]
     (folder / "config.json").write_text(json.dumps(dict(settings=settings, facts={EVIL: EVIL})))
     (folder / "policy_metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "sco')
-    (folder / "samples.md").write_text(f"# Before and after\n\n## 1\n\n{fenced(EVIL)}\n\n**before** (score {EVIL})\n\n{fenced(EVIL + ' b')}\n\n"
-                                       f"**after** (score +1.00)\n\n{fenced('## 2' + EVIL)}\n")
+    (folder / "samples.md").write_text(f"# Before and after\n\n## 1\n\n{fenced(EVIL)}\n\n**before** (score {EVIL})\n\n"
+                                       f"{fenced(EVIL + ' b')}\n\n**after** (score +1.00)\n\n{fenced('## 2' + EVIL)}\n")
     (folder / "result.json").write_text(json.dumps({"sampled_gold": 1.25, "sampled_gold_se": None, "best_of_4_score": 2,
                                                     "sampled_kl": EVIL, "base_sampled_gold": -1.5, EVIL: EVIL}))
     return folder
@@ -144,7 +144,8 @@ def test_a_run_under_way_has_a_page_too(tmp_path):
     folder = made_up_run(tmp_path / "run")
     for name in ("samples.md", "result.json"):
         (folder / name).unlink()
-    (folder / "policy_metrics.jsonl").write_text('{"step": 1, "score": "high", "kl": null, "gold": [1]}\n[]\n{"step": true}\n{"ste')
+    rows = '{"step": 1, "score": "high", "kl": null, "gold": [1]}\n[]\n{"step": true}\n{"ste'
+    (folder / "policy_metrics.jsonl").write_text(rows)
     said = "".join(check_harmless(page_of(folder, out=tmp_path / "r.html")).texts)
     assert "No closing figures yet." in said and "No samples yet." in said and "There is no curve yet." in said
     (folder / "policy_metrics.jsonl").unlink()

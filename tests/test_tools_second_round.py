@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+import torch
 from tiny import assert_same_weights, refused
 
 from minirlhf.environment import sample_responses
@@ -39,7 +40,7 @@ def test_a_second_round_runs_stops_and_goes_on(policy_run, reward_run, tmp_path,
 
 def test_each_arm_asks_about_the_right_model(policy_run, tmp_path):
     """The control's pairs are the base model's samples; with the policy's own it would be no control."""
-    first, config = load_trained(str(policy_run), tiny.torch.device("cpu")), RoundConfig(run=str(policy_run), labels=6)
+    first, config = load_trained(str(policy_run), torch.device("cpu")), RoundConfig(run=str(policy_run), labels=6)
     for arm, model in (("base pairs", first.base), ("own pairs", first.policy)):
         path = second_round.write_answers(first, arm, tmp_path / f"{arm}.jsonl", config)
         for row in map(json.loads, path.read_text().splitlines()):
@@ -49,7 +50,8 @@ def test_each_arm_asks_about_the_right_model(policy_run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "--run is missing"), (["--run", "{tmp}"], "config.json: no such file"), (["--run", "{run}", "--labels", "0"], "--labels 0"),
+    ([], "--run is missing"), (["--run", "{tmp}"], "config.json: no such file"),
+    (["--run", "{run}", "--labels", "0"], "--labels 0 is below 1"),
 ])
 def test_bad_input_is_one_line(flags, words, policy_run, tmp_path, capsys):
     flags = [text.format(tmp=tmp_path, run=policy_run) for text in flags] + ["--out", str(tmp_path / "x")]

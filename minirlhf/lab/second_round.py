@@ -9,6 +9,7 @@ file or a run folder under --out, and what is finished there is used again: the 
 """
 
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -42,7 +43,7 @@ class RoundConfig:
     run: str = setting("", "folder of the first round's policy")
     out: str = setting("runs/second-round", "folder of everything that this makes")
     labels: int = setting(4000, "new answers per arm; a person gives some hundreds an hour", 1)
-    replay: bool = setting(True, "train on the new answers and the first round's data together, else on the new ones alone")
+    replay: int = setting(4, "pairs of the first round's data learnt again per new answer, lest the rest be forgotten", 0)
     epochs: int = setting(1, "passes of the reward model over its data", 1)
     lr: float = setting(5e-4, "peak Adam step of the reward model, half of the first round's", 0)
     test_pairs: int = setting(1000, "pairs of the first policy's samples on test prompts, for the accuracy on its own pairs", 1)
@@ -63,10 +64,12 @@ def main(config: RoundConfig) -> dict:
     splits = load_splits(first.reward_config)
     own_test = own_test_pairs(first, unique_prompts(splits.test), config)
     figures = {"round 1": judged(Path(first.config.reward_run), first.folder, first, splits, own_test)}
+    replayed = write_replay(folder / "replay.jsonl", splits.train, config) if config.replay else None
     for arm in ARMS:
         name = arm.replace(" ", "-")
         answers = write_answers(first, arm, folder / f"{name}.jsonl", config)
-        reward_run = finished(train_reward.main, second_reward(first, answers, folder / f"reward-{name}", config), "reward.pt")
+        data = (str(answers), *([str(replayed)] if replayed else []))
+        reward_run = finished(train_reward.main, second_reward(first, data, folder / f"reward-{name}", config), "reward.pt")
         policy = second_policy(first, reward_run, folder / f"policy-{name}", config)
         policy_run = finished(train_policy.main, policy, "result.json")
         figures[f"{config.labels} {arm}"] = judged(reward_run, policy_run, first, splits, own_test)
@@ -115,9 +118,20 @@ def first_data(first: Trained) -> dict[str, tuple[str, ...]]:
     return dict(data=old.data, heldout_data=old.heldout_data, test_data=old.test_data)
 
 
-def second_reward(first: Trained, answers: Path, out: Path, config: RoundConfig) -> RewardConfig:
-    files = first_data(first)
-    changes = dict(files, data=(str(answers), *(files["data"] if config.replay else ())), init="", task=first.task.__name__,
+def write_replay(path: Path, pairs: list[PreferencePair], config: RoundConfig) -> Path:
+    """A sample of the first round's data, the same for every arm: prompts at random with all their pairs."""
+    groups = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair.prompt)]
+    random.Random(derive_seed(config.seed, "replay")).shuffle(groups)
+    lines, wanted = [], config.replay * config.labels
+    while groups and len(lines) < wanted:
+        lines += [json.dumps(dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, margin=pair.margin,
+                                  weight=pair.weight)) + "\n" for pair in groups.pop()]
+    write_atomically(path, "".join(lines).encode())
+    return path
+
+
+def second_reward(first: Trained, data: tuple[str, ...], out: Path, config: RoundConfig) -> RewardConfig:
+    changes = dict(first_data(first), data=data, init="", task=first.task.__name__,
                    init_reward=str(Path(first.config.reward_run) / "reward.pt"), out=str(out), epochs=config.epochs, lr=config.lr,
                    device=config.device)
     return dataclasses.replace(first.reward_config, **changes)
