@@ -69,7 +69,6 @@ def load_gpt2(path: Path, vocab_size: int, table_rows: int) -> Transformer:
     return model
 
 
-@torch.no_grad()
 def converted(tensors: dict[str, Tensor], model: Transformer) -> dict[str, Tensor]:
     """A state_dict for model, of which only the shapes are looked at, from tensors under GPT-2's names. Raises ValueError."""
     state, left = {}, dict(tensors)

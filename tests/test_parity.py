@@ -184,7 +184,7 @@ def test_logprobs_and_entropies_are_those_of_trl(temperature):
 # ---- returns and advantages ------------------------------------------------------------------------------------------
 
 
-def rollout(batch=7, length=23):
+def rollout(batch=7, length=75):
     """rewards, values, mask [B, R], with garbage past the mask, and torchrl's flag of the last step."""
     rewards, values = torch.randn(2, batch, length, generator=randomly())
     lengths = torch.tensor([length, 1, 2, 5, length - 1, 12, length])[:, None]
