@@ -14,7 +14,7 @@ from tiny import as_flags, policy_config, refused, reward_config
 import train_policy
 import train_reward
 from minirlhf.checkpoint import load_model
-from minirlhf.config import RewardConfig, UserError
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
 from minirlhf.gpt2 import MAX_HEADER, checkpoint_file, load_gpt2
 from minirlhf.tokenizer import fingerprint, load_tokenizer
 
@@ -191,6 +191,26 @@ def test_both_scripts_start_from_gpt2(inputs, tmp_path, capsys):
     facts = json.loads((tmp_path / "run" / "config.json").read_text())["facts"]
     assert str(tmp_path / "model.safetensors") in facts
     train_policy.main(policy_config(tmp_path / "run", tmp_path / "policy"))
+
+
+def test_the_commands_for_dialogues_run_on_a_smaller_model(inputs, tmp_path):
+    """--preset hh-gpt2 on transcripts in HH-RLHF's form, from a file of GPT-2's; the warm-up of it included, as it says."""
+    talk = "\n\nHuman: What is {0} and {0}?\n\nAssistant: A number.\n\nHuman: Which?\n\nAssistant: {1}"
+    records = [dict(chosen=talk.format(i, f"It is {2 * i}."), rejected=talk.format(i, "No.")) for i in range(6)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tensors = gpt2_tensors(width=64, layers=1)
+    path = write(tmp_path, {**tensors, "wpe.weight": torch.zeros(1024, 64)})
+    run_script(train_reward.main, RewardConfig, [
+        "--preset", "hh-gpt2", "--init", str(path), "--data", str(tmp_path / "talks.jsonl"), "--out", str(tmp_path / "reward"),
+        "--tokenizer", str(inputs / "bytes.tiktoken"), "--warmup-sequences", "16", "--normalise-prompts", "2",
+        "--max-response-length", "24"])
+    run_script(train_policy.main, PolicyConfig, [
+        "--preset", "hh-gpt2", "--reward-run", str(tmp_path / "reward"), "--out", str(tmp_path / "policy"),
+        "--iterations", "1", "--batch-size", "4", "--minibatch-size", "2", "--best-of-n", "0"])
+    metrics = tiny.rows(tmp_path / "reward" / "reward_metrics.jsonl")
+    assert [row["stage"] for row in metrics] == ["warmup", "reward", "test"] and "probes" not in metrics[-1]
+    assert not torch.equal(tiny.weights(tmp_path / "reward" / "base.pt", "base")["wte.weight"][:ROWS], tensors["wte.weight"])
+    assert tiny.rows(tmp_path / "policy" / "policy_metrics.jsonl")[-1]["step"] == 1
 
 
 @pytest.mark.parametrize("changes, words", [
