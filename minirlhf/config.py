@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[type, dict]] = {
             save_every=25),
     },
     "debug": {  # both scripts in seconds, every stage of them
-        RewardConfig: dict(data=(HELPDESK_VALIDATION,), d_model=32, warmup_sequences=512, normalise_prompts=32),
+        RewardConfig: dict(data=(HELPDESK_VALIDATION,), n_layer=1, d_model=32, warmup_sequences=512, normalise_prompts=32),
         PolicyConfig: dict(iterations=4, batch_size=16, minibatch_size=8, eval_every=2, eval_prompts=16, test_prompts=16,
                            best_of_n=4),
     },
