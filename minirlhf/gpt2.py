@@ -22,7 +22,7 @@ from torch import Tensor
 from minirlhf.config import UserError
 from minirlhf.model import ModelConfig, Transformer
 
-MAX_HEADER = 2**20  # bytes; GPT-2 XL's has 70,000
+MAX_HEADER = 2**20  # bytes; GPT-2 XL's has 60,000
 HEAD_WIDTH = 64  # in all four sizes
 WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, BOOL=torch.bool, U8=torch.uint8)  # the last two: masks
