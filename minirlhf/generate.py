@@ -45,26 +45,22 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
     response = torch.full((batch, max_response_length), pad, device=device)
     response_mask = torch.zeros((batch, max_response_length), dtype=torch.bool, device=device)
     rows = torch.arange(batch, device=device)  # which row of the result each row of the running batch is
-    running = torch.ones(batch, dtype=torch.bool, device=device)
-    mask = prompt_mask
     cache = KVCache(model, batch, prompt_ids.shape[1] + max_response_length)
-    hidden = model(prompt_ids, mask, cache)[:, -1]
+    hidden = model(prompt_ids, prompt_mask, cache)[:, -1]
     for t in range(max_response_length):
         logits = hidden @ model.lm_weight.T
         if uniforms is None:
             token = logits.argmax(-1)
         else:
             token = sample_tokens(filter_logits(logits, top_k, top_p), uniforms[rows, t], temperature)
-        response[rows, t] = torch.where(running, token, pad)
-        response_mask[rows, t] = running
-        running = running & (token != eos)
+        response[rows, t] = token
+        response_mask[rows, t] = True
+        running = token != eos
         left = int(running.sum())
         if left == 0 or t + 1 == max_response_length:
             break
-        if left <= 0.75 * len(rows):  # finished rows leave, but not one by one: each leaving copies the cache
-            rows, token, mask = rows[running], token[running], mask[running]
-            cache.keep_rows(running)
-            running = running[running]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        hidden = model(token[:, None], mask, cache)[:, -1]
+        if left < len(rows):
+            kept = cache.keep_rows(running)
+            rows, token = rows[kept], token[kept]
+        hidden = model.decode(token, cache)
     return response[:, : t + 1], response_mask[:, : t + 1]

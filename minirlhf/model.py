@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,25 +30,39 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, allocated once: [L, B, H, context, D / H]."""
+    """What the decoder keeps of B rows of text: keys and values [L, B, H, columns, D / H], allocated once.
 
-    def __init__(self, model: "Transformer", batch: int, context: int):
+    Columns 0 .. P - 1 belong to the prompts, each from column 0 on; every token after them takes the next column in all
+    rows. Attention does not ask for order (positions are in the keys), only `bias` for what is there: 0, or -inf.
+    """
+
+    def __init__(self, model: "Transformer", batch: int, columns: int):
         config, weight = model.config, model.wte.weight
-        shape = (config.n_layer, batch, config.n_head, context, config.d_model // config.n_head)
+        shape = (config.n_layer, batch, config.n_head, columns, config.d_model // config.n_head)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
-        self.length = 0
+        self.bias = weight.new_zeros(batch, config.n_head, 1, columns)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)  # real tokens in each row
+        self.columns = 0  # in use
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, H, Q, D / H] after the tokens before; returns all keys and values up to and with these."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length:end] = keys
-        self.values[layer, :, :, self.length:end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def start(self, lengths: Tensor, columns: int) -> None:
+        """Prompts of these lengths [B], the longest of them `columns`."""
+        self.lengths, self.columns = lengths.clone(), columns
+        gap = torch.arange(columns, device=lengths.device) >= lengths[:, None]
+        self.bias[..., :columns].masked_fill_(gap[:, None, None], float("-inf"))
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop every row of the batch but these."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def keep_rows(self, keep: Tensor) -> Tensor:
+        """Drop the rows that the bool [B] does not keep. Rows from the end move into the gaps, so that little is copied.
+        Returns which old row each new one is."""
+        count = int(keep.sum())
+        gaps, movers = (~keep[:count]).nonzero().squeeze(1), count + keep[count:].nonzero().squeeze(1)
+        old = torch.arange(count, device=keep.device).index_copy_(0, gaps, movers)
+        for cached in (self.keys, self.values):
+            cached[:, gaps, :, : self.columns] = cached[:, movers, :, : self.columns]
+        self.bias[gaps] = self.bias[movers]
+        self.keys, self.values, self.bias = self.keys[:, :count], self.values[:, :count], self.bias[:count]
+        self.lengths = self.lengths[old]
+        return old
 
 
 class Block(nn.Module):
@@ -110,28 +125,30 @@ class Transformer(nn.Module):
         return self.wte.weight[: self.config.vocab_size]
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [B, T, D] of ids [B, T], exact under left and right padding.
+        """Hidden states [B, T, D] of ids [B, T], exact under left and right padding; fills an empty cache.
 
-        attention_mask: bool [B, S], S = tokens in the cache + T, 1 on real tokens, which lie together in each row. Position
-        ids count real tokens, so that a sequence has the same hidden states wherever its padding is. Those at padding are
-        meaningless. Without a cache, only real tokens are computed, and what rows in succession have in common only once.
+        attention_mask: bool [B, T], 1 on real tokens, which lie together in each row. Position ids count real tokens, so
+        that a sequence has the same hidden states wherever its padding is. Those at padding are meaningless. Only real
+        tokens are computed, and what rows in succession have in common only once.
         """
-        (batch, length), seen, n_head = ids.shape, attention_mask.shape[1], self.config.n_head
-        if seen > self.config.context and cache is None:
+        if ids.shape[1] > self.config.context:
             raise ValueError(f"ids {tuple(ids.shape)}: longer than the context of {self.config.context}")
-        if cache is None:
-            layout = pack(ids, attention_mask)
-            x = self.wte(layout.ids) + self.wpe(layout.positions)
-            for block in self.blocks:
-                x = block(x, lambda qkv: attend_packed(qkv, layout, n_head))
-            return F.embedding(layout.out, self.ln_f(x))
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, seen - length:]
-        bias = cached_bias(attention_mask, length, self.wte.weight.dtype)
-        x = (self.wte(ids) + self.wpe(positions)).flatten(0, 1)
+        layout = pack(ids, attention_mask)
+        x = self.wte(layout.ids) + self.wpe(layout.positions)
+        if cache is not None:
+            cache.start(attention_mask.sum(1), ids.shape[1])
         for layer, block in enumerate(self.blocks):
-            x = block(x, lambda qkv: attend_cached(qkv.view(batch, length, -1), cache, layer, bias, n_head))
-        cache.length += length
-        return self.ln_f(x).view(batch, length, -1)
+            x = block(x, functools.partial(attend_packed, layout, self.config.n_head, cache, layer))
+        return F.embedding(layout.out, self.ln_f(x))
+
+    def decode(self, token: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states [B, D] of one more token [B] in each row of the cache."""
+        x = self.wte(token) + self.wpe(cache.lengths)
+        cache.lengths += 1
+        cache.columns += 1
+        for layer, block in enumerate(self.blocks):
+            x = block(x, functools.partial(attend_cached, cache, layer))
+        return self.ln_f(x)
 
 
 class Packed(NamedTuple):
@@ -163,30 +180,26 @@ def pack(ids: Tensor, attention_mask: Tensor) -> Packed:
     return Packed(aligned.flatten()[first], first % length, rows, first, rows.gather(1, (order - padding) % length))
 
 
-def attend_packed(qkv: Tensor, layout: Packed, n_head: int) -> Tensor:
+def attend_packed(layout: Packed, n_head: int, cache: KVCache | None, layer: int, qkv: Tensor) -> Tensor:
     """[N, D] what each packed token reads in its row. Padding is to the right there, where no real token looks."""
     batch, length = layout.rows.shape
     query, key, value = F.embedding(layout.rows, qkv).view(batch, length, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    if cache is not None:
+        cache.keys[layer, :, :, :length], cache.values[layer, :, :, :length] = key, value
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return F.embedding(layout.first, mixed.transpose(1, 2).reshape(batch * length, -1))
 
 
-def cached_bias(attention_mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, S] 0 where the last T = length of S columns may look, -inf elsewhere."""
-    order = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    new = order[-length:, None]
-    # padding sees itself: a softmax over nothing is NaN
-    visible = ((new >= order) & attention_mask[:, None, :] | (new == order))[:, None]
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-
-
-def attend_cached(qkv: Tensor, cache: KVCache, layer: int, bias: Tensor, n_head: int) -> Tensor:
-    """[B T, D] what each of T new tokens reads: qkv [B, T, 3 D], in the cache and among themselves."""
-    batch, length = qkv.shape[:2]
-    query, key, value = qkv.view(batch, length, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-    key, value = cache.append(layer, key, value)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return mixed.transpose(1, 2).reshape(batch * length, -1)
+def attend_cached(cache: KVCache, layer: int, qkv: Tensor) -> Tensor:
+    """[B, D] what the newest token of each row reads in the cache. With one query a row, two products in batch are faster
+    than attention kernels, which are made for many."""
+    end, (_, batch, n_head, _, size) = cache.columns, cache.keys.shape
+    query, key, value = qkv.view(batch, 3, n_head, size).unbind(1)
+    cache.keys[layer, :, :, end - 1], cache.values[layer, :, :, end - 1] = key, value
+    keys, values = (cached[layer].view(batch * n_head, -1, size)[:, :end] for cached in (cache.keys, cache.values))
+    bias = cache.bias.view(batch * n_head, 1, -1)[:, :, :end]
+    scores = torch.baddbmm(bias, query.reshape(-1, 1, size), keys.transpose(1, 2), alpha=size ** -0.5)
+    return torch.bmm(scores.softmax(-1), values).view(batch, -1)
 
 
 def last_token_scores(model: Transformer, hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -132,29 +132,30 @@ def test_hidden_states_do_not_depend_on_later_tokens():
     assert not torch.allclose(model(ids, mask)[:, 3:], model(changed, mask)[:, 3:])
 
 
-@pytest.mark.parametrize("cuts", [(6, 7, 8, 9), (7, 9), (9,), (6, 8, 9)])
-def test_reading_in_pieces_through_the_cache_equals_reading_at_once(cuts):
+@pytest.mark.parametrize("prompt", [5, 6, 8])
+def test_reading_token_by_token_through_the_cache_equals_reading_at_once(prompt):
     """Decoding with positions or masks that differ from the learner's samples from another policy than the one trained."""
     model = random_model()
-    ids, mask = pad_left([[1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 3, 2, 1, 5]], PAD)
-    cache, hidden, start = KVCache(model, 2, 9), [], 0
-    for end in cuts:
-        hidden.append(model(ids[:, start:end], mask[:, :end], cache))
-        start = end
+    ids, mask = pad_left([[1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 3, 2, 1, 5], [4, 3, 2, 1, 5, 6]], PAD)
+    cache = KVCache(model, 3, 9)
+    hidden = [model(ids[:, :prompt], mask[:, :prompt], cache)]
+    hidden += [model.decode(ids[:, t], cache)[:, None] for t in range(prompt, 9)]
     torch.testing.assert_close(torch.cat(hidden, 1)[mask], model(ids, mask)[mask], rtol=0, atol=1e-5)
 
 
-def test_rows_that_leave_the_cache_leave_the_others_as_they_were():
+@pytest.mark.parametrize("kept", [(True, False, True), (False, False, True), (True, True, False), (True, True, True)])
+def test_rows_that_leave_the_cache_leave_the_others_as_they_were(kept):
     """After finished rows have left, each row must go on with its own keys and values, not with a neighbour's."""
-    model = random_model()
+    model, kept = random_model(), torch.tensor(kept)
     ids, mask = pad_left([[1, 2, 3], [4], [5, 6]], PAD)
     cache = KVCache(model, 3, 5)
     model(ids, mask, cache)
-    kept = torch.tensor([True, False, True])
-    cache.keep_rows(kept)
-    token, longer = torch.tensor([[7], [8]]), torch.cat([mask[kept], torch.ones(2, 1, dtype=torch.bool)], 1)
-    whole = model(torch.cat([ids[kept], token], 1), longer)[:, -1]
-    torch.testing.assert_close(model(token, longer, cache)[:, -1], whole, rtol=0, atol=1e-5)
+    old = cache.keep_rows(kept)
+    assert sorted(old.tolist()) == kept.nonzero().squeeze(1).tolist()
+    for column, token in ((3, 7), (4, 8)):
+        ids = torch.cat([ids, torch.full_like(ids[:, :1], token)], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        torch.testing.assert_close(model.decode(ids[old, column], cache), model(ids, mask)[old, -1], rtol=0, atol=1e-5)
 
 
 def test_train_and_eval_mode_give_the_same_log_probs():
