@@ -21,7 +21,7 @@ from minirlhf.environment import (Environment, Prompts, Samples, load_environmen
 from minirlhf.ladder import Rung, advantages_and_returns, explained_variance, minibatch_loss, pick_rung
 from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
-from minirlhf.model import Transformer, pick_device
+from minirlhf.model import Transformer, mixed_precision, pick_device
 from minirlhf.optim import make_optimizer, step_optimizer
 from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout
 from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
@@ -43,6 +43,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     # The policy starts as a copy of the base model, which stays behind as the frozen reference.
     policy, kl_coef, done = copy.deepcopy(world.base).requires_grad_(True), config.kl_coef, 0
     optimizer = make_optimizer(policy, config.lr)
+    if config.compile:
+        policy.compile_blocks()
     if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", "policy")):
         meta, states = found
         policy.load_state_dict(states["model"])
@@ -62,13 +64,15 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
         # 1. Sample: prompts in, responses out.
         prompts = next_prompts(world.train, config.batch_size // copies, copies, config.seed, step)
-        samples = sample_responses(policy, *prompts, world.sampling, "rollout", step, rows=list(range(config.batch_size)))
+        with mixed_precision(device, config.bf16):
+            samples = sample_responses(policy, *prompts, world.sampling, "rollout", step, rows=list(range(config.batch_size)))
         clock.phase("sample")
 
         # 2. Score each response; what it cost in KL, and what each token earned.
-        scores = world.scorer(samples)
-        rollout = collect_rollout(policy, world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
-                                  config.temperature, config.micro_batch_size)
+        with mixed_precision(device, config.bf16):
+            scores = world.scorer(samples)
+            rollout = collect_rollout(policy, world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
+                                      config.temperature, config.micro_batch_size)
         clock.phase("score")
 
         # 3. How much better than expected was each action?
@@ -107,26 +111,29 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
 
     The gradient of a minibatch is the same however it is cut into micro-batches. Returns means over all tokens used.
     """
-    count = len(rollout.scores)
+    count, lengths = len(rollout.scores), rollout.response_mask.sum(1).cpu()
     epochs, size = (config.ppo_epochs, config.minibatch_size) if rung.reuses_rollout else (1, count)
-    sums: dict[str, float] = {}
-    tokens_used, norms, losses = 0, [], []
+    sums, tokens_used, norms, losses = {}, 0, [], []
     for epoch in range(epochs):
-        order = torch.randperm(count, generator=generator(config.seed, "minibatches", step, epoch)) if size < count else torch.arange(count)
-        for minibatch in order.to(advantages.device).split(size):
-            tokens = int(rollout.response_mask[minibatch].sum())
-            denominator = len(minibatch) * max_response_length
-            losses.append(0.0)
-            for rows in minibatch.split(config.micro_batch_size or size):
-                loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
-                                               kl_coef, denominator, tokens)
+        order = torch.arange(count)
+        if size < count:
+            order = torch.randperm(count, generator=generator(config.seed, "minibatches", step, epoch))
+        for minibatch in order.split(size):
+            minibatch = minibatch.sort().values  # siblings side by side share the work on their prompt
+            tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
+            total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
+            for rows in minibatch.to(advantages.device).split(config.micro_batch_size or size):
+                with mixed_precision(advantages.device, config.bf16):
+                    loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
+                                                   kl_coef, denominator, tokens)
                 loss.backward()
-                losses[-1] += loss.item()
-                sums = {key: sums.get(key, 0.0) + float(value) for key, value in figures.items()}
+                total = total + loss.detach()
+                sums = {key: sums.get(key, 0.0) + value.detach() for key, value in figures.items()}
+            losses.append(total.item())
             check_finite(losses[-1], "loss", "policy", step + 1)
             norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm))
             tokens_used += tokens
-    return {key: value / tokens_used for key, value in sums.items()} | dict(
+    return {key: value.item() / tokens_used for key, value in sums.items()} | dict(
         loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
         explained_variance=explained_variance(rollout.values, returns, rollout.response_mask))
 

@@ -18,7 +18,7 @@ from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
-from minirlhf.model import last_token_scores, pick_device, sequence_scores
+from minirlhf.model import in_full_precision, last_token_scores, mixed_precision, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
 from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
 from minirlhf.start import base_file, earlier_reward_model, starting_model
@@ -43,7 +43,7 @@ def pair_loss(model, groups, pad, config, total_weight):
     batch = PreferenceBatch(*(tensor.to(model.wte.weight.device) for tensor in collate_preferences(groups, pad)))
     hidden = model(batch.ids, batch.attention_mask)  # each response is read once, however many pairs it stands in
     scores = last_token_scores(model, hidden, batch.attention_mask)
-    verdicts = torch.where(batch.attention_mask, model.value_head(hidden).squeeze(-1), 0.0).sum(1)
+    verdicts = torch.where(batch.attention_mask, in_full_precision(model.value_head, hidden), 0.0).sum(1)
     share = batch.weight.sum() / total_weight
 
     def loss_of(x, centering):
@@ -52,7 +52,7 @@ def pair_loss(model, groups, pad, config, total_weight):
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
     right = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
     loss = loss_of(scores, config.centering)
-    figures = dict(loss=loss.item(), accuracy=((right * batch.weight).sum() / total_weight).item())
+    figures = dict(loss=loss.detach(), accuracy=(right * batch.weight).sum() / total_weight)
     return (loss + config.verdict_coef * loss_of(verdicts, 0.0) if config.verdict_coef else loss), figures
 
 
@@ -66,6 +66,8 @@ def batch_reader(lengths, batch_size, seed):
 def train_stage(stage, model, total, peak_lr, backward, run, config, metrics, stop):
     """`total` optimiser steps; backward(step) adds up the gradient of one batch and returns its figures, loss first."""
     optimizer = make_optimizer(model, peak_lr, config.weight_decay)
+    if config.compile:
+        model.compile_blocks()
     done = 0
     if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", stage)):
         meta, states = found
@@ -96,7 +98,8 @@ def warm_up(model, groups, run, config, pad, metrics, stop):
 
     def backward(step):
         ids, mask = (tensor.to(device) for tensor in pad_right([texts[i] for i in batch(step)], pad))
-        loss = language_model_loss(model, ids, mask)
+        with mixed_precision(device, config.bf16):
+            loss = language_model_loss(model, ids, mask)
         loss.backward()
         return dict(loss=loss.item())
 
@@ -115,10 +118,11 @@ def learn_preferences(model, groups, run, config, pad, metrics, stop):
         total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
         sums = dict(loss=0.0, accuracy=0.0)
         for start in range(0, len(chosen), size):
-            loss, figures = pair_loss(model, chosen[start:start + size], pad, config, total_weight)
+            with mixed_precision(model.wte.weight.device, config.bf16):
+                loss, figures = pair_loss(model, chosen[start:start + size], pad, config, total_weight)
             loss.backward()
             sums = {key: sums[key] + figures[key] for key in sums}
-        return sums
+        return {key: value.item() for key, value in sums.items()}
 
     train_stage("reward", model, per_epoch * config.epochs, config.lr, backward, run, config, metrics, stop)
 

@@ -9,6 +9,8 @@ import sys
 import typing
 from pathlib import Path
 
+import torch
+
 from minirlhf.log import printable
 
 
@@ -57,6 +59,8 @@ class RewardConfig:
     task: str = setting("auto", "module that knows the truth of the task (gold, probes); auto: the help desk's for its files")
     out: str = setting("", "run folder; empty: a fresh one under runs/")
     seed: int = setting(0, "every random choice derives from it", 0)
+    bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
+    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
     resume: bool = setting(False, "go on with the run in --out")
     save_every: int = setting(200, "steps between checkpoints", 1)
@@ -109,6 +113,8 @@ class PolicyConfig:
     best_of_n: int = setting(128, "test prompts of the best-of-n rows; 0: leave them out", 0)
     out: str = setting("", "run folder; empty: a fresh one under runs/")
     seed: int = setting(0, "every random choice derives from it", 0)
+    bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
+    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
     resume: bool = setting(False, "go on with the run in --out")
     save_every: int = setting(10, "iterations between checkpoints", 1)
@@ -238,11 +244,25 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
             if not given.get("out"):
                 raise UserError("--resume needs --out: the folder of the run to go on with")
             under = dataclasses.asdict(read_config(config_class, Path(given["out"]) / "config.json"))
-        main(config_class(**{**under, **given}))
+        config = config_class(**{**under, **given})
+        main(config)
     except UserError as error:
         sys.exit(fail(str(error), 2))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(fail(memory_advice(config), 2))
     except OSError as error:
         sys.exit(fail(f"{error.filename or 'output'}: {error.strerror}; the files written before are intact", 2))
+
+
+def memory_advice(config) -> str:
+    """Which flag to change, and to what, when a run found no memory."""
+    whole = getattr(config, "minibatch_size", config.batch_size)  # the policy's forward pass is over a minibatch
+    size = config.micro_batch_size or whole
+    if size > 1:
+        return f"out of memory; try --micro-batch-size {size // 2} (now {size} a forward pass): the same gradient in less memory"
+    return f"out of memory even one at a time; try --batch-size {max(1, config.batch_size // 2)} or a smaller model"
 
 
 def fail(message: str, status: int) -> int:

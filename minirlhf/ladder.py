@@ -102,7 +102,7 @@ def minibatch_loss(policy: Transformer, rung: Rung, rollout: Rollout, advantages
             approx_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
             ratio=torch.where(mask, ratio, 0.0).sum(),
             clip_fraction=((ratio - 1.0).abs() > config.clip_range).sum(),
-            value_clip_fraction=((values - rollout.values).abs() > (config.value_clip_range or math.inf))[mask].sum(),
+            value_clip_fraction=(mask & ((values - rollout.values).abs() > (config.value_clip_range or math.inf))).sum(),
             value_loss=0.5 * torch.where(mask, (values - returns) ** 2, 0.0).sum(),
         )
     return loss, figures

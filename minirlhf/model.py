@@ -78,7 +78,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x [N, D], one row per token; attend maps their queries, keys and values [N, 3 D] to what each token read [N, D]."""
-        x = x + self.attention_out(attend(self.attention_in(self.ln_1(x))))
+        return self.after(x, attend(self.before(x)))
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.attention_in(self.ln_1(x))
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.attention_out(mixed)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
 
 
@@ -118,6 +124,12 @@ class Transformer(nn.Module):
             else:
                 scale = branches if name.endswith("_out.weight") else 1.0
                 weight.normal_(0.0, weight.shape[1] ** -0.5 / scale, generator=generator)
+
+    def compile_blocks(self) -> None:
+        """Compile what is the same in training and decoding: all of a block but attention. The count of tokens stays free."""
+        for block in self.blocks:
+            block.before, block.after = (functools.partial(torch.compile(part, dynamic=True), block)  # a deep copy gets its own
+                                         for part in (Block.before, Block.after))
 
     @property
     def lm_weight(self) -> Tensor:
@@ -202,11 +214,17 @@ def attend_cached(cache: KVCache, layer: int, qkv: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), values).view(batch, -1)
 
 
+def in_full_precision(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """[...] a scalar head on hidden [..., D], whatever autocast says: scores and values are compared in small differences."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden).squeeze(-1)
+
+
 def last_token_scores(model: Transformer, hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """[B] the reward head's normalised score, read from hidden [B, T, D] at the last real token, whatever the padding."""
     order = torch.arange(hidden.shape[1], device=hidden.device)
     last = (attention_mask * order).argmax(dim=1)
-    raw = model.reward_head(hidden[torch.arange(len(hidden), device=hidden.device), last]).squeeze(-1)
+    raw = in_full_precision(model.reward_head, hidden[torch.arange(len(hidden), device=hidden.device), last])
     return (raw.to(torch.promote_types(raw.dtype, torch.float32)) - model.score_shift) / model.score_scale
 
 
@@ -223,3 +241,13 @@ def pick_device(name: str) -> torch.device:
     if not there:
         raise UserError(f"--device {name}: this machine has none that torch can use; leave the flag out, or --device cpu")
     return torch.device(name)
+
+
+def mixed_precision(device: torch.device, bf16: bool) -> torch.autocast:
+    """Context in which matrix products round their operands to bfloat16; weights stay float32, and so does what is summed
+    outside of products. One context per forward pass: it keeps rounded weights until its end. Raises UserError."""
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("--bf16: this GPU has no bfloat16 arithmetic; leave the flag out")
+    if bf16 and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UserError("--bf16: needs macOS 14 or newer on this device; leave the flag out, or --device cpu")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minirlhf.kernels import token_logprobs
 from minirlhf.losses import kl_k1
-from minirlhf.model import Transformer
+from minirlhf.model import Transformer, in_full_precision
 
 
 class Rollout(NamedTuple):
@@ -41,7 +41,7 @@ def evaluate_actions(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor
     states = model(ids, mask)[:, first:][response_mask]  # [N, D], N = tokens sampled
     logprob = token_logprobs(states, model.lm_weight, response_ids[response_mask], temperature, entropy)
     logprob, token_entropy = logprob if entropy else (logprob, torch.zeros_like(logprob))
-    value = model.value_head(states).squeeze(-1).to(logprob.dtype)
+    value = in_full_precision(model.value_head, states).to(logprob.dtype)
     blank = logprob.new_zeros(response_mask.shape)
     return tuple(blank.masked_scatter(response_mask, x) for x in (logprob, value, token_entropy))
 
