@@ -8,12 +8,12 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from minirlhf.checkpoint import newest_checkpoint, save_model, save_step, write_atomically
+from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step, write_atomically
 from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
 from minirlhf.environment import (Environment, Prompts, Samples, load_environment, newest_reward_run, next_prompts,
@@ -24,7 +24,7 @@ from minirlhf.losses import kl_k1, masked_mean
 from minirlhf.model import Transformer, mixed_precision, pick_device
 from minirlhf.optim import make_optimizer, step_optimizer
 from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout
-from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
+from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, due, open_run
 from minirlhf.seeding import generator
 from minirlhf.tokenizer import fingerprint
 
@@ -33,24 +33,23 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     """Train and save policy.pt; returns the closing table. reward_function(prompts, responses) -> one number each
     takes the reward model's place. Raises UserError."""
     config.check()
-    rung, device, stop = pick_rung(config), pick_device(config.device), StopSignal()
+    rung, device, stop = pick_rung(config), pick_device(config.device, config.deterministic), StopSignal("train_policy.py")
     if not config.reward_run:  # named in config.json, so that a resumed run does not take up a newer one
         config = dataclasses.replace(config, reward_run=str(newest_reward_run(Path("runs"))))
     world = load_environment(config, reward_function, device)
     run = open_run(config, f"{config.algorithm}-{world.name}-seed{config.seed}", world.facts)
+    stop.folder = run.folder
     print(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   reward: {world.reward_name}")
 
     # The policy starts as a copy of the base model, which stays behind as the frozen reference.
-    policy, kl_coef, done = copy.deepcopy(world.base).requires_grad_(True), config.kl_coef, 0
+    policy = copy.deepcopy(world.base).requires_grad_(True)
     optimizer = make_optimizer(policy, config.lr)
     if config.compile:
         policy.compile_blocks()
-    if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", "policy")):
-        meta, states = found
-        policy.load_state_dict(states["model"])
-        optimizer.load_state_dict(states["optimizer"])
-        done, kl_coef = meta["step"], meta["kl_coef"]
-    metrics = Metrics(run.folder / "policy_metrics.jsonl", lambda row: 0 < done >= row.get("step", 0), config.tensorboard)
+    found = newest_checkpoint(run.folder / "checkpoints", "policy", run.id)
+    done, meta = restore(found, policy, optimizer), found[0] if found else {}
+    kl_coef = meta.get("kl_coef", config.kl_coef)
+    metrics = Metrics(run.folder / "policy_metrics.jsonl", meta.get("metrics"), config.tensorboard)
     heldout = Prompts(world.heldout.texts[: config.eval_prompts], world.heldout.ids[: config.eval_prompts])
     referee = Referee(world, heldout, "evaluate")
     if done == 0:
@@ -58,7 +57,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     progress = Progress("iteration", config.iterations, done, plain_lines=config.iterations)
     copies = config.group_size if rung.grouped else 1
 
-    for step in range(done, config.iterations):
+    for step in stop.steps(done, config.iterations):
         clock = Clock()
         lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
 
@@ -69,7 +68,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         clock.phase("sample")
 
         # 2. Score each response; what it cost in KL, and what each token earned.
-        with mixed_precision(device, config.bf16):
+        with batch_kept(run.folder, "policy", step + 1, samples._asdict()), mixed_precision(device, config.bf16):
             scores = world.scorer(samples)
             rollout = collect_rollout(policy, world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
                                       config.temperature, config.micro_batch_size)
@@ -79,8 +78,10 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         advantages, returns = advantages_and_returns(rung, rollout, config)
 
         # 4. Make the better ones likelier.
-        figures = update(policy, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
-                         world.sampling.max_response_length, step)
+        batch = samples._asdict() | rollout._asdict() | dict(advantages=advantages, minibatches=minibatches(config, rung, step, len(scores)))
+        with batch_kept(run.folder, "policy", step + 1, batch):
+            figures = update(policy, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
+                             world.sampling.max_response_length, step)
         clock.phase("update")
 
         # 5. Tell, judge, save.
@@ -94,15 +95,26 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
                            tokens_per_second=row["tokens"] / clock.total()))
         gold = f"  gold {row['gold']:+.2f}" if "gold" in row else ""
         progress.show(step + 1, f"score {row['score']:+.2f}{gold}  kl {row['kl']:.1f}  length {row['length']:.0f}")
-        if stop.number or due(step + 1, config.iterations, config.save_every):
-            states = dict(model=policy.state_dict(), optimizer=optimizer.state_dict())
-            save_step(run.folder / "checkpoints", "policy", step + 1, dict(kl_coef=kl_coef), states, config.keep_checkpoints)
-        if stop.number:
-            stop.leave("train_policy.py", run.folder)
         if row["kl"] > config.max_kl:
             raise UserError(f"iteration {step + 1}: KL of {row['kl']:.0f} nats passed --max-kl {config.max_kl:g}; raise "
                             "--kl-coef or lower --lr (or raise --max-kl to watch the policy leave the language)")
+        if stop.number or due(step + 1, config.iterations, config.save_every):
+            meta = dict(run=run.id, metrics=metrics.mark(), kl_coef=kl_coef)
+            states = dict(model=policy.state_dict(), optimizer=optimizer.state_dict())
+            save_step(run.folder / "checkpoints", "policy", step + 1, meta, states, config.keep_checkpoints)
     return finish(world, policy, config, run.folder)
+
+
+def minibatches(config: PolicyConfig, rung: Rung, step: int, count: int) -> Iterator[Tensor]:
+    """The rows of each optimiser step on a rollout of count responses: all at once, or, where the rung reuses the rollout,
+    several epochs of shuffled minibatches."""
+    epochs, size = (config.ppo_epochs, config.minibatch_size) if rung.reuses_rollout else (1, count)
+    for epoch in range(epochs):
+        order = torch.arange(count)
+        if size < count:
+            order = torch.randperm(count, generator=generator(config.seed, "minibatches", step, epoch))
+        for minibatch in order.split(size):
+            yield minibatch.sort().values  # siblings side by side share the work on their prompt
 
 
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, rollout: Rollout, advantages: Tensor,
@@ -111,28 +123,24 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
 
     The gradient of a minibatch is the same however it is cut into micro-batches. Returns means over all tokens used.
     """
-    count, lengths = len(rollout.scores), rollout.response_mask.sum(1).cpu()
-    epochs, size = (config.ppo_epochs, config.minibatch_size) if rung.reuses_rollout else (1, count)
+    for name in ("scores", "logprobs", "ref_logprobs", "values"):
+        check_finite(float(getattr(rollout, name).sum()), f"sum of the {name}")
+    lengths = rollout.response_mask.sum(1).cpu()
     sums, tokens_used, norms, losses = {}, 0, [], []
-    for epoch in range(epochs):
-        order = torch.arange(count)
-        if size < count:
-            order = torch.randperm(count, generator=generator(config.seed, "minibatches", step, epoch))
-        for minibatch in order.split(size):
-            minibatch = minibatch.sort().values  # siblings side by side share the work on their prompt
-            tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
-            total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
-            for rows in minibatch.to(advantages.device).split(config.micro_batch_size or size):
-                with mixed_precision(advantages.device, config.bf16):
-                    loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
-                                                   kl_coef, denominator, tokens)
-                loss.backward()
-                total = total + loss.detach()
-                sums = {key: sums.get(key, 0.0) + value.detach() for key, value in figures.items()}
-            losses.append(total.item())
-            check_finite(losses[-1], "loss", "policy", step + 1)
-            norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm))
-            tokens_used += tokens
+    for number, minibatch in enumerate(minibatches(config, rung, step, len(lengths)), start=1):
+        tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
+        total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
+        for rows in minibatch.to(advantages.device).split(config.micro_batch_size or len(minibatch)):
+            with mixed_precision(advantages.device, config.bf16):
+                loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
+                                               kl_coef, denominator, tokens)
+            loss.backward()
+            total = total + loss.detach()
+            sums = {key: sums.get(key, 0.0) + value.detach() for key, value in figures.items()}
+        losses.append(total.item())
+        check_finite(losses[-1], f"loss of minibatch {number}")
+        norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm, f" of minibatch {number}"))
+        tokens_used += tokens
     return {key: value.item() / tokens_used for key, value in sums.items()} | dict(
         loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
         explained_variance=explained_variance(rollout.values, returns, rollout.response_mask))

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from minirlhf.checkpoint import newest_checkpoint, save_model, save_step
+from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step
 from minirlhf.config import RewardConfig, UserError, run_script
 from minirlhf.data import (PreferenceBatch, collate_preferences, describe_counts, encode_preferences, encode_prompts,
                            epoch_batches, pad_right, unique_prompts)
@@ -20,7 +20,7 @@ from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
 from minirlhf.model import in_full_precision, last_token_scores, mixed_precision, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
-from minirlhf.run import Clock, StopSignal, check_finite, due, open_run
+from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, due, open_run
 from minirlhf.start import base_file, earlier_reward_model, starting_model
 from minirlhf.task import file_hashes, load_splits, load_task
 from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id
@@ -63,58 +63,60 @@ def batch_reader(lengths, batch_size, seed):
     return per_epoch, lambda step: epoch(step // per_epoch)[step % per_epoch]
 
 
-def train_stage(stage, model, total, peak_lr, backward, run, config, metrics, stop):
-    """`total` optimiser steps; backward(step) adds up the gradient of one batch and returns its figures, loss first."""
+def train_stage(stage, model, total, peak_lr, batch, backward, run, config, metrics, stop, found):
+    """`total` optimiser steps, less those of the checkpoint found; backward(batch(step)) adds up the gradient of one batch
+    and returns its figures, loss first."""
     optimizer = make_optimizer(model, peak_lr, config.weight_decay)
     if config.compile:
         model.compile_blocks()
-    done = 0
-    if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", stage)):
-        meta, states = found
-        model.load_state_dict(states["model"])
-        optimizer.load_state_dict(states["optimizer"])
-        done = meta["step"]
+    done = restore(found, model, optimizer)
     progress = Progress(stage, total, done)
-    for step in range(done, total):
+    for step in stop.steps(done, total):
         clock = Clock()
-        lr = peak_lr * trapezoid(step, total)
-        figures = backward(step)
-        check_finite(figures["loss"], "loss", stage, step + 1)
-        grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
+        lr, items = peak_lr * trapezoid(step, total), batch(step)
+        with batch_kept(run.folder, stage, step + 1, items):
+            figures = backward(items)
+            check_finite(figures["loss"], "loss")
+            grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
         metrics.write(dict(stage=stage, step=step + 1, **figures, grad_norm=grad_norm, lr=lr, seconds=clock.total()))
         progress.show(step + 1, f"loss {figures['loss']:.3f}")
         if stop.number or due(step + 1, total, config.save_every):
             states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-            save_step(run.folder / "checkpoints", stage, step + 1, {}, states, config.keep_checkpoints)
-        if stop.number:
-            stop.leave("train_reward.py", run.folder)
+            meta = dict(run=run.id, metrics=metrics.mark())
+            save_step(run.folder / "checkpoints", stage, step + 1, meta, states, config.keep_checkpoints)
 
 
-def warm_up(model, groups, run, config, pad, metrics, stop):
+def warmup_steps(config):
+    """None for a base model brought along, unless --warmup-init asks for them."""
+    if base_file(config) and not (config.init and config.warmup_init):
+        return 0
+    return -(-config.warmup_sequences // config.warmup_batch_size)
+
+
+def warm_up(model, groups, run, config, pad, metrics, stop, found):
     """Stage 1: the base language model, "the average agent": every text, good and bad, as often as it comes."""
     texts = [group.prompt + response for group in groups for response in group.responses]
     _, batch = batch_reader([len(text) for text in texts], config.warmup_batch_size, config.seed)
     device = model.wte.weight.device
 
-    def backward(step):
-        ids, mask = (tensor.to(device) for tensor in pad_right([texts[i] for i in batch(step)], pad))
+    def backward(chosen):
+        ids, mask = (tensor.to(device) for tensor in pad_right(chosen, pad))
         with mixed_precision(device, config.bf16):
             loss = language_model_loss(model, ids, mask)
         loss.backward()
         return dict(loss=loss.item())
 
-    train_stage("warmup", model, -(-config.warmup_sequences // config.warmup_batch_size), config.warmup_lr, backward,
-                run, config, metrics, stop)
+    train_stage("warmup", model, warmup_steps(config), config.warmup_lr, lambda step: [texts[i] for i in batch(step)], backward,
+                run, config, metrics, stop, found)
 
 
-def learn_preferences(model, groups, run, config, pad, metrics, stop):
+def learn_preferences(model, groups, run, config, pad, metrics, stop, found):
     """Stage 2: the reward model."""
     lengths = [max(map(len, group.responses)) for group in groups]
     per_epoch, batch = batch_reader(lengths, config.batch_size, config.seed)
     size = config.micro_batch_size or config.batch_size
 
-    def backward(step):
-        chosen = [groups[i] for i in batch(step)]
+    def backward(chosen):
         total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
         sums = dict(loss=0.0, accuracy=0.0)
         for start in range(0, len(chosen), size):
@@ -124,7 +126,8 @@ def learn_preferences(model, groups, run, config, pad, metrics, stop):
             sums = {key: sums[key] + figures[key] for key in sums}
         return {key: value.item() for key, value in sums.items()}
 
-    train_stage("reward", model, per_epoch * config.epochs, config.lr, backward, run, config, metrics, stop)
+    train_stage("reward", model, per_epoch * config.epochs, config.lr, lambda step: [groups[i] for i in batch(step)], backward,
+                run, config, metrics, stop, found)
 
 
 @torch.no_grad()
@@ -146,7 +149,7 @@ def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
 def main(config: RewardConfig) -> dict:
     """Train and save base.pt and reward.pt; returns the test figures. Raises UserError."""
     config.check()
-    device, stop = pick_device(config.device), StopSignal()
+    device, stop = pick_device(config.device, config.deterministic), StopSignal("train_reward.py")
     encoding, task, splits = load_tokenizer(config.tokenizer), load_task(config), load_splits(config)
     pad = pad_id(encoding)
     groups = {}
@@ -162,21 +165,23 @@ def main(config: RewardConfig) -> dict:
     run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", inputs)
     print(f"run folder: {run.folder}   device: {device}")
     base_path, facts = run.folder / "base.pt", dict(tokenizer=fingerprint(encoding))
-    reached = {stage: found[0]["step"] for stage in ("warmup", "reward")
-               if config.resume and (found := newest_checkpoint(run.folder / "checkpoints", stage))}
-    metrics = Metrics(run.folder / "reward_metrics.jsonl", lambda row: row.get("step", 0) <= reached.get(row.get("stage"), 0),
-                      config.tensorboard)
+    stop.folder = run.folder
+    warmed, learnt = (newest_checkpoint(run.folder / "checkpoints", stage, run.id) for stage in ("warmup", "reward"))
+    if (warmed[0]["step"] if warmed else 0) < warmup_steps(config):
+        learnt = None  # its rows would stand before those of the warm-up that is done again
+    latest = learnt or warmed
+    metrics = Metrics(run.folder / "reward_metrics.jsonl", latest and latest[0].get("metrics"), config.tensorboard)
 
     # 1. The base language model: warmed up here, or brought along.
-    if not base_file(config) or (config.init and config.warmup_init):
+    if warmup_steps(config):
         print("warming up the base language model on the task's own text")
-        warm_up(base, groups["train"], run, config, pad, metrics, stop)
+        warm_up(base, groups["train"], run, config, pad, metrics, stop, warmed)
     save_model(base_path, "base", base, facts)
     print(f"saved {base_path}")
 
     # 2. The reward model starts from the base model with a reward head of 0, or from an earlier reward model.
     reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
-    learn_preferences(reward_model, groups["train"], run, config, pad, metrics, stop)
+    learn_preferences(reward_model, groups["train"], run, config, pad, metrics, stop, learnt)
 
     # 3. Scores in units of the base policy's own spread.
     prompts = unique_prompts(splits.train)[: config.normalise_prompts]

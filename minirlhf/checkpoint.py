@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from minirlhf.config import UserError
+from minirlhf.log import printable
 from minirlhf.model import ModelConfig, Transformer
 
 FORMAT = "minirlhf 1"
@@ -31,7 +32,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # the end that a signal asks for, too
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
@@ -94,14 +95,32 @@ def load_model(path: Path, kind: str, fingerprint: str) -> tuple[Transformer, di
     return model, meta
 
 
-def newest_checkpoint(folder: Path, kind: str) -> tuple[dict, dict] | None:
-    """The newest whole checkpoint of this kind in a run's checkpoints/ folder; torn ones are named and passed over."""
+def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict] | None:
+    """The newest whole checkpoint of this kind in a run's checkpoints/; torn and foreign ones are named and passed over."""
     for path in sorted(folder.glob(f"{kind}-*.pt"), reverse=True):
         try:
-            return load_checkpoint(path, kind)
+            meta, states = load_checkpoint(path, kind)
+            if meta.get("run") != run_id:
+                raise UserError(f"{path}: belongs to a run with other settings or data; passed over")
+            return meta, states
         except UserError as error:
-            print(f"warning: {error}")
+            print(printable(f"warning: {error}"))
     return None
+
+
+def restore(found: tuple[dict, dict] | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Give model and optimizer what newest_checkpoint found. Returns how many steps are done, 0 with nothing found."""
+    if found is None:
+        return 0
+    meta, states = found
+    try:
+        model.load_state_dict(states["model"])
+        optimizer.load_state_dict(states["optimizer"])
+        done = int(meta["step"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"a checkpoint does not fit its run ({str(error).splitlines()[0]}); delete it, or start a new run") from None
+    print(f"going on after step {done}")
+    return done
 
 
 def save_step(folder: Path, kind: str, step: int, meta: dict, states: dict, keep: int) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import sys
@@ -62,6 +63,7 @@ class RewardConfig:
     bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
     compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
+    deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
     resume: bool = setting(False, "go on with the run in --out")
     save_every: int = setting(200, "steps between checkpoints", 1)
     keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
@@ -116,6 +118,7 @@ class PolicyConfig:
     bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
     compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
+    deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
     resume: bool = setting(False, "go on with the run in --out")
     save_every: int = setting(10, "iterations between checkpoints", 1)
     keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
@@ -218,15 +221,28 @@ def given_flags(config_class, arguments: list[str]) -> dict:
 def read_config(config_class, path: Path):
     """The configuration that a run folder's config.json holds, checked. Raises UserError naming the file."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stored = content["settings"]
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         config = config_class(**fields)
         config.check()
+        intact = content == sealed(stored, content["facts"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this a run folder?") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a configuration of this program ({error}); start a new run") from None
+    if not intact:
+        raise UserError(f"{path}: was changed or damaged since the run began; start a new run")
     return config
+
+
+def sealed(settings: dict, facts: dict) -> dict:
+    """What config.json holds, with a checksum: one flipped digit of a learning rate would make it another run."""
+    return dict(settings=settings, facts=facts, sha256=digest([settings, facts]))
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def run_script(main, config_class, arguments: list[str] | None = None) -> None:

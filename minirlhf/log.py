@@ -1,6 +1,9 @@
 """What a run tells: a row of JSON per step, a line on the terminal with the time left, optionally TensorBoard."""
 
+import contextlib
 import errno
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,25 +35,36 @@ def rounded(row: dict) -> dict:
     return {key: short(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
-class Metrics:
-    """Rows of one jsonl file. A resumed run first drops what a crash left behind: torn rows, and rows after its checkpoint."""
+def chained(digest: str, row: dict) -> str:
+    """The digest of rows so far, with one more; the wall clock's figures, which no two runs share, stay out."""
+    facts = {key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per_second"))}
+    return hashlib.sha256((digest + json.dumps(facts)).encode()).hexdigest()
 
-    def __init__(self, path: Path, keep, tensorboard: bool):
-        """keep(row) -> bool: which rows of an existing file belong to the state the run goes on from."""
-        kept = []
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):  # torn by a crash, or the emptiness after the last newline
-                    continue
-                if isinstance(row, dict) and keep(row):
-                    kept.append(line + b"\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, path)
-        self.file = open(path, "ab", buffering=0)
+
+class Metrics:
+    """Rows of one jsonl file. A checkpoint keeps their mark, and a run that resumes there drops what was written after it."""
+
+    def __init__(self, path: Path, mark: list | None, tensorboard: bool):
+        """mark: that of the checkpoint gone on from. Without one the file begins anew; one that does not match is set aside."""
+        size, self.count, self.digest, (count, digest) = 0, 0, "", mark or (0, "")
+        self.file = open(path, "a+b", buffering=0)
+        self.file.seek(0)
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # a damaged row: its digest will not match
+            for line in itertools.islice(self.file, count):
+                self.count, self.digest, size = self.count + 1, chained(self.digest, json.loads(line)), size + len(line)
+        if (self.count, self.digest) != (count, digest):
+            aside = path.with_name(path.name + ".damaged")
+            print(printable(f"warning: {path}: damaged, and set aside as {aside.name}; its rows up to the checkpoint are in no other file"))
+            os.replace(path, aside)
+            size, self.file = 0, open(path, "a+b", buffering=0)
+            self.count, self.digest = 0, ""
+        self.file.truncate(size)
         self.writer = summary_writer(path.parent) if tensorboard else None
+
+    def mark(self) -> list:
+        """[rows, their digest], for a checkpoint: a row on the disk for every step that the checkpoint holds."""
+        os.fsync(self.file.fileno())
+        return [self.count, self.digest]
 
     def write(self, row: dict) -> None:
         """One write call for one row, so that rows are whole. Raises OSError."""
@@ -58,6 +72,7 @@ class Metrics:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         if self.file.write(line) < len(line):  # the disk took a part, and will take no more
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+        self.count, self.digest = self.count + 1, chained(self.digest, row)
         if self.writer is not None:
             for key, value in row.items():
                 if isinstance(value, (int, float)) and key != "step":

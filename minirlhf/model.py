@@ -9,6 +9,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -233,8 +234,12 @@ def sequence_scores(model: Transformer, ids: Tensor, attention_mask: Tensor) -> 
     return last_token_scores(model, model(ids, attention_mask), attention_mask)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that --device names. Raises UserError when this machine has none such."""
+def pick_device(name: str, deterministic: bool = False) -> torch.device:
+    """The device that --device names, and whether its kernels must give the same bits every time. Raises UserError when this
+    machine has none such."""
+    if deterministic:  # read when cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[name]

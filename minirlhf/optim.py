@@ -24,14 +24,14 @@ def trapezoid(step: int, total: int, rise: float = 0.05) -> float:
     return min((step + 1) / max(1.0, rise * total), (total - step) / total)
 
 
-def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
+def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, which: str = "") -> float:
     """Clip the accumulated gradient, take one step, clear it. Returns the norm before clipping.
 
-    Raises UserError, before any weight has changed, when the norm is not finite.
+    Raises UserError, before any weight has changed, when the norm is not finite; which: how it calls the gradient.
     """
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
     if not math.isfinite(norm):
-        raise UserError(f"the gradient is not finite (norm {norm}); the last checkpoint is good; try a smaller --lr")
+        raise UserError(f"the gradient{which} is not finite (norm {norm}); try a smaller --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

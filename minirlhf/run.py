@@ -1,8 +1,8 @@
 """One run, one folder, one writer: made fresh or resumed, locked while a process lives, stopped by a signal between steps."""
 
+import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import re
@@ -10,19 +10,21 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, NoReturn
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import UserError, fail, read_config
+from minirlhf.config import UserError, digest, fail, read_config, sealed
 
 SCHEDULE = ("iterations", "epochs")  # a resumed run may go on for longer than it was first told
-FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints")  # no figure depends on these
+FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl")  # no figure depends on these
 
 
 class Run(NamedTuple):
     folder: Path
     lock: IO  # held open: the lock ends with the process, however it ends
+    id: str  # of what the run computes, wherever it lies and however long it goes on; its checkpoints carry it
 
 
 def open_run(config, name: str, facts: dict) -> Run:
@@ -33,26 +35,19 @@ def open_run(config, name: str, facts: dict) -> Run:
     folder = Path(config.out) if config.out else fresh_folder(name)
     if config.resume:
         stored = read_config(type(config), folder / "config.json")
-        run = Run(folder, lock_folder(folder))
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if content != sealed(content["settings"], content.get("facts")):
-            raise UserError(f"{folder / 'config.json'}: was changed or damaged since the run began; start a new run")
-        check_same(config, stored, content["facts"], facts)
+        lock = lock_folder(folder)
+        check_same(config, stored, json.loads((folder / "config.json").read_text(encoding="utf-8"))["facts"], facts)
+        for partial in folder.rglob(".*.partial"):  # of a write that was killed
+            partial.unlink()
     else:
         # hidden files alone are what a process leaves that was killed before its config.json
         if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
             raise UserError(f"{folder}: exists already; add --resume to go on with it, or name another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        run = Run(folder, lock_folder(folder))
+        lock = lock_folder(folder)
     settings = dict(dataclasses.asdict(config), out=str(folder), resume=False)
     write_atomically(folder / "config.json", (json.dumps(sealed(settings, facts), indent=1) + "\n").encode())
-    return run
-
-
-def sealed(settings: dict, facts: dict) -> dict:
-    """What config.json holds, with a checksum: one flipped digit of a learning rate would make it another run."""
-    digest = hashlib.sha256(json.dumps([settings, facts]).encode()).hexdigest()
-    return dict(settings=settings, facts=facts, sha256=digest)
+    return Run(folder, lock, digest([{k: v for k, v in settings.items() if k not in FREE + SCHEDULE}, facts]))
 
 
 def fresh_folder(name: str) -> Path:
@@ -86,10 +81,12 @@ def check_same(config, stored, stored_facts: dict, facts: dict) -> None:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks the loop to stop after its step; a second one stops at once."""
+    """SIGINT or SIGTERM ends the process with status 130 or 143 and the command that resumes: at once where nothing would be
+    lost by it, after the step and its checkpoint where steps are taken. A second one always stops at once."""
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, script: str):
+        self.number, self.stepping = 0, False
+        self.script, self.folder = script, None  # the run's, as soon as it has one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
@@ -97,17 +94,42 @@ class StopSignal:
         self.number = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        if not self.stepping:
+            self.leave()
         print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
-    def leave(self, script: str, folder: Path) -> None:
-        """After the state was saved: say how to go on, and exit as the signal asks (130 or 143)."""
-        sys.exit(fail(f"stopped; go on with: python {script} --out {shlex.quote(str(folder))} --resume", 128 + self.number))
+    def steps(self, done: int, total: int) -> Iterator[int]:
+        """range(done, total). The body of the loop saves its state when `number` is set; then the process ends."""
+        self.stepping = True
+        for step in range(done, total):
+            yield step
+            if self.number:
+                self.leave()
+        self.stepping = False
+        if self.number:  # it came when no step was left to end
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        how = f"go on with: python {self.script} --out {shlex.quote(str(self.folder))} --resume" if self.folder else "nothing was begun"
+        sys.exit(fail(f"stopped; {how}", 128 + self.number))
 
 
-def check_finite(value: float, what: str, stage: str, step: int) -> None:
+def check_finite(value: float, what: str) -> None:
     """Raises UserError before a number that is not finite reaches the weights."""
     if not math.isfinite(value):
-        raise UserError(f"{stage} step {step}: the {what} is {value}; the last checkpoint is good; try a smaller --lr")
+        raise UserError(f"the {what} is {value}")
+
+
+@contextlib.contextmanager
+def batch_kept(folder: Path, stage: str, step: int, batch):
+    """What is wrong with a batch is told with stage and step, and the batch (of tensors, tuples, texts) goes to a file."""
+    try:
+        yield
+    except UserError as error:
+        path = folder / f"bad-batch-{stage}-{step}.json"
+        content = json.dumps(batch, default=lambda x: x.tolist() if hasattr(x, "tolist") else list(x))
+        write_atomically(path, content.encode())
+        raise UserError(f"{stage} step {step}: {error}; study {path}; the last checkpoint is good") from None
 
 
 def due(step: int, total: int, every: int) -> bool:

@@ -218,7 +218,7 @@ def test_tensors_of_another_shape_are_refused(change, tmp_path):
 
 
 def save(folder, step, keep=2):
-    save_step(folder, "policy", step, dict(kl_coef=step / 10), STATES, keep)
+    save_step(folder, "policy", step, dict(kl_coef=step / 10, run="run"), STATES, keep)
 
 
 def names(folder):
@@ -231,9 +231,9 @@ def test_the_newest_are_kept(tmp_path):
     for step in (2, 9, 10, 11):
         save(tmp_path / "c", step)
     assert names(tmp_path / "c") == ["policy-00000010.pt", "policy-00000011.pt", "reward-00000001.pt"]
-    assert newest_checkpoint(tmp_path / "c", "policy")[0] == dict(kl_coef=1.1, step=11)
-    assert newest_checkpoint(tmp_path / "c", "warmup") is None
-    assert newest_checkpoint(tmp_path / "nowhere", "policy") is None
+    assert newest_checkpoint(tmp_path / "c", "policy", "run")[0] == dict(kl_coef=1.1, run="run", step=11)
+    assert newest_checkpoint(tmp_path / "c", "warmup", "run") is None
+    assert newest_checkpoint(tmp_path / "nowhere", "policy", "run") is None
 
 
 def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_p
         save(tmp_path / "c", step)
     newest = tmp_path / "c" / "policy-00000002.pt"
     newest.write_bytes(newest.read_bytes()[:-5])
-    assert newest_checkpoint(tmp_path / "c", "policy")[0]["step"] == 1
+    assert newest_checkpoint(tmp_path / "c", "policy", "run")[0]["step"] == 1
     assert "warning" in (said := capsys.readouterr().out) and str(newest) in said
 
 
@@ -254,7 +254,7 @@ def test_a_torn_checkpoint_never_outlives_a_whole_one(keep, tmp_path):
     for path in (tmp_path / "c").iterdir():
         path.write_bytes(b"torn")
     save(tmp_path / "c", 5, keep)
-    assert newest_checkpoint(tmp_path / "c", "policy")[0]["step"] == 5
+    assert newest_checkpoint(tmp_path / "c", "policy", "run")[0]["step"] == 5
 
 
 def test_meta_is_json_so_that_nothing_else_can_be_in_it(tmp_path):

@@ -288,7 +288,7 @@ POLICY_CHANGES = {
     "keep_checkpoints": (dict(save_every=1), 1, 2),
     "tensorboard": ({}, False, True),
 }
-RESOURCES_ONLY = {"device": "cuda", "micro_batch_size": "Less memory, the same gradient"}  # and what --help says of it
+RESOURCES_ONLY = {"device": "cuda", "deterministic": "no CUDA kernel whose sums vary", "micro_batch_size": "Less memory, the same gradient"}  # and what --help says of it
 FILES = ("pairs.jsonl", "more.jsonl", "bad.jsonl", "bytes.tiktoken", "merged.tiktoken")
 
 

@@ -123,7 +123,8 @@ def test_a_folder_with_blanks_is_quoted_in_the_command_that_resumes(reward_run, 
 
 def test_a_second_signal_stops_at_once():
     """After the first, the signals must have their old meaning, or a step that hangs can only be killed."""
-    stop = StopSignal()
+    stop = StopSignal("train_policy.py")
+    stop.stepping = True
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.number == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

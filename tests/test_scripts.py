@@ -457,7 +457,7 @@ def test_durations_are_rounded_into_the_next_unit(seconds, text):
 
 def test_metrics_are_json_whatever_the_figures(tmp_path):
     """NaN and Infinity are no JSON: a reader of the file stops at that line."""
-    metrics = Metrics(tmp_path / "m.jsonl", lambda row: True, tensorboard=False)
+    metrics = Metrics(tmp_path / "m.jsonl", None, tensorboard=False)
     metrics.write(dict(step=1, loss=1 / 3, inf=float("inf"), nan=float("nan"), name="\n\u00fc"))
     assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail) == dict(
         step=1, loss=0.3333333, inf=None, nan=None, name="\n\u00fc")
@@ -466,7 +466,7 @@ def test_metrics_are_json_whatever_the_figures(tmp_path):
 
 def test_a_row_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
     """A short write returns without a word, and the next row would be glued to the torn one."""
-    metrics = Metrics(tmp_path / "m.jsonl", lambda row: True, tensorboard=False)
+    metrics = Metrics(tmp_path / "m.jsonl", None, tensorboard=False)
 
     class AlmostFull:
         name = str(tmp_path / "m.jsonl")
