@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import random
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -568,44 +567,38 @@ def mutated_file(rng: random.Random) -> tuple[str, bytes]:
     return container, mutated_bytes(rng, content) if kind == "packed bytes" else content
 
 
-def fuzz_preference_files(folder: str, count: int, seed: int = 0) -> Counter:
-    """Reads `count` mutated files, strictly and with skipping: each loads clean, or is refused in one clean line.
+def outcome_of_file(path: Path, enc) -> Counter:
+    """Reads a file, strictly and with skipping: it loads clean, or is refused in one clean line.
 
     Returns how many loads and refusals there were; raises AssertionError, or whatever the reader let through.
     """
-    enc = byte_tokenizer(folder)
     outcomes = Counter()
-    for number in range(count):
-        name, content = mutated_file(random.Random(f"{seed} {number}"))
-        path = Path(folder) / name
-        path.write_bytes(content)
-        for skip_bad_lines in (False, True):
-            try:
-                pairs, n_bad = read_records([str(path)], skip_bad_lines)
-                assert pairs and (skip_bad_lines or n_bad == 0), number
-                groups, counts = encode_preferences(pairs, enc, 64, 64)
-                batch = collate_preferences(groups, pad_id(enc))
-                assert batch.margin.isfinite().all() and batch.weight.isfinite().all(), number
-                assert counts["kept"] == len(batch.chosen), number
-                outcomes["skipped" if n_bad else "loaded"] += 1
-            except UserError as error:
-                message = str(error)
-                assert message.isprintable() and len(message) < 500, (number, message)
-                assert message.startswith((f"{path}:", "no usable pair")), (number, message)
-                outcomes["refused"] += 1
-            try:
-                assert read_prompts(str(path), skip_bad_lines), number
-            except UserError:
-                pass
+    for skip_bad_lines in (False, True):
+        try:
+            pairs, n_bad = read_records([str(path)], skip_bad_lines)
+            assert pairs and (skip_bad_lines or n_bad == 0)
+            groups, counts = encode_preferences(pairs, enc, 64, 64)
+            batch = collate_preferences(groups, pad_id(enc))
+            assert batch.margin.isfinite().all() and batch.weight.isfinite().all()
+            assert counts["kept"] == len(batch.chosen)
+            outcomes["skipped" if n_bad else "loaded"] += 1
+        except UserError as error:
+            message = str(error)
+            assert message.isprintable() and len(message) < 500, message
+            assert message.startswith((f"{path}:", "no usable pair")), message
+            outcomes["refused"] += 1
+        try:
+            assert read_prompts(str(path), skip_bad_lines)
+        except UserError:
+            pass
     return outcomes
 
 
 def test_mutated_files_load_or_are_refused_in_one_line(tmp_path):
     """A stranger's file must not end in a traceback, a hang, or numbers that are not finite."""
-    outcomes = fuzz_preference_files(str(tmp_path), 300)
+    enc, outcomes = byte_tokenizer(str(tmp_path)), Counter()
+    for number in range(300):
+        name, content = mutated_file(random.Random(f"0 {number}"))
+        (tmp_path / name).write_bytes(content)
+        outcomes += outcome_of_file(tmp_path / name, enc)
     assert sum(outcomes.values()) == 600 and min(outcomes[kind] for kind in ("loaded", "skipped", "refused")) > 50
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        print(fuzz_preference_files(scratch, 10_000))
