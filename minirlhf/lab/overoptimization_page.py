@@ -1,0 +1,169 @@
+"""What `minirlhf.lab.overoptimization` found, as a page and as pictures."""
+
+import math
+
+import numpy as np
+
+from minirlhf.lab.common import STYLES, markdown_table
+from minirlhf.lab.overoptimization_fit import (
+    Curve,
+    Fit,
+    Peak,
+    Study,
+    best_of_n_curves,
+    best_of_n_peak,
+    blocks,
+    fit_best_of_n,
+    fit_policy,
+    matched_gain,
+    policy_peak,
+)
+
+HEAD = """# How far a reward model can be trusted
+
+Gold: the task's exact utility, gained over the base model. Proxy: the reward model's score, in standard deviations of the base
+model's own. d = sqrt(KL from the base model, nats). Setting SIZE-GROUPS: layers x width of the reward model, and the groups of
+four replies (six labelled pairs each) that it learnt from; `default` is the reward run itself. Peaks are chosen on one half of
+the data and measured on the other; ± is one standard error. PPO here pays nothing for KL, with a constant step size."""
+
+
+def fitted(fit: Fit) -> list[str]:
+    return [f"{fit.alpha:.2f} ± {fit.alpha_se:.2f}", f"{fit.beta:.2f} ± {fit.beta_se:.2f}", f"{fit.r2:.3f}"]
+
+
+def peak_cells(peak: Peak) -> list[str]:
+    return [f"{peak.gold:+.2f} at {peak.d:.1f}", f"{peak.end:+.2f}", f"{peak.fall:.2f} ± {peak.fall_se:.2f}",
+            f"{peak.proxy_rise:+.2f} ± {peak.proxy_rise_se:.2f}"]
+
+
+def overoptimised(peak: Peak) -> bool:
+    """Gold fell by more than two standard errors while the proxy rose by more than two."""
+    return peak.fall > 2 * peak.fall_se and peak.proxy_rise > 2 * peak.proxy_rise_se
+
+
+def describe(study: Study) -> str:
+    """The page: judges, best of n, PPO, what the penalty does, and each of the paper's statements against these figures."""
+    pools = {name: best_of_n_curves(*pool) for name, pool in study.pool.items()}
+    peaks = {name: (best_of_n_peak(*pools[name]), policy_peak(study.policies[name, 0.0])) for name in pools}
+    fits = {name: (fit_best_of_n(*pools[name][:2]), fit_policy(study.policies[name, 0.0])) for name in pools}
+    judges = [[name, f"{row['accuracy']:.3f}", f"{row['ceiling']:.3f}", f"{row['gold_correlation']:.2f}"]
+              for name, row in study.judges.items()]
+    seen = ["gold at its peak, at d", "at the end", "fall", "proxy meanwhile", "alpha", "beta", "R^2"]
+    parts = [HEAD, markdown_table(["reward model", "accuracy", "of at most", "correlation with gold"], judges)]
+    for which, title in enumerate(("Best of n: R = d (alpha - beta d)", "PPO: R = d (alpha - beta log d)")):
+        table = [[name, *peak_cells(peaks[name][which]), *fitted(fits[name][which])] for name in pools]
+        parts += [f"## {title}", markdown_table(["reward model", *seen], table)]
+    return "\n\n".join([*parts, *penalties(study), "## What was found", *findings(study, peaks, fits)]) + "\n"
+
+
+def penalties(study: Study) -> list[str]:
+    first = next(iter(study.pool))
+    free, table = study.policies[first, 0.0], []
+    for (name, kl_coef), curve in study.policies.items():
+        if name == first:
+            end, gain = blocks(curve, 10), matched_gain(curve, free) if kl_coef else None
+            more = [f"{gain[key][0]:+.2f} ± {gain[key][1]:.2f}" for key in ("gold", "proxy")] if gain else ["", ""]
+            table.append([f"{kl_coef:g}", f"{end.d[-1]:.1f}", f"{end.gold.max():+.2f}", f"{end.gold[-1]:+.2f}", f"{end.proxy[-1]:+.2f}", *more])
+    header = ["kl_coef", "d at the end", "best gold on the way", "gold at the end", "proxy at the end",
+              "gold against no penalty at the same d", "proxy"]
+    return [f"## The penalty, on {first}", markdown_table(header, table)]
+
+
+def findings(study: Study, peaks: dict[str, tuple[Peak, Peak]], fits: dict[str, tuple[Fit, Fit]]) -> list[str]:
+    """Sentences that the figures decide."""
+    names = list(peaks)
+    small, first = names[:-1], names[0]
+    reach = [max(study.policies[name, 0.0].d) for name in names]
+    lines = [
+        f"{' and '.join(names for names in ['best of n', 'PPO'])} overdo it: gold falls by more than two standard errors below its "
+        "peak while the proxy rises by more than two in "
+        + " and in ".join(f"{sum(overoptimised(pair[i]) for pair in peaks.values())} of {len(names)} settings ({way})"
+                          for i, way in enumerate(("best of n", "PPO")))
+        + f". For {first} under PPO: {'yes' if overoptimised(peaks[first][1]) else 'NO'}.",
+        f"Reach: the best of the whole pool is {max(best_of_n_curves(*study.pool[first])[0]):.1f} away from the base model in d, PPO up to "
+        f"{max(reach):.1f}. {agree(max(reach) > 2 * max(best_of_n_curves(*study.pool[first])[0]))} that reinforcement learning spends far "
+        "more KL than best of n.",
+        "Form: R^2 of best of n " + span([fits[name][0].r2 for name in names]) + ", of PPO " + span([fits[name][1].r2 for name in names])
+        + f". {agree(min(fits[name][0].r2 for name in names) > 0.9)} on best of n, and "
+        f"{agree(min(fits[name][1].r2 for name in names) > 0.9).lower()} on PPO, counting R^2 above 0.9 everywhere as agreement.",
+        "PPO's alpha " + span([fits[name][1].alpha for name in names]) + " over the settings, the largest standard error "
+        f"{max(fits[name][1].alpha_se for name in names):.2f}. "
+        f"{agree(np.ptp([fits[name][1].alpha for name in small]) < 4 * max(fits[name][1].alpha_se for name in small))} that alpha is the same "
+        "for all reward models and only beta differs.",
+    ]
+    for what, key in (("Size", 0), ("Data", 1)):
+        pairs = neighbours(small, key)
+        for which, way in enumerate(("best of n", "PPO")):
+            better = sum(peaks[b][which].gold > peaks[a][which].gold for a, b in pairs)
+            if pairs:
+                lines.append(f"{what}: the peak of gold is higher with more of it in {better} of {len(pairs)} neighbouring pairs ({way}). "
+                             f"{agree(better == len(pairs))} that more is better.")
+    gains = {kl: matched_gain(curve, study.policies[first, 0.0]) for (name, kl), curve in study.policies.items() if kl}
+    moved = [f"{kl:g}" for kl, gain in gains.items() if gain and gain["gold"][0] > 2 * gain["gold"][1]]
+    lines.append(f"The penalty: at the same KL gold is more than two standard errors above that of no penalty for {len(moved)} of {len(gains)} "
+                 f"coefficients{' (' + ', '.join(moved) + ')' if moved else ''}. {agree(not moved)} that the penalty does not move the frontier of "
+                 "gold against KL, and only stops sooner (one run each; blocks of a run are not independent, so the errors are too small).")
+    return ["\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))]
+
+
+def agree(yes: bool) -> str:
+    return "Agrees with the paper" if yes else "Disagrees with the paper"
+
+
+def span(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def neighbours(names: list[str], key: int) -> list[tuple[str, str]]:
+    """Pairs of settings that differ in size (key 0) or groups (key 1) alone, the smaller first; settings come in rising order."""
+    parts = [tuple(name.split("-")) for name in names]
+    return [("-".join(a), "-".join(b)) for i, a in enumerate(parts) for b in parts[i + 1:]
+            if a[1 - key] == b[1 - key] and not any(c[1 - key] == a[1 - key] for c in parts[i + 1: parts.index(b)])]
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def draw_scores(axes, study: Study) -> None:
+    """Gold above, proxy below; best of n to the left, PPO to the right; thin lines: the fits."""
+    for number, (name, pool) in enumerate(study.pool.items()):
+        colour, line, marker = STYLES[number % len(STYLES)]
+        look = dict(color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
+        d, gold, proxy = best_of_n_curves(*pool)
+        policy = blocks(study.policies[name, 0.0], 5)
+        for axis, x, y in ((axes[0][0], d, gold.mean(0)), (axes[1][0], d, proxy.mean(0)), (axes[0][1], policy.d, policy.gold),
+                           (axes[1][1], policy.d, policy.proxy)):
+            axis.plot(x, y, label=name, **look)
+        for axis, x, fit in ((axes[0][0], d[1:], fit_best_of_n(d, gold)), (axes[0][1], policy.d, fit_policy(study.policies[name, 0.0]))):
+            grid = np.linspace(max(0.05, x.min()), x.max(), 100)
+            if not math.isnan(fit.alpha):
+                shape = np.log(grid) if axis is axes[0][1] else grid
+                axis.plot(grid, grid * (fit.alpha - fit.beta * shape), color=colour, linewidth=0.6)
+    for (row, column), label in {(0, 0): "gold gained over the base model", (1, 0): "proxy score (deviations of the base's)"}.items():
+        axes[row][column].set_ylabel(label)
+    for column, title in enumerate(("best of n", "PPO without a KL penalty")):
+        axes[0][column].set_title(title, fontsize=10)
+        axes[1][column].set_xlabel("d = sqrt(KL from the base model), sqrt(nats)")
+    tidy([axis for row in axes for axis in row])
+    axes[0][1].legend(frameon=False, fontsize=8, title="reward model", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def draw_penalties(axes, study: Study) -> None:
+    """Gold and proxy against d for the weakest reward model, a line per kl_coef."""
+    first = next(iter(study.pool))
+    runs = {kl_coef: curve for (name, kl_coef), curve in study.policies.items() if name == first}
+    for number, (kl_coef, curve) in enumerate(runs.items()):
+        colour, line, marker = STYLES[number % len(STYLES)]
+        points: Curve = blocks(curve, 5)
+        for axis, y in ((axes[0], points.gold), (axes[1], points.proxy)):
+            axis.plot(points.d, y, color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.2, label=f"{kl_coef:g}")
+    for axis, label in zip(axes, ("gold gained over the base model", "proxy score (deviations of the base's)"), strict=True):
+        axis.set_xlabel("d = sqrt(KL from the base model), sqrt(nats)")
+        axis.set_ylabel(label)
+    tidy(axes)
+    axes[1].legend(frameon=False, fontsize=8, title=f"kl_coef, {first}", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def tidy(axes) -> None:
+    for axis in axes:
+        axis.axhline(0, color="0.7", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
