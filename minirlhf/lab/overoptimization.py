@@ -22,7 +22,7 @@ from minirlhf.checkpoint import load_model, save_model, write_atomically
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, read_config, run_script, setting
 from minirlhf.data import encode_preferences
 from minirlhf.environment import Environment, Prompts, Samples, load_environment, model_scorer, sample_responses, true_worth
-from minirlhf.lab.common import Job, Rows, need_files, read_rows, run_jobs, save_picture, train_subset
+from minirlhf.lab.common import Job, Rows, need_files, run_jobs, save_picture, train_subset
 from minirlhf.lab.overoptimization_fit import Study
 from minirlhf.lab.overoptimization_page import describe, draw_penalties, draw_scores
 from minirlhf.log import Metrics, Progress
@@ -57,9 +57,10 @@ SCALES = {
 class OveroptimizationConfig:
     """Gold and proxy scores against sqrt(KL), for best of n and for PPO, under reward models of several sizes and diets."""
 
-    reward_run: str = setting("", "folder that train_reward.py made: its base.pt is everybody's policy, its reward.pt one judge more")
+    reward_run: str = setting("", "folder that train_reward.py made: everybody's base.pt, and one reward.pt more")
     out: str = setting("runs/overoptimization", "folder of all runs, overoptimization.md and the pictures")
-    scale: str = setting("full", "full: under 40 minutes on 2 cores; quick: under 3; tiny: seconds, means nothing", choices=tuple(SCALES))
+    scale: str = setting("full", "full: under 40 minutes on 2 cores; quick: under 3; tiny: seconds, means nothing",
+                         choices=tuple(SCALES))
     jobs: int = setting(1, "runs at a time, one thread each; as many as there are idle cores", 1)
     seed: int = setting(0, "every random choice derives from it", 0)
 
@@ -67,7 +68,8 @@ class OveroptimizationConfig:
         check_ranges(self)
         if not self.reward_run:
             raise UserError("--reward-run is missing: name the folder of a finished train_reward.py")
-        need_files(Path(self.reward_run), ("config.json", "base.pt", "reward.pt"), f"python train_reward.py --out {self.reward_run}")
+        need_files(Path(self.reward_run), ("config.json", "base.pt", "reward.pt"),
+                   f"python train_reward.py --out {self.reward_run}")
         if read_config(RewardConfig, Path(self.reward_run) / "config.json").task not in ("auto", "minirlhf.helpdesk"):
             raise UserError(f"{self.reward_run}: is not about the embedded task, and only there is the truth known")
 
@@ -75,7 +77,7 @@ class OveroptimizationConfig:
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
 def make_base(size: str, config: OveroptimizationConfig) -> str:
-    """The path of a language model of this size, warmed up on the task's text: the reward run's own where the size is the same."""
+    """The path of a language model of this size, warmed up on the task's text: the reward run's own if it has that size."""
     layers, width = map(int, size.split("x"))
     theirs, scale = read_config(RewardConfig, Path(config.reward_run) / "config.json"), SCALES[config.scale]
     if (theirs.n_layer, theirs.d_model) == (layers, width):
@@ -83,8 +85,8 @@ def make_base(size: str, config: OveroptimizationConfig) -> str:
     folder = Path(config.out) / f"base-{size}"
     if not (folder / "base.pt").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what a stopped warm-up left: it takes half a minute, and starts again
-        ours = dataclasses.replace(theirs, n_layer=layers, d_model=width, warmup_sequences=scale.warmup_sequences, seed=config.seed,
-                                   init="", out=str(folder), resume=False, tensorboard=False)
+        ours = dataclasses.replace(theirs, n_layer=layers, d_model=width, warmup_sequences=scale.warmup_sequences, init="",
+                                   seed=config.seed, out=str(folder), resume=False, tensorboard=False)
         encoding = load_tokenizer(ours.tokenizer)
         groups, _ = encode_preferences(load_splits(ours).train, encoding, ours.max_prompt_length, ours.max_response_length)
         context = ours.max_prompt_length + ours.max_response_length
@@ -142,7 +144,7 @@ def policy_jobs(arenas: dict[str, str], config: OveroptimizationConfig) -> dict[
 
 @torch.no_grad()
 def judge_replies(prompts: Prompts, count: int, purpose: str, step: int, world: Environment, scorers: dict) -> dict:
-    """gold and, by setting, scores of `count` samples of the base model for each prompt: lists [prompts x count], prompt by prompt."""
+    """gold and, by setting, scores of `count` samples of the base model for each prompt: lists, prompt by prompt."""
     texts, ids = ([x for x in column for _ in range(count)] for column in prompts)
     gold, scores = [], {name: [] for name in scorers}
     for start in range(0, len(texts), 256):

@@ -78,7 +78,7 @@ def best_of_n_weights(pool: int, n: int) -> np.ndarray:
 
 
 def best_of_n_curves(scores: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(d [M], gold [prompts, M], proxy [prompts, M]) of the best of n by score; KL = log n - (n - 1) / n (a bound, see compare)."""
+    """(d [M], gold [prompts, M], proxy [prompts, M]) of the best of n by score; KL = log n - (n - 1) / n, a bound."""
     counts = draw_counts(scores.shape[1])
     weights = np.stack([best_of_n_weights(scores.shape[1], n) for n in counts], axis=1)
     order = scores.argsort(axis=1, kind="stable")
@@ -90,7 +90,8 @@ def best_of_n_peak(d: np.ndarray, gold: np.ndarray, proxy: np.ndarray) -> Peak:
     choose, measure = gold[::2], slice(1, None, 2)
     at = int(choose.mean(0).argmax())
     fall, rise = gold[measure, at] - gold[measure, -1], proxy[measure, -1] - proxy[measure, at]
-    return Peak(d[at], gold[measure, at].mean(), gold[measure, -1].mean(), fall.mean(), standard_error(fall), rise.mean(), standard_error(rise))
+    return Peak(d[at], gold[measure, at].mean(), gold[measure, -1].mean(), fall.mean(), standard_error(fall), rise.mean(),
+                standard_error(rise))
 
 
 # ---- policies --------------------------------------------------------------------------------------------------------

@@ -63,59 +63,57 @@ def penalties(study: Study) -> list[str]:
         if name == first:
             end, gain = blocks(curve, 10), matched_gain(curve, free) if kl_coef else None
             more = [f"{gain[key][0]:+.2f} ± {gain[key][1]:.2f}" for key in ("gold", "proxy")] if gain else ["", ""]
-            table.append([f"{kl_coef:g}", f"{end.d[-1]:.1f}", f"{end.gold.max():+.2f}", f"{end.gold[-1]:+.2f}", f"{end.proxy[-1]:+.2f}", *more])
+            table.append([f"{kl_coef:g}", f"{end.d[-1]:.1f}", f"{end.gold.max():+.2f}", f"{end.gold[-1]:+.2f}",
+                          f"{end.proxy[-1]:+.2f}", *more])
     header = ["kl_coef", "d at the end", "best gold on the way", "gold at the end", "proxy at the end",
               "gold against no penalty at the same d", "proxy"]
     return [f"## The penalty, on {first}", markdown_table(header, table)]
 
 
 def findings(study: Study, peaks: dict[str, tuple[Peak, Peak]], fits: dict[str, tuple[Fit, Fit]]) -> list[str]:
-    """Sentences that the figures decide."""
-    names = list(peaks)
-    small, first = names[:-1], names[0]
-    reach = [max(study.policies[name, 0.0].d) for name in names]
-    lines = [
-        f"{' and '.join(names for names in ['best of n', 'PPO'])} overdo it: gold falls by more than two standard errors below its "
-        "peak while the proxy rises by more than two in "
-        + " and in ".join(f"{sum(overoptimised(pair[i]) for pair in peaks.values())} of {len(names)} settings ({way})"
-                          for i, way in enumerate(("best of n", "PPO")))
-        + f". For {first} under PPO: {'yes' if overoptimised(peaks[first][1]) else 'NO'}.",
-        f"Reach: the best of the whole pool is {max(best_of_n_curves(*study.pool[first])[0]):.1f} away from the base model in d, PPO up to "
-        f"{max(reach):.1f}. {agree(max(reach) > 2 * max(best_of_n_curves(*study.pool[first])[0]))} that reinforcement learning spends far "
-        "more KL than best of n.",
-        "Form: R^2 of best of n " + span([fits[name][0].r2 for name in names]) + ", of PPO " + span([fits[name][1].r2 for name in names])
-        + f". {agree(min(fits[name][0].r2 for name in names) > 0.9)} on best of n, and "
-        f"{agree(min(fits[name][1].r2 for name in names) > 0.9).lower()} on PPO, counting R^2 above 0.9 everywhere as agreement.",
-        "PPO's alpha " + span([fits[name][1].alpha for name in names]) + " over the settings, the largest standard error "
-        f"{max(fits[name][1].alpha_se for name in names):.2f}. "
-        f"{agree(np.ptp([fits[name][1].alpha for name in small]) < 4 * max(fits[name][1].alpha_se for name in small))} that alpha is the same "
-        "for all reward models and only beta differs.",
-    ]
-    for what, key in (("Size", 0), ("Data", 1)):
-        pairs = neighbours(small, key)
-        for which, way in enumerate(("best of n", "PPO")):
-            better = sum(peaks[b][which].gold > peaks[a][which].gold for a, b in pairs)
-            if pairs:
-                lines.append(f"{what}: the peak of gold is higher with more of it in {better} of {len(pairs)} neighbouring pairs ({way}). "
-                             f"{agree(better == len(pairs))} that more is better.")
-    gains = {kl: matched_gain(curve, study.policies[first, 0.0]) for (name, kl), curve in study.policies.items() if kl}
-    moved = [f"{kl:g}" for kl, gain in gains.items() if gain and gain["gold"][0] > 2 * gain["gold"][1]]
-    lines.append(f"The penalty: at the same KL gold is more than two standard errors above that of no penalty for {len(moved)} of {len(gains)} "
-                 f"coefficients{' (' + ', '.join(moved) + ')' if moved else ''}. {agree(not moved)} that the penalty does not move the frontier of "
-                 "gold against KL, and only stops sooner (one run each; blocks of a run are not independent, so the errors are too small).")
+    """Sentences that the figures decide, each of the paper's statements against what was measured here."""
+    names, ways = list(peaks), ("best of n", "PPO")
+    first, own = names[0], names[:-1]  # the last is the reward run's own, of another training
+    overdone = [sum(overoptimised(pair[i]) for pair in peaks.values()) for i in (0, 1)]
+    r2 = [[fits[name][i].r2 for name in names] for i in (0, 1)]
+    searched = max(best_of_n_curves(*study.pool[first])[0])
+    went = max(study.policies[name, 0.0].d.max() for name in names)
+    alphas, error = [fits[name][1].alpha for name in own], max(fits[name][1].alpha_se for name in own)
+    lines = ["Over-optimisation, gold falling by more than two standard errors below its peak while the proxy rises by more than "
+             f"two: best of n in {overdone[0]} of {len(names)} settings, PPO in {overdone[1]}. With the weakest reward model, "
+             f"{first}, under PPO: {'yes' if overoptimised(peaks[first][1]) else 'no'}.",
+             f"Best of n reaches d = {searched:.1f} with the whole pool, PPO {went:.1f}: {agree(went > 2 * searched)} that "
+             "reinforcement learning spends far more KL."]
+    for i, form in enumerate(("d (alpha - beta d)", "d (alpha - beta log d)")):
+        lines.append(f"R = {form} fits {ways[i]} with R^2 from {span(r2[i])}: {agree(min(r2[i]) > 0.9)}, if above 0.9 is to fit.")
+    lines.append(f"PPO's alpha goes from {span(alphas)}, with standard errors of up to {error:.2f}: "
+                 f"{agree(np.ptp(alphas) < 4 * error)} that it is the same for all reward models.")
+    for key, what in enumerate(("A larger reward model", "More preferences")):
+        pairs = neighbours(own, key)
+        better = [sum(peaks[b][i].gold > peaks[a][i].gold for a, b in pairs) for i in (0, 1)]
+        if pairs:
+            lines.append(f"{what}: the peak of gold is higher in {better[0]} of {len(pairs)} neighbouring pairs by best of n, in "
+                         f"{better[1]} by PPO: {agree(sum(better) == 2 * len(pairs))} that it is better every time.")
+    free = study.policies[first, 0.0]
+    gains = {kl_coef: matched_gain(curve, free) for (_, kl_coef), curve in study.policies.items() if kl_coef}
+    moved = [f"{kl_coef:g}" for kl_coef, gain in gains.items() if gain and gain["gold"][0] > 2 * gain["gold"][1]]
+    lines.append("At the same KL, gold with a penalty is above gold without by more than two standard errors for "
+                 f"{len(moved)} of {len(gains)} coefficients{' (' + ', '.join(moved) + ')' if moved else ''}: {agree(not moved)} "
+                 "that a penalty moves no frontier and only stops sooner. (One run each, and neighbouring blocks of a run hang "
+                 "together, so these errors are too small.)")
     return ["\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))]
 
 
 def agree(yes: bool) -> str:
-    return "Agrees with the paper" if yes else "Disagrees with the paper"
+    return "agrees with the paper" if yes else "disagrees with the paper"
 
 
 def span(values: list[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
+    return f"{min(values):.2f} to {max(values):.2f}" if np.isfinite(values).all() else "too few points to tell"
 
 
 def neighbours(names: list[str], key: int) -> list[tuple[str, str]]:
-    """Pairs of settings that differ in size (key 0) or groups (key 1) alone, the smaller first; settings come in rising order."""
+    """Pairs of settings that differ in size (key 0) or groups (key 1) alone, the smaller first; settings are in rising order."""
     parts = [tuple(name.split("-")) for name in names]
     return [("-".join(a), "-".join(b)) for i, a in enumerate(parts) for b in parts[i + 1:]
             if a[1 - key] == b[1 - key] and not any(c[1 - key] == a[1 - key] for c in parts[i + 1: parts.index(b)])]
@@ -130,21 +128,23 @@ def draw_scores(axes, study: Study) -> None:
         look = dict(color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
         d, gold, proxy = best_of_n_curves(*pool)
         policy = blocks(study.policies[name, 0.0], 5)
-        for axis, x, y in ((axes[0][0], d, gold.mean(0)), (axes[1][0], d, proxy.mean(0)), (axes[0][1], policy.d, policy.gold),
-                           (axes[1][1], policy.d, policy.proxy)):
-            axis.plot(x, y, label=name, **look)
-        for axis, x, fit in ((axes[0][0], d[1:], fit_best_of_n(d, gold)), (axes[0][1], policy.d, fit_policy(study.policies[name, 0.0]))):
+        axes[0][0].plot(d, gold.mean(0), label=name, **look)
+        axes[1][0].plot(d, proxy.mean(0), label=name, **look)
+        axes[0][1].plot(policy.d, policy.gold, label=name, **look)
+        axes[1][1].plot(policy.d, policy.proxy, label=name, **look)
+        fits = fit_best_of_n(d, gold), fit_policy(study.policies[name, 0.0])
+        for axis, x, fit in zip(axes[0], (d[1:], policy.d), fits, strict=True):
             grid = np.linspace(max(0.05, x.min()), x.max(), 100)
             if not math.isnan(fit.alpha):
                 shape = np.log(grid) if axis is axes[0][1] else grid
                 axis.plot(grid, grid * (fit.alpha - fit.beta * shape), color=colour, linewidth=0.6)
-    for (row, column), label in {(0, 0): "gold gained over the base model", (1, 0): "proxy score (deviations of the base's)"}.items():
-        axes[row][column].set_ylabel(label)
+    for row, label in enumerate(("gold gained over the base model", "proxy score (deviations of the base's)")):
+        axes[row][0].set_ylabel(label)
     for column, title in enumerate(("best of n", "PPO without a KL penalty")):
         axes[0][column].set_title(title, fontsize=10)
         axes[1][column].set_xlabel("d = sqrt(KL from the base model), sqrt(nats)")
     tidy([axis for row in axes for axis in row])
-    axes[0][1].legend(frameon=False, fontsize=8, title="reward model", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    beside(axes[0][1], "reward model")
 
 
 def draw_penalties(axes, study: Study) -> None:
@@ -160,10 +160,14 @@ def draw_penalties(axes, study: Study) -> None:
         axis.set_xlabel("d = sqrt(KL from the base model), sqrt(nats)")
         axis.set_ylabel(label)
     tidy(axes)
-    axes[1].legend(frameon=False, fontsize=8, title=f"kl_coef, {first}", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    beside(axes[1], f"kl_coef, {first}")
 
 
 def tidy(axes) -> None:
     for axis in axes:
         axis.axhline(0, color="0.7", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def beside(axis, title: str) -> None:
+    axis.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

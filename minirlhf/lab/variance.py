@@ -1,4 +1,4 @@
-"""The gradient of each rung over many independent batches: how long, how noisy, how biased. `python -m minirlhf.lab.variance --help`
+"""The gradient of each rung over many batches: how long, how noisy, how biased. `python -m minirlhf.lab.variance --help`
 
 All rungs see the same batches, so that their variances are compared in pairs. What is measured is the gradient of the loss
 that training takes (`advantages_and_returns`, `minibatch_loss`, on-policy) without whitening, which would hide the units.
@@ -231,7 +231,7 @@ def main(config: VarianceConfig) -> str:
     for name, policy in policies.items():
         measure(name, policy, world, reward_model, rows, config)
     names = [f"{name}, {reward}" for name in policies for reward in Batch._fields]
-    page = describe(names, rows.rows, config.batches, config.reference_batches, config.batch_size, config.group_size)
+    page = describe(names, rows.rows, vars(config))
     write_atomically(Path(config.out) / "variance.md", page.encode())
     print(f"\n{page}\nsaved {Path(config.out) / 'variance.md'}")
     save_picture(Path(config.out) / "variance.png", lambda axes: draw_variances(axes, names, rows.rows), ncols=2,

@@ -7,6 +7,7 @@ from minirlhf.environment import Environment, Prompts, sample_responses, true_wo
 from minirlhf.evaluate import interval
 from minirlhf.lab.common import STYLES, markdown_table
 from minirlhf.ladder import LADDER
+from minirlhf.log import printable
 from minirlhf.model import Transformer
 from minirlhf.rollout import evaluate_actions
 from minirlhf.tokenizer import decode
@@ -33,15 +34,16 @@ def show(triple, form: str) -> str:
     return f"{form.format(triple[0])} [{form.format(triple[1])}, {form.format(triple[2])}]"
 
 
-def describe(names: list[str], rows: dict[str, dict], batches: int, reference_batches: int, batch_size: int, group_size: int) -> str:
-    """The page: a table of rungs and one of paired ratios for each setting."""
-    parts = [HEAD.format(**{k: v for k, v in locals().items() if isinstance(v, int)})]
+def describe(names: list[str], rows: dict[str, dict], settings: dict) -> str:
+    """The page: a table of rungs and one of paired ratios for each setting (policy, reward)."""
+    parts = [HEAD.format(**settings)]
     for name in names:
         found = {rung: rows[f"{name}: {rung}"] for rung in LADDER}
         table = [[f"`{rung}`", f"{row['norm']:.3g}", show(interval(np.array(row["deviations"])), "{:.3g}"),
                   show(row["signal_to_noise"], "{:.3g}"), show(row["bias"], "{:+.3f}"), show(row["cosine"], "{:.3f}")]
                  for rung, row in found.items()]
-        ratios = [[f"`{a}` / `{b}`", show(variance_ratio(found[a]["deviations"], found[b]["deviations"]), "{:.3f}")] for a, b in PAIRS]
+        spread = {rung: row["deviations"] for rung, row in found.items()}
+        ratios = [[f"`{a}` / `{b}`", show(variance_ratio(spread[a], spread[b]), "{:.3f}")] for a, b in PAIRS]
         parts += [f"## {name}", f"V explains {found['baseline']['explained']:.0%} of the variance of reward-to-go.",
                   markdown_table(["rung", "norm", "variance", "signal to noise", "bias", "cosine with the true gradient"], table),
                   markdown_table(["variances on the same batches", "ratio"], ratios)]
@@ -59,9 +61,9 @@ def draw_variances(axes, names: list[str], rows: dict[str, dict]) -> None:
                 mean, low, high = interval(np.array(row["deviations"])) if side == 0 else row["signal_to_noise"]
                 floor = 1e-9  # of a logarithmic axis: a noisy estimate of a ratio may be negative
                 mean, low, high = max(mean, floor), max(low, floor), max(high, floor)
-                axis.errorbar(mean, place + 0.16 * (number - (len(names) - 1) / 2), xerr=[[max(0, mean - low)], [max(0, high - mean)]],
-                              color=colour, marker=marker, markersize=5, capsize=2, linewidth=1, linestyle="none",
-                              label=name if place == 0 else None)
+                y, error = place + 0.16 * (number - (len(names) - 1) / 2), [[max(0, mean - low)], [max(0, high - mean)]]
+                axis.errorbar(mean, y, xerr=error, color=colour, marker=marker, markersize=5, capsize=2, linewidth=1,
+                              linestyle="none", label=name if place == 0 else None)
         axis.set_xscale("log")
         axis.set_xlabel(labels[side])
         axis.set_yticks(range(len(LADDER)), LADDER if side == 0 else [""] * len(LADDER))
@@ -79,18 +81,21 @@ def draw_values(axes, world: Environment, value: Transformer, draws: int = 64) -
     worth, scores = true_worth(world.task, samples), world.scorer(samples).tolist()
     values = evaluate_actions(value, *samples[3:], world.sampling.temperature)[1]
     picks = dict(good=int(np.argmax(worth)), bad=int(np.argmin(worth)))
-    top, bottom = (f([f(values[row, : int(samples.response_mask[row].sum())].tolist()) for row in picks.values()]) for f in (max, min))
+    shown = [values[row][samples.response_mask[row]] for row in picks.values()]
+    levels = [float(x) for part in shown for x in part] + [scores[row] for row in picks.values()]
     for axis, (name, row) in zip(axes, picks.items(), strict=True):
         ids = samples.response_ids[row][samples.response_mask[row]].tolist()
-        tokens = [decode(world.sampling.encoding, [token]).strip() or "(end)" for token in ids]
+        tokens = [printable(decode(world.sampling.encoding, [token]).strip()) or "(end)" for token in ids]
         axis.plot(range(len(ids)), values[row, : len(ids)], color=STYLES[0 if name == "good" else 4][0], marker="o", markersize=3)
-        for level, text in ((float(np.mean(scores)), "mean score of the\nbase model's replies"), (scores[row], "score of this reply")):
+        average = float(np.mean(scores))
+        for level, text in ((average, "mean score of the\nbase model's replies"), (scores[row], "score of this reply")):
             axis.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
             axis.annotate(text, (1.0, level), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points",
                           fontsize=7, va="center")
-        axis.set_ylim(min(bottom, *scores[row:row + 1]) - 0.3, max(top, scores[row]) + 0.3)
+        axis.set_ylim(min(levels) - 0.3, max(levels) + 0.3)
         axis.set_xticks(range(len(ids)), tokens, rotation=90, fontsize=6)
-        axis.set_title(f"a {name} reply (gold {worth[row]:+.1f}) to: {world.test.texts[0].splitlines()[0]}", fontsize=8, loc="left")
+        title = f"a {name} reply (gold {worth[row]:+.1f}) to: {world.test.texts[0].splitlines()[0]}"
+        axis.set_title(title, fontsize=8, loc="left")
         axis.set_ylabel("V(s): expected score", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("the token that is said next, at each state", fontsize=8)
