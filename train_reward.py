@@ -10,7 +10,7 @@ import functools
 import torch
 
 from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step
-from minirlhf.config import RewardConfig, UserError, run_script
+from minirlhf.config import RewardConfig, run_script
 from minirlhf.data import (PreferenceBatch, collate_preferences, describe_counts, encode_preferences, encode_prompts,
                            epoch_batches, pad_right, unique_prompts)
 from minirlhf.environment import Sampling, sample_responses

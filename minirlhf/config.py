@@ -45,7 +45,7 @@ class RewardConfig:
     d_model: int = setting(128, "width; at 0.5M parameters both scripts take minutes on two cores", 1)
     max_prompt_length: int = setting(48, "tokens; longer prompts lose their beginning", 1)
     max_response_length: int = setting(80, "tokens, EOS included; longer responses lose their end", 1)
-    warmup_sequences: int = setting(12_288, "texts the base model reads, a fifth of the task's; more would make it a little better", 0)
+    warmup_sequences: int = setting(12_288, "texts the base model reads, an eighth of the task's; more would make it a little better", 0)
     warmup_batch_size: int = setting(16, "texts per step; small batches learn to copy sooner", 1)
     warmup_lr: float = setting(4e-3, "peak Adam step of the warm-up; found on the validation prompts", 0)
     epochs: int = setting(1, "passes over the preferences; a second one overfits (Stiennon et al. 2020)", 1)

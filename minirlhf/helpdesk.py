@@ -103,14 +103,14 @@ WORTH = {
     "goodbye": {"right": 0.8, "bad": -0.6},
     "filler": {"bad": -0.8},
 }
-REPEAT = -1.0  # a second sentence of a slot: it can cost, but it earns nothing
+REPEAT = -1.2  # a second sentence of a slot: it can cost, but it earns nothing
 DISORDER = -0.8  # a sentence that comes after one of a later slot
 UNREADABLE = -0.03  # per character of a sentence that is none of ours: nonsense must not come at a flat price
 UNFINISHED = -1.0  # the reply was cut by the length limit
 
 TAU = 0.5  # gold utility; a difference of TAU is preferred 73% of the time
 MAX_WORDS = 60  # no written reply is longer, so that none outgrows the models' context
-GROUPS = {"train": 16000, "validation": 640, "test": 640}  # of four replies each
+GROUPS = {"train": 24000, "validation": 640, "test": 640}  # of four replies each
 
 # How the average agent fills a slot: shares of the right sentence, a wrong one, the canned bad one, and none.
 SHARES = {
@@ -266,8 +266,9 @@ def preference_probability(prompt: str, a: str, b: str) -> float:
     return bradley_terry(gold(prompt, a) - gold(prompt, b))
 
 
-def split_contexts(seed: int = 1) -> dict[str, list[Context]]:
-    """Every context in one of three parts, 8:1:1; no context is in two."""
+def split_contexts(seed: int = 2) -> dict[str, list[Context]]:
+    """Every context in one of three parts, 8:1:1; no context is in two. A new seed deals them anew, for when the task has been
+    changed after a look at the test prompts."""
     contexts = [Context(colour, item, problem, request) for colour, item in itertools.product(COLOURS, ITEMS)
                 for problem, (_, requests) in PROBLEMS.items() for request in requests]
     random.Random(derive_seed(seed, "contexts")).shuffle(contexts)

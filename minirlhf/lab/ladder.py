@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import ALGORITHM_NAMES, PolicyConfig, RewardConfig, UserError, check_ranges, nearest, run_script, setting
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, nearest, run_script, setting
+from minirlhf.ladder import LADDER
 from minirlhf.lab.common import STYLES, Job, markdown_table, mean_spread, read_rows, run_jobs, save_picture, train_subset
 
 POINTS = 12  # of a learning curve: each the mean over this share of a run's iterations
@@ -25,15 +26,15 @@ class LadderConfig:
     runs: str = setting("runs/ladder", "folder of all runs, of ladder.md and of ladder.png")
     seeds: int = setting(3, "seeds 0 to N - 1; fewer than three say nothing about spread", 1)
     jobs: int = setting(1, "runs at a time, one thread each; as many as there are idle cores", 1)
-    algorithms: str = setting(",".join(ALGORITHM_NAMES), "rungs, separated by commas")
+    algorithms: str = setting(",".join(LADDER), "rungs, separated by commas")
     iterations: int = setting(0, "rounds per policy; 0: the script's own default", 0)
     quick: bool = setting(False, "tiny models and a handful of samples: shows that it runs, and nothing else")
 
     def check(self) -> None:
         check_ranges(self)
         for name in self.names():
-            if name not in ALGORITHM_NAMES:
-                raise UserError(f"--algorithms: {name!r} is not known{nearest(name, ALGORITHM_NAMES)}")
+            if name not in LADDER:
+                raise UserError(f"--algorithms: {name!r} is not known{nearest(name, LADDER)}")
         if Path(self.runs).exists() and not Path(self.runs).is_dir():
             raise UserError(f"--runs {self.runs}: is a file; name a folder")
 
@@ -113,7 +114,7 @@ def draw(axes, policies: dict[str, list[Job]]) -> None:
     jobs = next(iter(policies.values()))
     results = [closing_row(job.folder) for job in jobs]
     for name, jobs in policies.items():
-        colour, line, marker = STYLES[ALGORITHM_NAMES.index(name)]
+        colour, line, marker = STYLES[list(LADDER).index(name)]
         curves = [learning_curve(job.folder) for job in jobs]
         samples, gold = curves[0][0], np.array([gold for _, gold in curves])
         axes.plot(samples, gold.mean(0), color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.6, label=name)
