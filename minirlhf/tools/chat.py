@@ -121,16 +121,15 @@ def stream(model: Transformer, prompt_ids: list[int], uniforms: Tensor | None, l
     """The tokens of one response, each handed out as soon as it is chosen: what generate() returns for a batch of one.
     uniforms: [limit]; None decodes greedily."""
     ids = torch.tensor([prompt_ids], device=model.wte.weight.device)
-    mask, cache = torch.ones_like(ids, dtype=torch.bool), KVCache(model, 1, len(prompt_ids) + limit)
-    hidden = model(ids, mask, cache)[:, -1]
+    cache = KVCache(model, 1, len(prompt_ids) + limit)
+    hidden = model(ids, torch.ones_like(ids, dtype=torch.bool), cache)[:, -1]
     for t in range(limit):
         logits = hidden @ model.lm_weight.T
         token = logits.argmax(-1) if uniforms is None else sample_tokens(logits, uniforms[t:t + 1], temperature)
         yield int(token)
         if int(token) == eos or t + 1 == limit:
             return
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        hidden = model(token[:, None], mask, cache)[:, -1]
+        hidden = model.decode(token, cache)
 
 
 def answer(trained: Trained, scorer: Scorer, prompt: str, turn: int, config: ChatConfig, live: bool) -> dict:
