@@ -274,11 +274,12 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
 
 def memory_advice(config) -> str:
     """Which flag to change, and to what, when a run found no memory."""
-    whole = getattr(config, "minibatch_size", config.batch_size)  # the policy's forward pass is over a minibatch
-    size = config.micro_batch_size or whole
+    if not hasattr(config, "micro_batch_size"):
+        return "out of memory; stop other programs, or use a smaller model"
+    size = config.micro_batch_size or getattr(config, "minibatch_size", config.batch_size)
     if size > 1:
-        return f"out of memory; try --micro-batch-size {size // 2} (now {size} a forward pass): the same gradient in less memory"
-    return f"out of memory even one at a time; try --batch-size {max(1, config.batch_size // 2)} or a smaller model"
+        return f"out of memory; try --micro-batch-size {size // 2}: fewer texts a forward pass, the same gradient"
+    return f"out of memory even with one text at a time; try --batch-size {max(1, config.batch_size // 2)} or a smaller model"
 
 
 def fail(message: str, status: int) -> int:
