@@ -76,7 +76,8 @@ class Metrics:
         if self.writer is not None:
             for key, value in row.items():
                 if isinstance(value, (int, float)) and key != "step":
-                    self.writer.add_scalar(key, value, row["step"])
+                    stage = f"{row['stage']}/" if "stage" in row else ""  # each stage counts its steps from 1
+                    self.writer.add_scalar(stage + key, value, row["step"])
 
 
 def summary_writer(folder: Path):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
@@ -482,6 +483,17 @@ def test_a_missing_tensorboard_is_a_line_and_no_error(reward_run, tmp_path, monk
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     train_policy.main(policy_config(reward_run, tmp_path / "run", tensorboard=True, iterations=1))
     assert "--tensorboard: not installed" in capsys.readouterr().out
+
+
+def test_each_stage_has_a_tensorboard_curve_of_its_own(tmp_path, monkeypatch):
+    """Warm-up and reward stage both count from 1: under one name their losses were drawn over each other."""
+    told = []
+    writer = types.SimpleNamespace(add_scalar=lambda *scalar: told.append(scalar))
+    monkeypatch.setattr("minirlhf.log.summary_writer", lambda folder: writer)
+    metrics = Metrics(tmp_path / "m.jsonl", lambda row: True, tensorboard=True)
+    for row in (dict(stage="warmup", step=1, loss=5.0), dict(stage="reward", step=1, loss=0.7), dict(step=2, score=1.0)):
+        metrics.write(row)
+    assert told == [("warmup/loss", 5.0, 1), ("reward/loss", 0.7, 1), ("score", 1.0, 2)]
 
 
 def test_main_can_be_called_with_mistakes_caught(inputs, tmp_path):
