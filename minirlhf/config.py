@@ -137,7 +137,7 @@ PRESETS: dict[str, dict[type, dict]] = {
         RewardConfig: dict(
             tokenizer="gpt2",
             n_layer=12, n_head=12, d_model=768,  # the same shape without --init; random weights want --warmup-lr 6e-4
-            max_prompt_length=256, max_response_length=128,  # leave 95% of prompts and 97% of replies whole
+            max_prompt_length=256, max_response_length=128,  # whole: 95% of prompts, 97% of replies in 420 of its pairs
             holdout=0.02,  # of 160,000 pairs that is plenty
             skip_bad_lines=True,  # in some pairs the two dialogues share no beginning
             warmup_init=True, warmup_sequences=32_768, warmup_lr=5e-5,  # a tenth of its texts, in small steps
@@ -148,7 +148,7 @@ PRESETS: dict[str, dict[type, dict]] = {
         PolicyConfig: dict(
             iterations=200, lr=1e-5,  # that of Huang et al. (2024) for this model
             kl_coef=0.05,  # a common choice for PPO on dialogue (it is TRL's default)
-            micro_batch_size=16,  # 16 rows of 384 tokens
+            micro_batch_size=16,  # rows of up to 384 tokens, with their activations
             eval_prompts=128, test_prompts=256, best_of_n=32,  # replies take seconds here, not milliseconds
             save_every=25),
     },
