@@ -91,8 +91,8 @@ MUTANTS = [Mutant(*fields) for fields in [
      "len(minibatch) * rollout.response_mask.shape[1]", STEP),
     ("step-per-micro-batch", POLICY, "loss.backward()", "loss.backward(); optimizer.step(); optimizer.zero_grad()",
      "losses::the_update_does_not_depend_on_the_micro_batch_size"),
-    ("resumes-without-moments", POLICY, 'optimizer.load_state_dict(states["optimizer"])', "pass", RESUMED),
-    ("resumes-without-kl", POLICY, 'done, kl_coef = meta["step"], meta["kl_coef"]', 'done = meta["step"]', RESUMED),
+    ("resumes-without-moments", "minirlhf/checkpoint.py", 'optimizer.load_state_dict(states["optimizer"])', "pass", RESUMED),
+    ("resumes-without-kl", POLICY, 'meta.get("kl_coef", config.kl_coef)', "config.kl_coef", RESUMED),
     # Sampling and scoring.
     ("eos-outside-mask", "minirlhf/generate.py",
      "        response_mask[rows, t] = running\n        running = running & (token != eos)\n",

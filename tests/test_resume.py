@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny import after_row, as_flags, assert_same_weights, contents, ending, pol
 
 import train_policy
 import train_reward
+from minirlhf import checkpoint
 from minirlhf import run as run_module
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
 from minirlhf.run import StopSignal
@@ -128,6 +130,84 @@ def test_a_second_signal_stops_at_once():
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.number == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("script, where", [(train_policy, "closing_table"), (train_policy, "Referee"), (train_policy, "save_model"),
+                                           (train_reward, "normalise_scores"), (train_reward, "evaluate_reward_model")])
+def test_a_signal_between_the_stages_stops_at_once(script, where, number, status, inputs, reward_run, whole_reward_run,
+                                                   whole_policy_run, tmp_path, monkeypatch, capsys):
+    """The closing table takes minutes; everything it needs is saved, so nobody has to wait for it, or to lose by it."""
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        pytest.fail("went on")
+
+    begin, source, config_class = ((begin_policy_run, reward_run, PolicyConfig) if script is train_policy else
+                                   (begin_reward_run, inputs, RewardConfig))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, where, interrupted)
+        assert begin(source, tmp_path / "run") == status
+    assert f"error: stopped; go on with: python {script.__name__}.py --out {tmp_path / 'run'} --resume\n" == capsys.readouterr().err
+    assert resume(script.main, config_class, tmp_path / "run") == 0
+    if script is train_policy:
+        assert_same_policy_run(tmp_path / "run", whole_policy_run)
+    else:
+        assert_same_reward_run(tmp_path / "run", whole_reward_run)
+
+
+def test_a_signal_while_the_data_is_read_leaves_nothing_behind(inputs, tmp_path, monkeypatch, capsys):
+    """There is no folder yet in which to go on."""
+    monkeypatch.setattr(train_reward, "load_splits", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    assert begin_reward_run(inputs, tmp_path / "run") == 130
+    assert capsys.readouterr().err == "error: stopped; nothing was begun\n" and not (tmp_path / "run").exists()
+
+
+def test_a_signal_during_an_evaluation_lets_the_step_end(reward_run, whole_policy_run, tmp_path, monkeypatch, capsys):
+    """An evaluation within the loop belongs to its step: its row is written, its checkpoint saved."""
+    judge = train_policy.Referee.judge
+
+    def interrupted(referee, policy):
+        os.kill(os.getpid(), signal.SIGINT)
+        return judge(referee, policy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_policy.Referee, "judge", interrupted)
+        assert begin_policy_run(reward_run, tmp_path / "run") == 130
+    assert "stopping after this step" in capsys.readouterr().err
+    assert [row["step"] for row in rows(tmp_path / "run" / "policy_metrics.jsonl")] == [0, 1, 2]
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert_same_policy_run(tmp_path / "run", whole_policy_run)
+
+
+SLOW_REWARD = '''
+import time
+from tiny import letters_right
+
+calls = []
+
+def score(prompts, responses):
+    """Hangs at its third call, the first of the training: the base model is judged before."""
+    calls.append(1)
+    if len(calls) == 3:
+        print("hanging", flush=True)
+        time.sleep(600)
+    return letters_right(prompts, responses)
+'''
+
+
+def test_a_second_ctrl_c_stops_a_step_that_hangs(reward_run, tmp_path):
+    """A reward function that waits for a server for ever must not need kill -9."""
+    (tmp_path / "slow.py").write_text(SLOW_REWARD)
+    flags = as_flags(policy_settings(reward_run, "run", reward="slow:score"))
+    process = subprocess.Popen([sys.executable, str(tiny.ROOT / "train_policy.py"), *flags], cwd=tmp_path, env=tiny.environment(),
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert any(line == "hanging\n" for line in process.stdout), process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() + process.stderr.readline() == "\nstopping after this step (once more: at once)\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+    process.stdout.close()
+    process.stderr.close()
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
@@ -248,16 +328,109 @@ def test_with_no_checkpoint_left_a_run_begins_again(reward_run, whole_policy_run
     assert_same_policy_run(tmp_path / "run", whole_policy_run)
 
 
-@pytest.mark.parametrize("line", [b"\n", b"{\n", b'"text"\n', b"[1]\n", b"\xff\xfe\n", b'{"stage": "policy"\n',
-                                  b"[" * 50_000 + b"\n"], ids=range(7))
-def test_metrics_with_damaged_lines_lose_those_and_no_others(line, reward_run, whole_policy_run, tmp_path, monkeypatch):
-    """A reader of the metrics must never meet half a row."""
+@pytest.mark.parametrize("damage", [
+    *(lambda content, line=line: line + content for line in (
+        b"\n", b"{\n", b'"text"\n', b"[1]\n", b"\xff\xfe\n", b'{"stage": "policy"\n', b"[" * 50_000 + b"\n")),
+    lambda content: content.replace(b'"score": ', b'"score": 1', 1), lambda content: content.replace(b'"step": 2', b'"step": 3', 1),
+    lambda content: content[content.index(b"\n") + 1:], lambda content: b"",
+], ids=range(11))
+def test_damaged_metrics_are_set_aside_and_the_run_goes_on(damage, reward_run, whole_policy_run, tmp_path, monkeypatch, capsys):
+    """A flipped digit is a figure that nobody measured, and a reader of the metrics must meet no torn row and no row twice."""
     after_row(monkeypatch, 4, tiny.write_and_signal())
     assert begin_policy_run(reward_run, tmp_path / "run") == 130
     path = tmp_path / "run" / "policy_metrics.jsonl"
-    path.write_bytes(line + path.read_bytes() + line[:-1])
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    capsys.readouterr()
     assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert f"warning: {path}: damaged, and set aside" in capsys.readouterr().out
+    aside = path.with_name("policy_metrics.jsonl.damaged")
+    assert aside.read_bytes() == damaged and rows(path) == rows(whole_policy_run / path.name)[4:]
+    assert_same_weights(tmp_path / "run" / "policy.pt", whole_policy_run / "policy.pt", "policy")
+
+
+@pytest.mark.parametrize("rest", [b"", b"{", b'{"step": 4}\n', b"\xff" * 5000 + b"\n\n"], ids=range(4))
+def test_what_stands_after_the_rows_of_the_checkpoint_is_dropped(rest, reward_run, whole_policy_run, tmp_path, monkeypatch, capsys):
+    """A crash leaves rows of steps that are done again, the last of them perhaps torn: no damage, and no word about it."""
+    after_row(monkeypatch, 4, tiny.write_and_signal())
+    assert begin_policy_run(reward_run, tmp_path / "run") == 130
+    path = tmp_path / "run" / "policy_metrics.jsonl"
+    path.write_bytes(path.read_bytes() + rest)
+    capsys.readouterr()
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert "damaged" not in capsys.readouterr().out
     assert_same_policy_run(tmp_path / "run", whole_policy_run)
+
+
+def test_a_checkpoint_of_another_run_is_named_and_passed_over(reward_run, whole_policy_run, tmp_path, monkeypatch, capsys):
+    """Copied by hand from a run of another seed, it is whole, fits, and would make two halves of two runs one."""
+    assert begin_policy_run(reward_run, tmp_path / "other", seed=1) == 0
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert begin_policy_run(reward_run, tmp_path / "run") == 130
+    foreign = tmp_path / "run" / "checkpoints" / "policy-00000004.pt"
+    foreign.write_bytes((tmp_path / "other" / "checkpoints" / foreign.name).read_bytes())
+    capsys.readouterr()
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert f"warning: {foreign}: belongs to a run with other settings or data" in capsys.readouterr().out
+    assert_same_policy_run(tmp_path / "run", whole_policy_run)
+
+
+def test_a_warm_up_done_again_is_followed_by_the_reward_stage_again(inputs, whole_reward_run, tmp_path, monkeypatch, capsys):
+    """Every checkpoint after its first step torn, those of the next stage whole: its rows would stand before the warm-up's."""
+    after_row(monkeypatch, 6, tiny.write_and_signal())
+    assert begin_reward_run(inputs, tmp_path / "run", save_every=1, keep_checkpoints=9) == 130
+    for step in (2, 3):
+        path = tmp_path / "run" / "checkpoints" / f"warmup-{step:08d}.pt"
+        path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / "run" / "base.pt").write_bytes(b"torn")
+    capsys.readouterr()
+    assert resume(train_reward.main, RewardConfig, tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 2 and "going on after step 1\n" in said
+    assert_same_reward_run(tmp_path / "run", whole_reward_run)
+
+
+@pytest.mark.parametrize("name", ["base.pt", "reward.pt"])
+def test_damaged_models_are_made_again_from_the_checkpoints(name, inputs, whole_reward_run, tmp_path, capsys):
+    """The policy's script names the file and says to train again: training again must be the matter of a moment."""
+    shutil.copytree(whole_reward_run, tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:-50])
+    flags = as_flags(policy_settings(tmp_path / "run", tmp_path / "policy"))
+    assert str(path) in refused(capsys, train_policy.main, PolicyConfig, flags)
+    assert resume(train_reward.main, RewardConfig, tmp_path / "run") == 0
+    assert_same_reward_run(tmp_path / "run", whole_reward_run)
+
+
+def test_the_policy_does_not_learn_from_a_reward_run_whose_settings_were_changed(whole_reward_run, tmp_path, capsys):
+    """One digit of the seed, and its held-out prompts are others: some of them were trained on."""
+    shutil.copytree(whole_reward_run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    flags = as_flags(policy_settings(tmp_path / "run", tmp_path / "policy"))
+    assert "config.json: was changed or damaged" in refused(capsys, train_policy.main, PolicyConfig, flags)
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(reward_run, tmp_path, monkeypatch, capsys):
+    """Made by hand for this very run, it has a right checksum and too few tensors."""
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert begin_policy_run(reward_run, tmp_path / "run") == 130
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    meta, states = checkpoint.load_checkpoint(path, "policy")
+    for broken in ({}, dict(states, model={}), dict(states, optimizer={}), dict(states, optimizer=3)):
+        checkpoint.save_checkpoint(path, "policy", meta, broken)
+        assert "does not fit" in refused(capsys, train_policy.main, PolicyConfig, ["--out", str(tmp_path / "run"), "--resume"])
+
+
+def test_a_file_name_in_the_run_folder_cannot_reach_the_terminal(reward_run, tmp_path, monkeypatch, capsys):
+    """A warning names files that somebody else may have put there."""
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert begin_policy_run(reward_run, tmp_path / "run") == 130
+    (tmp_path / "run" / "checkpoints" / "policy-x\x1b[2J.pt").write_bytes(b"")
+    capsys.readouterr()
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    output = capsys.readouterr()
+    assert "policy-x\\x1b[2J.pt: torn" in output.out and "\x1b" not in output.out + output.err
 
 
 @pytest.mark.parametrize("number", [2, 4, 6])
