@@ -14,7 +14,7 @@ from tiny import contents, policy_config, refused, reward_config, rows, write_in
 
 import train_policy
 import train_reward
-from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, UserError, flag, given_flags, read_config, run_script
+from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, UserError, flag, given_flags, read_config, run_script, sealed
 from minirlhf.ladder import pick_rung
 
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}
@@ -208,7 +208,7 @@ def test_a_damaged_config_file_is_refused_in_one_line(config_class, content, tmp
 def test_settings_survive_the_file(tmp_path):
     """A tuple that comes back as a list is "another setting" when the run is resumed."""
     config = RewardConfig(data=("a.jsonl", "b.jsonl"), lr=3e-4, seed=2 ** 40)
-    (tmp_path / "config.json").write_text(json.dumps(dict(settings=dataclasses.asdict(config))))
+    (tmp_path / "config.json").write_text(json.dumps(sealed(dataclasses.asdict(config), {})))
     assert read_config(RewardConfig, tmp_path / "config.json") == config
 
 
