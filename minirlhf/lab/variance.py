@@ -152,15 +152,16 @@ def figures_of(ours: Tensor, reference: Tensor, resamples: int = 1000) -> dict:
     w = np.vstack([np.ones(n), random.multinomial(n, np.full(n, 1 / n), resamples)])
     v = np.vstack([np.ones(r), random.multinomial(r, np.full(r, 1 / r), resamples)])
 
-    def pairs(weights, products):  # the mean over pairs of two different batches
-        own, square = np.diag(products), weights**2
-        return (((weights @ products) * weights).sum(1) - square @ own) / (weights.sum(1) ** 2 - square.sum(1))
+    def pairs(weights, products):  # the mean over pairs of two different batches; nan where all draws are of one
+        square = weights**2
+        count = weights.sum(1) ** 2 - square.sum(1)
+        return (((weights @ products) * weights).sum(1) - square @ np.diag(products)) / np.where(count, count, np.nan)
 
     signal, true, along = pairs(w, gram), pairs(v, other), ((w @ cross) * v).sum(1) / (n * r)
     variance = w @ np.diag(gram) / n - signal
     named = dict(signal_to_noise=signal / variance, bias=(signal - 2 * along + true) / true,
                  cosine=np.clip(along / np.sqrt(np.maximum(signal * true, 1e-12)), -1, 1))
-    row = {name: [float(draws[0]), *np.quantile(draws[1:], (0.025, 0.975)).tolist()] for name, draws in named.items()}
+    row = {name: [float(draws[0]), *np.nanquantile(draws[1:], (0.025, 0.975)).tolist()] for name, draws in named.items()}
     deviations = (ours - ours.mean(0)).double().pow(2).sum(1) * n / (n - 1)
     return row | dict(norm=float(ours.norm(dim=1).mean()), deviations=[float(f"{x:.7g}") for x in deviations])
 
