@@ -34,6 +34,9 @@ from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id, table_rows
 from train_reward import normalise_scores, warm_up
 
 
+LR = 3e-4  # of PPO: the script's own passes the peak of gold within half a dozen iterations, too few points to see it by
+
+
 class Scale(NamedTuple):
     sizes: tuple[str, ...]  # LAYERSxWIDTH, smallest first
     groups: tuple[int, ...]  # of training preferences, six pairs each, fewest first
@@ -47,7 +50,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "full": Scale(("1x32", "2x64", "2x128"), (250, 2000), 4, 12_288, 60, 128, (0.03, 0.1), 64, 256),
+    "full": Scale(("1x32", "2x64", "2x128"), (250, 2000), 4, 12_288, 40, 128, (0.03, 0.1), 64, 256),
     "quick": Scale(("1x32",), (250,), 4, 4096, 40, 64, (0.1,), 32, 64),
     "tiny": Scale(("1x16",), (24,), 1, 64, 6, 8, (0.1,), 4, 8),
 }
@@ -137,8 +140,9 @@ def policy_jobs(arenas: dict[str, str], config: OveroptimizationConfig) -> dict[
     for name, kl_coef in wanted:
         jobs[name, kl_coef] = Job("train_policy.py", PolicyConfig(
             reward_run=arenas[name], algorithm="ppo", kl_coef=kl_coef, iterations=scale.iterations, batch_size=scale.batch_size,
-            minibatch_size=scale.batch_size // 2, lr_decay=False, max_kl=1e9, eval_every=scale.iterations, eval_prompts=16,
-            test_prompts=16, best_of_n=0, seed=config.seed, out=str(Path(config.out) / f"ppo-{name}-kl-{kl_coef:g}")))
+            minibatch_size=scale.batch_size // 2, lr=LR, lr_decay=False, max_kl=1e9, eval_every=scale.iterations,
+            eval_prompts=16, test_prompts=16, best_of_n=0, seed=config.seed,
+            out=str(Path(config.out) / f"ppo-{name}-kl-{kl_coef:g}")))
     return jobs
 
 
