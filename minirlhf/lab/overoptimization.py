@@ -33,7 +33,6 @@ from minirlhf.task import HELPDESK, file_hashes, load_splits
 from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id, table_rows
 from train_reward import normalise_scores, warm_up
 
-
 LR = 3e-4  # of PPO: the script's own passes the peak of gold within half a dozen iterations, too few points to see it by
 
 
