@@ -61,7 +61,7 @@ def penalties(study: Study) -> list[str]:
     free, table = study.policies[first, 0.0], []
     for (name, kl_coef), curve in study.policies.items():
         if name == first:
-            end, gain = blocks(curve, 10), matched_gain(curve, free) if kl_coef else None
+            end, gain = blocks(curve, 5), matched_gain(curve, free) if kl_coef else None
             more = [f"{gain[key][0]:+.2f} ± {gain[key][1]:.2f}" for key in ("gold", "proxy")] if gain else ["", ""]
             table.append([f"{kl_coef:g}", f"{end.d[-1]:.1f}", f"{end.gold.max():+.2f}", f"{end.gold[-1]:+.2f}",
                           f"{end.proxy[-1]:+.2f}", *more])
@@ -127,7 +127,7 @@ def draw_scores(axes, study: Study) -> None:
         colour, line, marker = STYLES[number % len(STYLES)]
         look = dict(color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
         d, gold, proxy = best_of_n_curves(*pool)
-        policy = blocks(study.policies[name, 0.0], 5)
+        policy = blocks(study.policies[name, 0.0], 2)
         axes[0][0].plot(d, gold.mean(0), label=name, **look)
         axes[1][0].plot(d, proxy.mean(0), label=name, **look)
         axes[0][1].plot(policy.d, policy.gold, label=name, **look)
@@ -153,7 +153,7 @@ def draw_penalties(axes, study: Study) -> None:
     runs = {kl_coef: curve for (name, kl_coef), curve in study.policies.items() if name == first}
     for number, (kl_coef, curve) in enumerate(runs.items()):
         colour, line, marker = STYLES[number % len(STYLES)]
-        points: Curve = blocks(curve, 5)
+        points: Curve = blocks(curve, 2)
         for axis, y in ((axes[0], points.gold), (axes[1], points.proxy)):
             axis.plot(points.d, y, color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.2, label=f"{kl_coef:g}")
     for axis, label in zip(axes, ("gold gained over the base model", "proxy score (deviations of the base's)"), strict=True):
