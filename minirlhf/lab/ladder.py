@@ -13,8 +13,8 @@ import numpy as np
 
 from minirlhf.checkpoint import write_atomically
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, nearest, run_script, setting
-from minirlhf.ladder import LADDER
 from minirlhf.lab.common import STYLES, Job, markdown_table, mean_spread, read_rows, run_jobs, save_picture, train_subset
+from minirlhf.ladder import LADDER
 
 POINTS = 12  # of a learning curve: each the mean over this share of a run's iterations
 
