@@ -1,5 +1,7 @@
 """Sampling responses: prefill, then one token a step, with a key-value cache. Rows that finished leave the batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,20 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tenso
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
 
 
+def language_head(model: Transformer, rows: int) -> Callable[[Tensor], Tensor]:
+    """hidden [B, D] -> logits [B, V], for B of about `rows`, again and again with the same weights.
+
+    A processor reads a large table in oneDNN's own order 2.5 times as fast as row by row (8 rows, 768 x 50257), which
+    repays the copy within a few tokens. A small table sits in the cache either way.
+    """
+    weight = model.lm_weight
+    large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**22
+    if not large or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return lambda hidden: hidden @ weight.T
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return lambda hidden: torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], "")
+
+
 @torch.no_grad()
 def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_response_length: int, eos: int, pad: int,
              uniforms: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -46,9 +62,10 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
     response_mask = torch.zeros((batch, max_response_length), dtype=torch.bool, device=device)
     rows = torch.arange(batch, device=device)  # which row of the result each row of the running batch is
     cache = KVCache(model, batch, prompt_ids.shape[1] + max_response_length)
+    logits_of = language_head(model, batch)
     hidden = model(prompt_ids, prompt_mask, cache)[:, -1]
     for t in range(max_response_length):
-        logits = hidden @ model.lm_weight.T
+        logits = logits_of(hidden)
         if uniforms is None:
             token = logits.argmax(-1)
         else:

@@ -7,7 +7,8 @@ import torch
 from tiny import random_model
 
 from minirlhf.data import pad_left
-from minirlhf.generate import filter_logits, generate, sample_tokens
+from minirlhf.generate import filter_logits, generate, language_head, sample_tokens
+from minirlhf.model import ModelConfig, Transformer
 from minirlhf.rollout import evaluate_actions
 from minirlhf.seeding import row_uniforms
 
@@ -47,6 +48,15 @@ def replies(model, prompts, **options):
     for row in found:
         assert EOS not in row[:-1] and (row[-1] == EOS or len(row) == LIMIT)  # the mask counts EOS, and ends with it
     return found
+
+
+def test_a_large_head_gives_the_same_logits_in_the_order_that_a_processor_likes():
+    """The packed copy must be of the rows of the softmax, all of them, and of no others."""
+    model = Transformer(ModelConfig(50257, table_rows=50304, n_layer=1, n_head=2, d_model=96, context=8)).requires_grad_(False)
+    hidden = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    head = language_head(model, 3)
+    torch.testing.assert_close(head(hidden), hidden @ model.lm_weight.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(head(hidden[:1]), hidden[:1] @ model.lm_weight.T, rtol=0, atol=1e-4)
 
 
 # ---- generate equals the plain loop ----------------------------------------------------------------------------------
