@@ -225,6 +225,7 @@ REWARD_CHANGES = {
     "tokenizer": ({}, "bytes.tiktoken", "merged.tiktoken"),
     "init": ({}, ..., "{reward_run}/base.pt"),
     "init_reward": ({}, ..., "{reward_run}/reward.pt"),
+    "bf16": ({}, False, True),
     "warmup_init": (dict(init="{reward_run}/base.pt"), False, True),
     "n_layer": ({}, 1, 2),
     "n_head": ({}, 1, 2),
@@ -251,6 +252,7 @@ REWARD_CHANGES = {
     "tensorboard": ({}, False, True),
 }
 POLICY_CHANGES = {
+    "bf16": ({}, False, True),
     "reward_run": ({}, "{reward_run}", "other"),
     "prompts": ({}, ..., "more.jsonl"),
     "algorithm": ({}, "ppo", "gae"),
@@ -288,7 +290,9 @@ POLICY_CHANGES = {
     "keep_checkpoints": (dict(save_every=1), 1, 2),
     "tensorboard": ({}, False, True),
 }
-RESOURCES_ONLY = {"device": "cuda", "deterministic": "no CUDA kernel whose sums vary", "micro_batch_size": "Less memory, the same gradient"}  # and what --help says of it
+RESOURCES_ONLY = {  # and what --help says of it
+    "device": "cuda", "deterministic": "no CUDA kernel whose sums vary", "micro_batch_size": "Less memory, the same gradient",
+    "compile": "torch.compile the blocks"}
 FILES = ("pairs.jsonl", "more.jsonl", "bad.jsonl", "bytes.tiktoken", "merged.tiktoken")
 
 
