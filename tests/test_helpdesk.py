@@ -249,7 +249,7 @@ def test_good_and_bad_of_every_slot_are_both_common(samples):
     for slot in SLOTS:
         assert 0.15 < share[f"right {slot}"] < 0.46
     for name in ("bad opening", "bad remark", "bad action", "bad next step", "bad goodbye"):
-        assert 0.32 < share[name] < 0.45
+        assert 0.28 < share[name] < 0.45
     for name in ("wrong remark", "wrong action", "wrong next step", "bad filler", "repeat", "out of order"):
         assert share[name] > 0.12, name
     assert share["wrong voucher"] > 0.03 and "unreadable" not in share
