@@ -490,7 +490,7 @@ def test_each_stage_has_a_tensorboard_curve_of_its_own(tmp_path, monkeypatch):
     told = []
     writer = types.SimpleNamespace(add_scalar=lambda *scalar: told.append(scalar))
     monkeypatch.setattr("minirlhf.log.summary_writer", lambda folder: writer)
-    metrics = Metrics(tmp_path / "m.jsonl", lambda row: True, tensorboard=True)
+    metrics = Metrics(tmp_path / "m.jsonl", None, tensorboard=True)
     for row in (dict(stage="warmup", step=1, loss=5.0), dict(stage="reward", step=1, loss=0.7), dict(step=2, score=1.0)):
         metrics.write(row)
     assert told == [("warmup/loss", 5.0, 1), ("reward/loss", 0.7, 1), ("score", 1.0, 2)]
