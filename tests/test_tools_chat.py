@@ -10,7 +10,7 @@ import tiny
 import torch
 from tiny import refused
 
-from minirlhf.config import run_script
+from minirlhf.config import run_script, sealed
 from minirlhf.environment import model_scorer, sample_responses
 from minirlhf.seeding import row_uniforms
 from minirlhf.tools import chat
@@ -172,7 +172,7 @@ def test_a_reward_run_that_has_moved_is_named(policy_run, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     config = json.loads((policy_run / "config.json").read_text())
-    config["settings"]["reward_run"] = "runs/gone"
-    (run / "config.json").write_text(json.dumps(config))
+    settings = dict(config["settings"], reward_run="runs/gone")
+    (run / "config.json").write_text(json.dumps(sealed(settings, config["facts"])))
     message = refused(capsys, chat.main, ChatConfig, ["--run", str(run), "--prompt", "x"])
     assert "its reward run runs/gone is not there; start this in the folder" in message

@@ -45,7 +45,7 @@ def test_every_command_line_of_the_section_runs(section, reward_run, tmp_path):
         out = tmp_path / f"run{number}"
         small = as_flags(policy_config(reward_run, out))  # the last of two equal flags counts
         done = subprocess.run(tiny.python("steps.py", *small, *flags), cwd=tmp_path, env=tiny.environment(), text=True,
-                              capture_output=True, timeout=120)
+                              capture_output=True, timeout=240)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert "algorithm: steps" in done.stdout and ("reward: short_and_sorry" in done.stdout) == (number == 1)
         assert json.loads((out / "config.json").read_text())["settings"]["algorithm"] == "steps"
