@@ -40,8 +40,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     because a cut response is scored as the finished article it was used as. lam = 1 is reward-to-go minus V.
     """
     values = torch.where(mask, values, 0.0)
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    delta = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    delta = rewards - values  # beyond the mask the scan reads none of it
+    delta[:, :-1].add_(values[:, 1:], alpha=gamma)
     return discounted_returns(delta, mask, gamma * lam)
 
 
