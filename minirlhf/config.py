@@ -1,6 +1,7 @@
 """Settings: one frozen dataclass per script; its fields are the command-line flags, its checks run before any work."""
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -261,6 +262,7 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
                 raise UserError("--resume needs --out: the folder of the run to go on with")
             under = dataclasses.asdict(read_config(config_class, Path(given["out"]) / "config.json"))
         config = config_class(**{**under, **given})
+        keep_freed_memory()
         main(config)
     except UserError as error:
         sys.exit(fail(str(error), 2))
@@ -270,6 +272,16 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
         sys.exit(fail(memory_advice(config), 2))
     except OSError as error:
         sys.exit(fail(f"{error.filename or 'output'}: {error.strerror}; the files written before are intact", 2))
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed tensors of up to 32 MiB for the next ones. By itself it hands them back to the system, whose
+    fresh pages, zeroed one by one, then cost more than the arithmetic on them (2.5 times the time of `gae`, 512 x 1024)."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt:
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def memory_advice(config) -> str:

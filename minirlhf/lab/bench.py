@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf.advantages import gae
-from minirlhf.config import PolicyConfig, UserError, fail
+from minirlhf.config import PolicyConfig, UserError, fail, keep_freed_memory
 from minirlhf.generate import generate
 from minirlhf.kernels import discounted_returns, token_logprobs
 from minirlhf.lab import bench_naive as naive
@@ -264,6 +264,7 @@ def main(arguments: list[str]) -> list[dict]:
     parser.add_argument("--json", action="store_true", help="one object a line, every round in it")
     args = parser.parse_args(arguments)
     device, s = pick_device(args.device), SHAPES["tiny" if args.quick else args.shape]
+    keep_freed_memory()  # as both scripts do
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     roof, model, rounds = ceilings(device, args.quick), Transformer(s.config).to(device), 1 if args.quick else args.rounds
