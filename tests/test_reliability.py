@@ -55,7 +55,7 @@ def test_a_bad_batch_of_the_reward_script_is_kept(stage, target, what, inputs, t
     def spoil(result):
         loss, figures = result if stage == "reward" else (result, None)
         if what == "loss":
-            loss, figures = loss * math.nan, figures and dict(figures, loss=math.nan)
+            loss, figures = loss * math.nan, figures and dict(figures, loss=figures["loss"] * math.nan)
         else:
             loss.register_hook(lambda gradient: gradient * math.inf)
         return (loss, figures) if stage == "reward" else loss
