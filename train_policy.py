@@ -78,7 +78,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         advantages, returns = advantages_and_returns(rung, rollout, config)
 
         # 4. Make the better ones likelier.
-        batch = samples._asdict() | rollout._asdict() | dict(advantages=advantages, minibatches=minibatches(config, rung, step, len(scores)))
+        batch = samples._asdict() | rollout._asdict()
+        batch |= dict(advantages=advantages, minibatches=minibatches(config, rung, step, len(scores)))
         with batch_kept(run.folder, "policy", step + 1, batch):
             figures = update(policy, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
                              world.sampling.max_response_length, step)

@@ -118,7 +118,8 @@ def restore(found: tuple[dict, dict] | None, model: torch.nn.Module, optimizer: 
         optimizer.load_state_dict(states["optimizer"])
         done = int(meta["step"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"a checkpoint does not fit its run ({str(error).splitlines()[0]}); delete it, or start a new run") from None
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"a checkpoint does not fit its run ({first}); delete it, or start a new run") from None
     print(f"going on after step {done}")
     return done
 

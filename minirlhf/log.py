@@ -54,7 +54,7 @@ class Metrics:
                 self.count, self.digest, size = self.count + 1, chained(self.digest, json.loads(line)), size + len(line)
         if (self.count, self.digest) != (count, digest):
             aside = path.with_name(path.name + ".damaged")
-            print(printable(f"warning: {path}: damaged, and set aside as {aside.name}; its rows up to the checkpoint are in no other file"))
+            print(printable(f"warning: {path}: damaged, and set aside as {aside.name}, with the rows up to the checkpoint"))
             os.replace(path, aside)
             size, self.file = 0, open(path, "a+b", buffering=0)
             self.count, self.digest = 0, ""

@@ -110,8 +110,8 @@ class StopSignal:
             self.leave()
 
     def leave(self) -> NoReturn:
-        how = f"go on with: python {self.script} --out {shlex.quote(str(self.folder))} --resume" if self.folder else "nothing was begun"
-        sys.exit(fail(f"stopped; {how}", 128 + self.number))
+        command = f"python {self.script} --out {shlex.quote(str(self.folder))} --resume"
+        sys.exit(fail(f"stopped; go on with: {command}" if self.folder else "stopped; nothing was begun", 128 + self.number))
 
 
 def check_finite(value: float, what: str) -> None:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import tiny  # noqa: E402
-import torch._dynamo  # noqa: E402: which the first optimiser of a process imports, for a second
+import torch._dynamo  # noqa: E402  (the first optimiser of a process imports it, for a second)
 from test_data import byte_tokenizer, mutated_file, outcome_of_file  # noqa: E402
 
 import train_policy  # noqa: E402
@@ -43,6 +43,7 @@ from minirlhf.log import Metrics  # noqa: E402
 
 FULL = dict(kill=200, corrupt=1000, fault=200, tmpfs=20, fuzz=10_000, soak=20_000, cost=20)
 BRIEF = dict(kill=16, corrupt=60, fault=16, tmpfs=3, fuzz=300, soak=600)  # what CI has the time for
+MACOS = sys.platform == "darwin"  # where memory is counted in bytes
 WAIT = 300  # seconds after which a process counts as hanging
 
 
@@ -215,7 +216,8 @@ def damaged(rng: random.Random, content: bytes, other: bytes) -> bytes:
             result[place] ^= 1 << rng.randrange(8)
     elif action in ("overwrite", "zero", "remove", "insert"):
         result[start:end if action != "insert" else start] = {
-            "overwrite": rng.randbytes(end - start), "insert": rng.randbytes(rng.randrange(1, 99)), "zero": bytes(end - start)}.get(action, b"")
+            "overwrite": rng.randbytes(end - start), "insert": rng.randbytes(rng.randrange(1, 99)), "zero": bytes(end - start),
+            "remove": b""}[action]
     elif action == "append":
         result += rng.randbytes(rng.randrange(1, 99))
     else:
@@ -289,7 +291,8 @@ def corrupt(count: int, seed: int, home: Path) -> str:
         kinds[f"{victim.suffix or victim.name} {outcome}"] += 1
         shutil.rmtree(work)
     print("  " + ", ".join(f"{kind}: {n}" for kind, n in sorted(kinds.items())))
-    return f"{count} corruptions: " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) + "; no wrong resume, no traceback"
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+    return f"{count} corruptions: {counts}; no wrong resume, no traceback"
 
 
 # ---- write faults ----------------------------------------------------------------------------------------------------
@@ -362,7 +365,7 @@ def fault(count: int, seed: int, home: Path) -> str:
     """One write, flush or rename fails, or is cut: one line, every checkpoint loads, and the resumed run ends as undisturbed."""
     whole_runs(home)
     operations, kept, kinds = {}, 0, Counter()
-    for which, name in ((REWARD, "reward"), (POLICY, "policy")):
+    for which in (REWARD, POLICY):
         def counted(which=which):
             disk = Disk(0, "", False)
             tiny.ending(*which, settings("counted")[which])
@@ -393,7 +396,8 @@ def fault(count: int, seed: int, home: Path) -> str:
         check(not differs, case, f"ended with another {differs}")
         shutil.rmtree(home / "run")
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    return f"{failed} write faults ({counts}): in {kept} a checkpoint had been saved, and it loads; all runs ended bit-equal once resumed"
+    return (f"{failed} write faults ({counts}): in {kept} a checkpoint had been saved, and it loads; "
+            "all runs ended bit-equal once resumed")
 
 
 def tmpfs(count: int, seed: int, home: Path) -> str:
@@ -450,7 +454,8 @@ def huge(rng: random.Random) -> tuple[str, bytes]:
         lambda: b" " * 10 * million + record, lambda: b"\n" * 10 * million + record, lambda: b"\0" * 10 * million,
         lambda: b'{"prompt": "b", "responses": [' + b'"x",' * million + b'"y"], "preferences": [[0, 1000000]]}\n',
         lambda: b"[" + record * 3 + b"x" * 10 * million, lambda: record + b"\xff" * 10 * million + b"\n" + record,
-        lambda: b"[" + b",".join([record.strip()] * 20_000) + b"]", lambda: b'{"prompt": "b", ' + b'"k": 1, ' * million + b'"x": 1}',
+        lambda: b"[" + b",".join([record.strip()] * 20_000) + b"]",
+        lambda: b'{"prompt": "b", ' + b'"k": 1, ' * million + b'"x": 1}',
     ])()
     if rng.random() < 0.3:
         return "x.jsonl.gz", gzip.compress(hostile, 1)
@@ -481,10 +486,11 @@ def fuzz(count: int, seed: int, home: Path) -> str:
         check(ending.status == 0, f"file {last}: {'hangs' if ending.status == -signal.SIGPROF else ''}", *ending[::2])
         figures = json.loads(last)
         total += Counter(figures["outcomes"])
-        slowest, memory = max(slowest, figures["slowest"]), max(memory, figures["memory"] * (1 if sys.platform == "darwin" else 1024))
+        slowest, memory = max(slowest, figures["slowest"]), max(memory, figures["memory"] * (1 if MACOS else 1024))
     check(memory < 1e9, f"{memory / 1e6:.0f} MB of memory")
-    return (f"{count} files, each read strictly and with skipping: " + ", ".join(f"{n} {kind}" for kind, n in sorted(total.items()))
-            + f"; slowest {slowest:.1f} s, at most {memory / 1e6:.0f} MB, torch included")
+    counts = ", ".join(f"{n} {kind}" for kind, n in sorted(total.items()))
+    return (f"{count} files, each read strictly and with skipping: {counts}; "
+            f"slowest {slowest:.1f} s, at most {memory / 1e6:.0f} MB, torch included")
 
 
 # ---- soak and cost ---------------------------------------------------------------------------------------------------
@@ -511,7 +517,7 @@ def soak(count: int, seed: int, home: Path) -> str:
 
     ending = fork(action, home, wait=3600)
     check(ending.status == 0, "soak", ending.status, ending.err, ending.out[-2000:])
-    step, memory, handles = zip(*(map(int, line.split()) for line in (home / "samples").read_text().splitlines()))
+    step, memory, handles = zip(*(map(int, line.split()) for line in (home / "samples").read_text().splitlines()), strict=True)
     early = len(step) // 10  # the first tenth is for caches to fill
     growth = max(memory[early:]) / memory[early] - 1
     check(growth <= 0.05, f"memory grew by {growth:.1%}", memory)
@@ -520,8 +526,9 @@ def soak(count: int, seed: int, home: Path) -> str:
     shapes = Counter(tuple((key, type(value).__name__) for key, value in row.items()) for row in rows)
     check([row["step"] for row in rows] == list(range(count + 1)), "rows are missing or doubled")
     check(len(shapes) == 3, "the shape of the metrics drifts", *shapes)  # the opening row, plain rows, rows with an evaluation
-    return (f"{count} iterations: memory {memory[early] / 1e6:.0f} MB after a tenth, at most {max(memory[early:]) / 1e6:.0f} MB later "
-            f"({growth:+.1%}); file handles {handles[early]}, at most {max(handles[early:])}; {len(rows)} rows of one shape each kind")
+    first, last = memory[early] / 1e6, max(memory[early:]) / 1e6
+    return (f"{count} iterations: memory {first:.0f} MB after a tenth, at most {last:.0f} MB later ({growth:+.1%}); "
+            f"file handles {handles[early]}, at most {max(handles[early:])}; {len(rows)} rows of one shape each kind")
 
 
 def cost(count: int, seed: int, home: Path) -> str:
@@ -553,7 +560,8 @@ def cost(count: int, seed: int, home: Path) -> str:
     rows = [json.loads(line) for line in (home / "policy" / "policy_metrics.jsonl").read_text().splitlines()[1:]]
     working = sum(value for row in rows for key, value in row.items() if key.startswith("seconds") and key != "seconds_evaluate")
     check(saving < 0.03 * working, f"saving takes {saving:.2f} s of {working:.2f} s")
-    return (f"saving every {policy.save_every} iterations: {saving / (count / policy.save_every) * 1000:.0f} ms a save, {saving:.2f} s in {count} default "
+    each = saving / (count / policy.save_every) * 1000
+    return (f"saving every {policy.save_every} iterations: {each:.0f} ms a save, {saving:.2f} s in {count} default "
             f"iterations of {working:.1f} s, evaluations apart: {saving / working:.2%}")
 
 

@@ -138,7 +138,8 @@ def test_deterministic_kernels_change_nothing_on_a_cpu(inputs, reward_run, tmp_p
 
 # ---- strangers -------------------------------------------------------------------------------------------------------
 
-RUNS_CODE = {"eval", "exec", "compile", "pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib", "yaml", "Unpickler"}
+RUNS_CODE = {"eval", "exec", "compile", "pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib", "yaml",
+             "Unpickler"}
 
 
 def unsafe(source: str) -> list[str]:
@@ -146,7 +147,8 @@ def unsafe(source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found += [a.name for a in node.names if RUNS_CODE & {*a.name.split("."), *(getattr(node, "module", "") or "").split(".")}]
+            source = (getattr(node, "module", "") or "").split(".")
+            found += [name.name for name in node.names if RUNS_CODE & {*name.name.split("."), *source}]
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             restricted = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
@@ -162,19 +164,21 @@ def test_nothing_is_unpickled_freely():
              and not any(part.startswith(".") or part in ("runs", "venv") for part in path.relative_to(tiny.ROOT).parts)]
     assert len(files) > 20
     assert {str(path): unsafe(path.read_text()) for path in files if unsafe(path.read_text())} == {}
-    for bad in ("torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "import pickle", "eval(text)",
-                "from pickle import load", "exec(text)", "numpy.load(f)", "pickle.Unpickler(f)"):
+    for bad in ("torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "import pickle",
+                "eval(text)", "from pickle import load", "exec(text)", "numpy.load(f)", "pickle.Unpickler(f)"):
         assert unsafe(bad) or bad == "pickle.Unpickler(f)", bad
     assert unsafe("torch.load(f, weights_only=True)\nmodel.eval()") == []
 
 
-@pytest.mark.parametrize("name", ["../../etc/x", "/etc/passwd", "..", ".", "a/../../b", "\x1b[2J", "x\0y", "", "~root", "a\nb", "-rf"])
+@pytest.mark.parametrize("name", ["../../etc/x", "/etc/passwd", "..", ".", "a/../../b", "\x1b[2J", "x\0y", "", "~root", "a\nb",
+                                  "-rf"])
 def test_a_name_from_the_configuration_cannot_leave_the_folder_of_runs(name, tmp_path, monkeypatch):
     """--task and --algorithm are in the name of an unnamed folder."""
     monkeypatch.chdir(tmp_path)
     folder = fresh_folder(name)
     run_module.open_run(PolicyConfig(), name, {}).lock.close()
-    assert folder.parent == Path("runs") and re.fullmatch(r"[A-Za-z0-9_.-]+", folder.name) and not folder.name.startswith((".", "-r"))
+    assert folder.parent == Path("runs") and re.fullmatch(r"[A-Za-z0-9_.-]+", folder.name)
+    assert not folder.name.startswith((".", "-r"))
     assert {path.split("/")[0] for path in contents(tmp_path)} == {"runs"} and (tmp_path / folder / "config.json").exists()
 
 
