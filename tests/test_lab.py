@@ -258,6 +258,6 @@ def test_ppo_without_a_penalty_raises_the_proxy(tmp_path):
                                    warmup_sequences=4096, out=str(tmp_path / "reward")))
     config = overoptimization.OveroptimizationConfig(str(tmp_path / "reward"), str(tmp_path / "lab"), scale="quick", jobs=2)
     overoptimization.main(config)
-    rows = [row for row in common.read_rows(tmp_path / "lab" / "ppo-1x32-250-kl-0" / "policy_metrics.jsonl") if row["step"]]
+    rows = [row for row in common.read_rows(tmp_path / "lab" / "ppo-1x32-512-kl-0" / "policy_metrics.jsonl") if row["step"]]
     early, late = ([row["score"] for row in some] for some in (rows[:5], rows[-5:]))
     assert np.mean(late) > np.mean(early) + 2 * np.hypot(np.std(early), np.std(late)) / 5**0.5

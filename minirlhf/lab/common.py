@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from minirlhf.checkpoint import write_atomically
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, fail, flag, read_config
-from minirlhf.log import Metrics, Progress
+from minirlhf.log import Progress, rounded
 from minirlhf.run import FREE
 from minirlhf.task import HELPDESK
 
@@ -146,6 +146,10 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def as_line(row: dict) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
 class Rows:
     """Finished rows of a lab, by key: a lab that was stopped computes only what is not there yet."""
 
@@ -157,15 +161,15 @@ class Rows:
         if found and found[0].get("about") != about:
             raise UserError(f"{path}: holds rows of other settings or inputs; name another --out, or delete it")
         self.rows = {row["key"]: row for row in found if "key" in row}
-        self.file = Metrics(path, lambda row: True, tensorboard=False)
-        if not found:
-            self.file.write(dict(about=about))
+        whole = found or [dict(about=about)]
+        write_atomically(path, b"".join(map(as_line, whole)))  # without what a crash tore
+        self.file = open(path, "ab", buffering=0)
 
     def get(self, key: str, compute: Callable[[], dict]) -> dict:
         """The row of this key, computed and written down if it is not there yet."""
         if key not in self.rows:
-            row = dict(key=key, **compute())
-            self.file.write(row)
+            row = rounded(dict(key=key, **compute()))
+            self.file.write(as_line(row))
             self.rows[key] = row
         return self.rows[key]
 

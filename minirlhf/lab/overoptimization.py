@@ -4,15 +4,13 @@ The study of Gao, Schulman and Hilton (2022, arXiv 2210.10760) in miniature, aga
 models of several sizes, learnt from several numbers of preferences; the best of n replies by each, and PPO without a KL
 penalty pushed far; gold and proxy scores against sqrt(KL). One policy base and one set of prompts for all.
 
-    base-SIZE/     a language model of that size, from which its reward models start
-    reward-NAME/   train_reward.py --init base-SIZE/base.pt on the first so many groups of the training preferences
+    reward-NAME/   train_reward.py on the first so many groups of the training preferences, SIZE-GROUPS
     arena-NAME/    the policy's base beside that reward model, its scores normalised on this base's samples
     ppo-NAME-kl-X/ train_policy.py --reward-run arena-NAME --kl-coef X
     rows.jsonl     the pool for best of n, chunk by chunk: gold and every reward model's score of each reply
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,27 +18,23 @@ import torch
 
 from minirlhf.checkpoint import load_model, save_model, write_atomically
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, read_config, run_script, setting
-from minirlhf.data import encode_preferences
 from minirlhf.environment import Environment, Prompts, Samples, load_environment, model_scorer, sample_responses, true_worth
 from minirlhf.lab.common import Job, Rows, need_files, run_jobs, save_picture, train_subset
 from minirlhf.lab.overoptimization_fit import Study
 from minirlhf.lab.overoptimization_page import describe, draw_penalties, draw_scores
-from minirlhf.log import Metrics, Progress
-from minirlhf.model import ModelConfig, Transformer
-from minirlhf.run import StopSignal, open_run
-from minirlhf.seeding import derive_seed
-from minirlhf.task import HELPDESK, file_hashes, load_splits
-from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id, table_rows
-from train_reward import normalise_scores, warm_up
+from minirlhf.log import Progress
+from minirlhf.task import HELPDESK, file_hashes
+from minirlhf.tokenizer import fingerprint
+from train_reward import normalise_scores
 
 LR = 3e-4  # of PPO: the script's own passes the peak of gold within half a dozen iterations, too few points to see it by
 
 
 class Scale(NamedTuple):
     sizes: tuple[str, ...]  # LAYERSxWIDTH, smallest first
-    groups: tuple[int, ...]  # of training preferences, six pairs each, fewest first
+    groups: tuple[int, ...]  # of training preferences, four replies and six pairs each; fewest first
     epochs: int  # of reward training: with few groups one pass is too few steps to learn anything
-    warmup_sequences: int
+    warmup_sequences: int  # read by a base model: each reply of the largest number of groups once
     iterations: int  # of PPO
     batch_size: int
     kl_coefs: tuple[float, ...]  # tried on the smallest setting, beside 0
@@ -49,8 +43,8 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "full": Scale(("1x32", "2x64", "2x128"), (250, 2000), 4, 12_288, 40, 128, (0.03, 0.1), 64, 256),
-    "quick": Scale(("1x32",), (250,), 4, 4096, 40, 64, (0.1,), 32, 64),
+    "full": Scale(("1x32", "2x64", "2x128"), (512, 3072), 2, 12_288, 40, 128, (0.03, 0.1), 64, 256),
+    "quick": Scale(("1x32",), (512,), 2, 2048, 40, 64, (0.1,), 32, 64),
     "tiny": Scale(("1x16",), (24,), 1, 64, 6, 8, (0.1,), 4, 8),
 }
 
@@ -78,41 +72,22 @@ class OveroptimizationConfig:
 
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
-def make_base(size: str, config: OveroptimizationConfig) -> str:
-    """The path of a language model of this size, warmed up on the task's text: the reward run's own if it has that size."""
-    layers, width = map(int, size.split("x"))
-    theirs, scale = read_config(RewardConfig, Path(config.reward_run) / "config.json"), SCALES[config.scale]
-    if (theirs.n_layer, theirs.d_model) == (layers, width):
-        return str(Path(config.reward_run) / "base.pt")
-    folder = Path(config.out) / f"base-{size}"
-    if not (folder / "base.pt").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # what a stopped warm-up left: it takes half a minute, and starts again
-        ours = dataclasses.replace(theirs, n_layer=layers, d_model=width, warmup_sequences=scale.warmup_sequences, init="",
-                                   seed=config.seed, out=str(folder), resume=False, tensorboard=False)
-        encoding = load_tokenizer(ours.tokenizer)
-        groups, _ = encode_preferences(load_splits(ours).train, encoding, ours.max_prompt_length, ours.max_response_length)
-        context = ours.max_prompt_length + ours.max_response_length
-        sizes = ModelConfig(encoding.n_vocab, table_rows(encoding), layers, ours.n_head, width, context)
-        base, run = Transformer(sizes, derive_seed(config.seed, "init", size)), open_run(ours, "", {})
-        metrics = Metrics(folder / "reward_metrics.jsonl", lambda row: True, tensorboard=False)
-        print(f"warming up a base of {layers} layers, {width} wide")
-        warm_up(base, groups, run, ours, pad_id(encoding), metrics, StopSignal())
-        save_model(folder / "base.pt", "base", base, dict(tokenizer=fingerprint(encoding)))
-    return str(folder / "base.pt")
-
-
 def reward_jobs(config: OveroptimizationConfig) -> dict[str, Job]:
-    """Setting -> the run that trains its reward model."""
+    """Setting -> the run that trains its reward model. The one with most groups warms up a base model of its size, from which
+    those with fewer start too; where the size is that of the reward run, all start from its base model."""
     out, scale, jobs = Path(config.out), SCALES[config.scale], {}
     theirs = read_config(RewardConfig, Path(config.reward_run) / "config.json")
     for size in scale.sizes:
-        init = make_base(size, config)
+        layers, width = map(int, size.split("x"))
+        most = str(out / f"reward-{size}-{scale.groups[-1]}")
+        known = config.reward_run if (theirs.n_layer, theirs.d_model) == (layers, width) else most
         for groups in scale.groups:
-            name = f"{size}-{groups}"
+            name, first = f"{size}-{groups}", known == most and groups == scale.groups[-1]
             jobs[name] = Job("train_reward.py", dataclasses.replace(
                 theirs, data=(train_subset(out, groups),), heldout_data=(HELPDESK["heldout"],), test_data=(HELPDESK["test"],),
-                task="minirlhf.helpdesk", init=init, epochs=scale.epochs, seed=config.seed, out=str(out / f"reward-{name}"),
-                resume=False, tensorboard=False))
+                task="minirlhf.helpdesk", init="" if first else str(Path(known) / "base.pt"), n_layer=layers, d_model=width,
+                warmup_sequences=scale.warmup_sequences, epochs=scale.epochs, seed=config.seed,
+                out=str(out / f"reward-{name}"), resume=False), "" if first or known != most else most)
     return jobs
 
 
@@ -124,7 +99,8 @@ def make_arena(name: str, job: Job, world: Environment, config: Overoptimization
         for file in ("base.pt", "config.json"):
             write_atomically(folder / file, (Path(config.reward_run) / file).read_bytes())
         reward_model, _ = load_model(job.folder / "reward.pt", "reward", mark)
-        reward_model.score_shift.zero_(), reward_model.score_scale.fill_(1.0)
+        reward_model.score_shift.zero_()
+        reward_model.score_scale.fill_(1.0)
         normalise_scores(reward_model, world.base, world.train.texts[:512], world.train.ids[:512], world.sampling)
         save_model(folder / "reward.pt", "reward", reward_model, dict(tokenizer=mark))
     return str(folder)
