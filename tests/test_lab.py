@@ -1,6 +1,7 @@
 """The labs: their statistics against what is known, their runs on something tiny, stopped and gone on with."""
 
 import dataclasses
+import doctest
 import itertools
 import json
 import shutil
@@ -33,6 +34,10 @@ def help_desk(tmp_path_factory) -> Path:
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
+
+def test_the_examples_of_the_shared_pieces_are_true():
+    assert doctest.testmod(common).attempted > 2 and not doctest.testmod(common).failed
+
 
 def test_the_flags_of_a_run_say_the_same_as_its_configuration(inputs, tmp_path):
     for config in (tiny.reward_config(inputs, tmp_path, seed=3), tiny.policy_config(tmp_path, "x", lr_decay=False, kl_target=6.0),

@@ -128,6 +128,7 @@ def draw(axes, policies: dict[str, list[Job]]) -> None:
     axes.set_xlabel("samples drawn from the policy (replies)")
     axes.set_ylabel("gold utility of the sampled replies (mean)")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
 
