@@ -227,7 +227,8 @@ def main(config: VarianceConfig) -> str:
     if config.policy_run:
         inputs.append(Path(config.policy_run) / "policy.pt")
         policies["half-trained"], _ = load_model(inputs[-1], "policy", mark)
-    about = dict({k: v for k, v in vars(config).items() if k != "out"}, inputs=list(file_hashes(inputs).values()))
+    about = dict({k: v for k, v in vars(config).items() if k not in ("reward_run", "policy_run", "out")},
+                 inputs=list(file_hashes(inputs).values()))  # wherever they lie
     rows = Rows(Path(config.out) / "rows.jsonl", about)
     for name, policy in policies.items():
         measure(name, policy, world, reward_model, rows, config)
