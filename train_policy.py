@@ -7,8 +7,8 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +16,16 @@ from torch import Tensor
 from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step, write_atomically
 from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
-from minirlhf.environment import (Environment, Prompts, Samples, load_environment, newest_reward_run, next_prompts,
-                                  sample_responses, true_worth)
+from minirlhf.environment import (
+    Environment,
+    Prompts,
+    Samples,
+    load_environment,
+    newest_reward_run,
+    next_prompts,
+    sample_responses,
+    true_worth,
+)
 from minirlhf.ladder import Rung, advantages_and_returns, explained_variance, minibatch_loss, pick_rung
 from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
@@ -165,7 +173,8 @@ def evaluation(referee: Referee, judged: dict) -> dict:
     for decoding in judged:
         gold = f"gold {figures[decoding + '_gold']:+.2f}  " if f"{decoding}_gold" in figures else ""
         print(f"  held-out, {decoding}: {gold}score {figures[decoding + '_score']:+.2f}  kl {figures[decoding + '_kl']:.1f}  "
-              f"wins {figures[decoding + '_win_rate']:.0%} [{figures[decoding + '_win_low']:.0%}, {figures[decoding + '_win_high']:.0%}]")
+              f"wins {figures[decoding + '_win_rate']:.0%} "
+              f"[{figures[decoding + '_win_low']:.0%}, {figures[decoding + '_win_high']:.0%}]")
     return {f"eval_{key}": value for key, value in figures.items()}
 
 

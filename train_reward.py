@@ -11,8 +11,16 @@ import torch
 
 from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step
 from minirlhf.config import RewardConfig, run_script
-from minirlhf.data import (PreferenceBatch, collate_preferences, describe_counts, encode_preferences, encode_prompts,
-                           epoch_batches, pad_right, unique_prompts)
+from minirlhf.data import (
+    PreferenceBatch,
+    collate_preferences,
+    describe_counts,
+    encode_preferences,
+    encode_prompts,
+    epoch_batches,
+    pad_right,
+    unique_prompts,
+)
 from minirlhf.environment import Sampling, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
@@ -137,7 +145,8 @@ def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
     scores = []
     for start in range(0, len(prompts), 128):
         some = slice(start, start + 128)
-        samples = sample_responses(base, prompts[some], prompt_ids[some], sampling, "normalise", 0, list(range(len(prompts)))[some])
+        rows = list(range(len(prompts)))[some]
+        samples = sample_responses(base, prompts[some], prompt_ids[some], sampling, "normalise", 0, rows)
         ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)
         mask = torch.cat([samples.prompt_mask, samples.response_mask], dim=1)
         scores.append(sequence_scores(reward_model, ids, mask))
@@ -154,7 +163,8 @@ def main(config: RewardConfig) -> dict:
     pad = pad_id(encoding)
     groups = {}
     for name in ("train", "heldout", "test"):
-        groups[name], counts = encode_preferences(getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
+        groups[name], counts = encode_preferences(getattr(splits, name), encoding, config.max_prompt_length,
+                                                  config.max_response_length)
         print(f"{name}: {describe_counts(counts)}")
     if splits.bad_lines:
         print(f"skipped {splits.bad_lines} bad lines")

@@ -86,7 +86,8 @@ def load_model(path: Path, kind: str, fingerprint: str) -> tuple[Transformer, di
     """The model that save_model wrote, and its meta. fingerprint: of the tokenizer it must have been trained with."""
     meta, states = load_checkpoint(path, kind)
     if meta.get("tokenizer") != fingerprint:
-        raise UserError(f"{path}: was trained with another tokenizer than its config.json names now; restore that tokenizer, or train again")
+        raise UserError(f"{path}: was trained with another tokenizer than its config.json names now; restore that tokenizer, "
+                        "or train again")
     try:
         model = Transformer(ModelConfig(**meta["model"]))
         model.load_state_dict(states["model"])

@@ -11,7 +11,6 @@ from minirlhf.log import printable
 from minirlhf.model import Transformer
 from minirlhf.rollout import sequence_kl
 
-
 DECODINGS = ("sampled", "greedy")  # at the temperature of training, and the most likely token at each step
 
 

@@ -46,14 +46,14 @@ class RewardConfig:
     d_model: int = setting(128, "width; at 0.5M parameters both scripts take minutes on two cores", 1)
     max_prompt_length: int = setting(48, "tokens; longer prompts lose their beginning", 1)
     max_response_length: int = setting(80, "tokens, EOS included; longer responses lose their end", 1)
-    warmup_sequences: int = setting(12_288, "texts the base model reads, an eighth of the task's; more would make it a little better", 0)
+    warmup_sequences: int = setting(12_288, "texts the base model reads, an eighth of the task's; more make it little better", 0)
     warmup_batch_size: int = setting(16, "texts per step; small batches learn to copy sooner", 1)
     warmup_lr: float = setting(4e-3, "peak Adam step of the warm-up; found on the validation prompts", 0)
     epochs: int = setting(1, "passes over the preferences; a second one overfits (Stiennon et al. 2020)", 1)
-    batch_size: int = setting(8, "prompts per step, each with all its responses and pairs (Ouyang et al. 2022); 16 learnt less", 1)
+    batch_size: int = setting(8, "prompts per step, each with all its pairs (Ouyang et al. 2022); 16 learnt less in as long", 1)
     lr: float = setting(1e-3, "peak Adam step of the reward model", 0)
     centering: float = setting(0.0, "weight of (r_w + r_l)^2, which pins the free constant; off: scores are normalised later", 0)
-    verdict_coef: float = setting(1.0, "weight of the same loss on the sum of every token's own verdict; found to halve the steps needed", 0)
+    verdict_coef: float = setting(1.0, "weight of the same loss on the sum of every token's verdict; halves the steps needed", 0)
     weight_decay: float = setting(0.01, "of the matrices, not of the biases, gains or embeddings", 0)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped here; logged before clipping", 0)
     micro_batch_size: int = setting(0, "prompts per forward pass; 0: the whole batch. Less memory, the same gradient", 0)
@@ -201,7 +201,7 @@ def given_flags(config_class, arguments: list[str]) -> dict:
         raise UserError(message + "; --help lists every flag")
 
     if config_class in PRESETS["helpdesk"]:
-        parser.add_argument("--preset", metavar="NAME", help=f"settings to start from, under the flags given: {', '.join(PRESETS)}")
+        parser.add_argument("--preset", metavar="NAME", help=f"settings that lie under the flags: {', '.join(PRESETS)}")
     parser.error = complain  # argparse would print the whole usage before the one line that matters
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

@@ -1,8 +1,9 @@
 """What the policy acts in: prompts to answer, a scorer that judges answers, the base model, and the truth where it is known."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 import torch

@@ -1,13 +1,13 @@
 """The ladder: which advantage and which loss each --algorithm names. One loop serves all; read two neighbours as a diff."""
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import (full_return, gae, group_normalised, leave_one_out, reward_to_go, reward_to_go_minus_value,
-                                 whiten)
+from minirlhf.advantages import full_return, gae, group_normalised, leave_one_out, reward_to_go, reward_to_go_minus_value, whiten
 from minirlhf.config import PolicyConfig, UserError, nearest
 from minirlhf.losses import kl_k3, policy_gradient_loss, ppo_loss, value_loss
 from minirlhf.model import Transformer
@@ -32,7 +32,8 @@ def clipped(logprobs: Tensor, r: Rollout, advantages: Tensor, c: PolicyConfig, k
     return ppo_loss(logprobs, r.logprobs, advantages, r.response_mask, c.clip_range, denominator)
 
 
-def clipped_with_kl(logprobs: Tensor, r: Rollout, advantages: Tensor, c: PolicyConfig, kl_coef: float, denominator: float) -> Tensor:
+def clipped_with_kl(logprobs: Tensor, r: Rollout, advantages: Tensor, c: PolicyConfig, kl_coef: float,
+                    denominator: float) -> Tensor:
     penalty = kl_k3(logprobs[r.response_mask], r.ref_logprobs[r.response_mask]).sum() / denominator
     return clipped(logprobs, r, advantages, c, kl_coef, denominator) + kl_coef * penalty
 

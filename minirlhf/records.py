@@ -146,7 +146,7 @@ def _array_items(file: TextIO, line: int, text: str) -> Iterator[tuple[int, str]
             if not more:
                 yield line, text[start:]
                 if isinstance(error, IndexError):
-                    raise EOFError("the array does not end")
+                    raise EOFError("the array does not end") from None
                 return
             text, start = text[start:] + more, 0
             continue

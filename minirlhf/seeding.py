@@ -26,5 +26,6 @@ def row_uniforms(seed: int, purpose: str, step: int, rows: list[int], length: in
 
     A row therefore samples the same tokens whatever batch it is generated in, and on whatever device.
     """
-    draws = [np.random.Generator(np.random.Philox(derive_seed(seed, purpose, step, row))).random(length, np.float32) for row in rows]
+    sources = [np.random.Philox(derive_seed(seed, purpose, step, row)) for row in rows]
+    draws = [np.random.Generator(source).random(length, np.float32) for source in sources]
     return torch.from_numpy(np.stack(draws))

@@ -8,9 +8,10 @@ A run on other data has none of them, and nothing in training asks for them.
 import hashlib
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from minirlhf.config import RewardConfig, UserError
 from minirlhf.data import split_holdout

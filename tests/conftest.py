@@ -15,9 +15,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tiny  # noqa: E402
+from terminals import Terminal  # noqa: E402
+
 import train_policy  # noqa: E402
 import train_reward  # noqa: E402
-from terminals import Terminal  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ line with the code under test but the forward pass of the network.
 """
 
 import itertools
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

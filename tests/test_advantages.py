@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import (full_return, gae, group_normalised, leave_one_out, reward_to_go,
-                                 reward_to_go_minus_value, whiten)
+from minirlhf.advantages import full_return, gae, group_normalised, leave_one_out, reward_to_go, reward_to_go_minus_value, whiten
 from minirlhf.config import PolicyConfig
 from minirlhf.ladder import LADDER, advantages_and_returns
 from minirlhf.rollout import Rollout

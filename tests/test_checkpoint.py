@@ -12,8 +12,16 @@ import pytest
 import torch
 from tiny import contents
 
-from minirlhf.checkpoint import (FORMAT, load_checkpoint, load_model, newest_checkpoint, save_checkpoint, save_model, save_step,
-                                 write_atomically)
+from minirlhf.checkpoint import (
+    FORMAT,
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
+    save_step,
+    write_atomically,
+)
 from minirlhf.config import UserError
 from minirlhf.model import ModelConfig, Transformer
 

@@ -14,8 +14,18 @@ from minirlhf import data
 from minirlhf import records as record_files
 from minirlhf.config import UserError
 from minirlhf.data import (
-    PreferenceGroup, PreferencePair, collate_preferences, describe_counts, encode_preferences, encode_prompts,
-    epoch_batches, pad_left, pad_right, read_preferences, split_holdout, unique_prompts,
+    PreferenceGroup,
+    PreferencePair,
+    collate_preferences,
+    describe_counts,
+    encode_preferences,
+    encode_prompts,
+    epoch_batches,
+    pad_left,
+    pad_right,
+    read_preferences,
+    split_holdout,
+    unique_prompts,
 )
 from minirlhf.records import read_prompts, read_records
 from minirlhf.tokenizer import decode, load_tokenizer, pad_id

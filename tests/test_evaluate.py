@@ -14,8 +14,16 @@ from minirlhf.checkpoint import load_model
 from minirlhf.compare import Referee, best_of_n, closing_table, fenced, summarise
 from minirlhf.config import RewardConfig, read_config
 from minirlhf.data import PreferenceGroup, encode_prompts
-from minirlhf.environment import (Prompts, Sampling, load_environment, model_scorer, next_prompts, sample_responses, true_worth,
-                                  unfinished)
+from minirlhf.environment import (
+    Prompts,
+    Sampling,
+    load_environment,
+    model_scorer,
+    next_prompts,
+    sample_responses,
+    true_worth,
+    unfinished,
+)
 from minirlhf.evaluate import calibration_error, evaluate_reward_model, interval, probe_table, standard_error
 from minirlhf.model import ModelConfig, Transformer, sequence_scores
 from minirlhf.task import load_splits

@@ -12,12 +12,32 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import (
+    Policy,
+    Table,
+    World,
+    advantage_table,
+    all_pairs,
+    every_response,
+    every_rollout,
+    gradient,
+    log_probabilities,
+    look_up,
+    losses_by_group,
+    no_values,
+    objective,
+    padded,
+    per_token,
+    policy_gradient_surrogate,
+    relative_error,
+    reward_table,
+    sequence_divergence,
+    tiny_model,
+    true_values,
+    visits,
+)
 from torch import Tensor
 
-from exact import (Policy, Table, World, advantage_table, all_pairs, every_response, every_rollout, gradient,
-                   log_probabilities, look_up, losses_by_group, no_values, objective, padded, per_token,
-                   policy_gradient_surrogate, relative_error, reward_table, sequence_divergence, tiny_model,
-                   true_values, visits)
 from minirlhf.advantages import full_return, gae, reward_to_go
 from minirlhf.config import PolicyConfig
 from minirlhf.generate import generate

@@ -14,8 +14,22 @@ import pytest
 
 from minirlhf import helpdesk
 from minirlhf.helpdesk import (
-    COLOURS, ITEMS, PHRASES, SLOTS, SPLITS, Context, best_response, gold, gold_parts, parse_prompt,
-    preference_probability, probes, prompts_of, sample_prompt, sample_response, sentences,
+    COLOURS,
+    ITEMS,
+    PHRASES,
+    SLOTS,
+    SPLITS,
+    Context,
+    best_response,
+    gold,
+    gold_parts,
+    parse_prompt,
+    preference_probability,
+    probes,
+    prompts_of,
+    sample_prompt,
+    sample_response,
+    sentences,
 )
 
 DATA = Path(__file__).parent.parent / "data"
@@ -107,7 +121,7 @@ def test_every_phrase_is_one_sentence_with_one_meaning():
     """A phrase that means two things, or that splits in two when read back, is never scored as it was meant."""
     said = [(phrase, slot, about) for slot, topics in PHRASES.items() for about, phrases in topics.items() for phrase in phrases]
     assert len({phrase for phrase, *_ in said}) == len(said) == len(helpdesk._MEANING)
-    for phrase, slot, about in said:
+    for phrase, *_ in said:
         assert sentences(phrase) == [phrase]
 
 
@@ -170,7 +184,8 @@ def test_nonsense_costs_by_its_length():
     """At a flat price per sentence, a policy ends as one endless 'account account account'."""
     worths = [gold(ASKS_REFUND, best_response(ASKS_REFUND) + " account" * n) for n in range(1, 9)]
     steps = [b - a for a, b in zip(worths, worths[1:])]
-    assert worths[0] < gold(ASKS_REFUND, best_response(ASKS_REFUND)) and steps == pytest.approx([len(" account") * helpdesk.UNREADABLE] * 7)
+    assert worths[0] < gold(ASKS_REFUND, best_response(ASKS_REFUND))
+    assert steps == pytest.approx([len(" account") * helpdesk.UNREADABLE] * 7)
     assert gold(ASKS_REFUND, " " + "account" * 99) < -10  # nor may words without blanks between them come cheaper
 
 
@@ -225,7 +240,8 @@ def test_files_hold_groups_of_four_with_all_pairs_labelled_as_the_annotator_woul
 
 def test_annotator_follows_bradley_terry():
     best, rude = best_response(ASKS_REFUND), probes(ASKS_REFUND)["no goodbye"]
-    assert preference_probability(ASKS_REFUND, best, rude) == pytest.approx(1 / (1 + math.exp(-helpdesk.WORTH["goodbye"]["right"] / helpdesk.TAU)))
+    gap = helpdesk.WORTH["goodbye"]["right"]
+    assert preference_probability(ASKS_REFUND, best, rude) == pytest.approx(1 / (1 + math.exp(-gap / helpdesk.TAU)))
     assert preference_probability(ASKS_REFUND, best, best) == 0.5
     assert preference_probability(ASKS_REFUND, "x" * 10**6, best) == 0.0  # exp would overflow
 

@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
+from exact import every_response, every_rollout, gradient, relative_error, tiny_model
 from torch import Tensor
 
-from exact import every_response, every_rollout, gradient, relative_error, tiny_model
 from minirlhf.config import PolicyConfig
 from minirlhf.data import PreferenceGroup
 from minirlhf.evaluate import evaluate_reward_model
 from minirlhf.ladder import LADDER, advantages_and_returns, explained_variance, minibatch_loss
-from minirlhf.losses import (kl_k1, kl_k2, kl_k3, masked_mean, policy_gradient_loss, ppo_loss, preference_loss,
-                             value_loss)
+from minirlhf.losses import kl_k1, kl_k2, kl_k3, masked_mean, policy_gradient_loss, ppo_loss, preference_loss, value_loss
 from minirlhf.model import ModelConfig, Transformer
 from minirlhf.rollout import Rollout
 from minirlhf.tokenizer import load_tokenizer, table_rows

@@ -133,7 +133,8 @@ def test_a_second_signal_stops_at_once():
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("script, where", [(train_policy, "closing_table"), (train_policy, "Referee"), (train_policy, "save_model"),
+@pytest.mark.parametrize("script, where", [(train_policy, "closing_table"), (train_policy, "Referee"),
+                                           (train_policy, "save_model"),
                                            (train_reward, "normalise_scores"), (train_reward, "evaluate_reward_model")])
 def test_a_signal_between_the_stages_stops_at_once(script, where, number, status, inputs, reward_run, whole_reward_run,
                                                    whole_policy_run, tmp_path, monkeypatch, capsys):
@@ -147,7 +148,8 @@ def test_a_signal_between_the_stages_stops_at_once(script, where, number, status
     with monkeypatch.context() as patch:
         patch.setattr(script, where, interrupted)
         assert begin(source, tmp_path / "run") == status
-    assert f"error: stopped; go on with: python {script.__name__}.py --out {tmp_path / 'run'} --resume\n" == capsys.readouterr().err
+    wanted = f"error: stopped; go on with: python {script.__name__}.py --out {tmp_path / 'run'} --resume\n"
+    assert capsys.readouterr().err == wanted
     assert resume(script.main, config_class, tmp_path / "run") == 0
     if script is train_policy:
         assert_same_policy_run(tmp_path / "run", whole_policy_run)
@@ -331,7 +333,8 @@ def test_with_no_checkpoint_left_a_run_begins_again(reward_run, whole_policy_run
 @pytest.mark.parametrize("damage", [
     *(lambda content, line=line: line + content for line in (
         b"\n", b"{\n", b'"text"\n', b"[1]\n", b"\xff\xfe\n", b'{"stage": "policy"\n', b"[" * 50_000 + b"\n")),
-    lambda content: content.replace(b'"score": ', b'"score": 1', 1), lambda content: content.replace(b'"step": 2', b'"step": 3', 1),
+    lambda content: content.replace(b'"score": ', b'"score": 1', 1),
+    lambda content: content.replace(b'"step": 2', b'"step": 3', 1),
     lambda content: content[content.index(b"\n") + 1:], lambda content: b"",
 ], ids=range(11))
 def test_damaged_metrics_are_set_aside_and_the_run_goes_on(damage, reward_run, whole_policy_run, tmp_path, monkeypatch, capsys):
@@ -350,7 +353,8 @@ def test_damaged_metrics_are_set_aside_and_the_run_goes_on(damage, reward_run, w
 
 
 @pytest.mark.parametrize("rest", [b"", b"{", b'{"step": 4}\n', b"\xff" * 5000 + b"\n\n"], ids=range(4))
-def test_what_stands_after_the_rows_of_the_checkpoint_is_dropped(rest, reward_run, whole_policy_run, tmp_path, monkeypatch, capsys):
+def test_what_stands_after_the_rows_of_the_checkpoint_is_dropped(rest, reward_run, whole_policy_run, tmp_path, monkeypatch,
+                                                                 capsys):
     """A crash leaves rows of steps that are done again, the last of them perhaps torn: no damage, and no word about it."""
     after_row(monkeypatch, 4, tiny.write_and_signal())
     assert begin_policy_run(reward_run, tmp_path / "run") == 130

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import every_response, every_rollout, gradient, look_up, padded, per_token, tiny_model
 from torch import Tensor
 
-from exact import every_response, every_rollout, gradient, look_up, padded, per_token, tiny_model
 from minirlhf.config import PolicyConfig
 from minirlhf.environment import Samples, function_scorer, model_scorer
 from minirlhf.generate import generate

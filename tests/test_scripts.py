@@ -354,7 +354,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(stage, ta
         result = real(*arguments)
         if len(calls) != 3:
             return result
-        return (result[0] * math.nan, dict(result[1], loss=result[1]["loss"] * math.nan)) if stage == "reward" else result * math.nan
+        if stage == "reward":
+            return result[0] * math.nan, dict(result[1], loss=result[1]["loss"] * math.nan)
+        return result * math.nan
 
     monkeypatch.setattr(train_reward, target, failing)
     flags = as_flags(reward_config(inputs, tmp_path / "run", save_every=1))

@@ -8,7 +8,14 @@ import tiktoken
 
 from minirlhf.config import UserError
 from minirlhf.tokenizer import (
-    EOS_TEXT, GPT2_PATTERN, HELPDESK_RANKS, decode, fingerprint, load_tokenizer, pad_id, table_rows,
+    EOS_TEXT,
+    GPT2_PATTERN,
+    HELPDESK_RANKS,
+    decode,
+    fingerprint,
+    load_tokenizer,
+    pad_id,
+    table_rows,
 )
 
 BYTES = [bytes([i]) for i in range(256)]
