@@ -85,6 +85,25 @@ def test_a_lab_names_the_command_that_makes_what_a_folder_lacks(capsys, tmp_path
         assert f"make it with: python train_reward.py --out {tmp_path / 'none'}" in line
 
 
+def test_a_ctrl_c_stops_the_runs_and_ends_in_one_line(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", tiny.environment()["PYTHONPATH"])
+    monkeypatch.setattr(common.sys, "argv", ["lab"])
+    job = common.Job("train_reward.py", tiny.reward_config(inputs, tmp_path / "run", epochs=100_000))
+    processes = []
+
+    def interrupted(seconds):
+        if (tmp_path / "run" / "reward_metrics.jsonl").exists():
+            raise KeyboardInterrupt
+
+    start = common.start
+    monkeypatch.setattr(common, "start", lambda *a: processes.append(start(*a)) or processes[0])
+    monkeypatch.setattr(common.time, "sleep", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        common.run_lab(lambda config: common.run_jobs([job], 1, tmp_path / "logs"), ladder.LadderConfig)
+    assert capsys.readouterr().err == "error: stopped; the same command goes on from here\n"
+    assert processes[0].returncode == 130 and "--resume" in common.last_line(tmp_path / "logs" / "run.txt")
+
+
 # ---- the ladder ------------------------------------------------------------------------------------------------------
 
 def test_the_ladder_runs_what_is_missing_and_goes_on_with_what_was_stopped(help_desk, capsys):

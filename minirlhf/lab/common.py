@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, fail, flag, read_config
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, fail, flag, read_config, run_script
 from minirlhf.log import Progress, rounded
 from minirlhf.run import FREE
 from minirlhf.task import HELPDESK
@@ -25,6 +25,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Black and white apart by line and marker as well as by lightness (colours: Okabe and Ito 2008, safe for the colour-blind).
 STYLES = (("#000000", "-", "o"), ("#E69F00", "--", "s"), ("#56B4E9", "-.", "^"), ("#009E73", ":", "D"),
           ("#D55E00", "-", "v"), ("#0072B2", "--", "P"), ("#CC79A7", "-.", "X"))
+
+
+def run_lab(main: Callable, config_class) -> None:
+    """run_script, and for a Ctrl-C one line and status 130: what is finished is on the disk."""
+    try:
+        run_script(main, config_class)
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped; the same command goes on from here", 130))
 
 
 # ---- runs of the scripts ---------------------------------------------------------------------------------------------
@@ -73,8 +81,8 @@ def finished(job: Job) -> bool:
 def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
     """Run what is not finished yet, so many at once, one thread each; a stopped run goes on where its checkpoint is.
 
-    What the scripts print goes to logs/NAME.txt. Raises UserError, once all others are through, if a run failed; leaves
-    with status 130 after a Ctrl-C, when every run has saved its state.
+    What the scripts print goes to logs/NAME.txt. Raises UserError, once all others are through, if a run failed; after a
+    Ctrl-C every run saves its state first.
     """
     waiting, running, failed = [job for job in jobs if not finished(job)], {}, {}
     logs.mkdir(parents=True, exist_ok=True)
@@ -100,7 +108,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
             process.send_signal(signal.SIGINT)  # each saves its state and ends
         for process in running:
             process.wait()
-        sys.exit(fail("stopped; the same command goes on from here", 130))
+        raise
     if failed:
         raise UserError(f"{'; '.join(failed.values())}; the other runs are kept, and the same command goes on from here")
 

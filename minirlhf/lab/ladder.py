@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, nearest, run_script, setting
-from minirlhf.lab.common import STYLES, Job, markdown_table, mean_spread, read_rows, run_jobs, save_picture, train_subset
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, nearest, setting
+from minirlhf.lab.common import STYLES, Job, markdown_table, mean_spread, read_rows, run_jobs, run_lab, save_picture, train_subset
 from minirlhf.ladder import LADDER
 
 POINTS = 12  # of a learning curve: each the mean over this share of a run's iterations
@@ -153,4 +153,4 @@ def main(config: LadderConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, LadderConfig)
+    run_lab(main, LadderConfig)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from minirlhf.checkpoint import load_model, save_model, write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, read_config, run_script, setting
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, read_config, setting
 from minirlhf.environment import Environment, Prompts, Samples, load_environment, model_scorer, sample_responses, true_worth
-from minirlhf.lab.common import Job, Rows, need_files, run_jobs, save_picture, train_subset
+from minirlhf.lab.common import Job, Rows, need_files, run_jobs, run_lab, save_picture, train_subset
 from minirlhf.lab.overoptimization_fit import Study
 from minirlhf.lab.overoptimization_page import describe, draw_penalties, draw_scores
 from minirlhf.log import Progress
@@ -179,4 +179,4 @@ def main(config: OveroptimizationConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, OveroptimizationConfig)
+    run_lab(main, OveroptimizationConfig)
