@@ -84,6 +84,12 @@ def findings(study: Study, peaks: dict[str, tuple[Peak, Peak]], fits: dict[str, 
              f"{first}, under PPO: {'yes' if overoptimised(peaks[first][1]) else 'no'}.",
              f"Best of n reaches d = {searched:.1f} with the whole pool, PPO {went:.1f}: {agree(went > 2 * searched)} that "
              "reinforcement learning spends far more KL."]
+    cheaper = 0
+    for name in names:
+        d, gold, _ = best_of_n_curves(*study.pool[name])
+        cheaper += np.interp(peaks[name][1].d, d, gold.mean(0)) > peaks[name][1].gold
+    lines.append(f"At the KL of PPO's peak best of n has gained more gold in {cheaper} of {len(names)} settings: "
+                 f"{agree(cheaper == len(names))} that it pays less KL for the same optimisation.")
     for i, form in enumerate(("d (alpha - beta d)", "d (alpha - beta log d)")):
         lines.append(f"R = {form} fits {ways[i]} with R^2 from {span(r2[i])}: {agree(min(r2[i]) > 0.9)}, if above 0.9 is to fit.")
     lines.append(f"PPO's alpha goes from {span(alphas)}, with standard errors of up to {error:.2f}: "
@@ -159,6 +165,7 @@ def draw_penalties(axes, study: Study) -> None:
     for axis, label in zip(axes, ("gold gained over the base model", "proxy score (deviations of the base's)"), strict=True):
         axis.set_xlabel("d = sqrt(KL from the base model), sqrt(nats)")
         axis.set_ylabel(label)
+        axis.set_xlim(0, 2 * max([curve.d.max() for kl_coef, curve in runs.items() if kl_coef], default=1.0))
     tidy(axes)
     beside(axes[1], f"kl_coef, {first}")
 
