@@ -102,11 +102,13 @@ def findings(study: Study, peaks: dict[str, tuple[Peak, Peak]], fits: dict[str, 
                          f"{better[1]} by PPO: {agree(sum(better) == 2 * len(pairs))} that it is better every time.")
     free = study.policies[first, 0.0]
     gains = {kl_coef: matched_gain(curve, free) for (_, kl_coef), curve in study.policies.items() if kl_coef}
-    moved = [f"{kl_coef:g}" for kl_coef, gain in gains.items() if gain and gain["gold"][0] > 2 * gain["gold"][1]]
-    lines.append("At the same KL, gold with a penalty is above gold without by more than two standard errors for "
-                 f"{len(moved)} of {len(gains)} coefficients{' (' + ', '.join(moved) + ')' if moved else ''}: {agree(not moved)} "
-                 "that a penalty moves no frontier and only stops sooner. (One run each, and neighbouring blocks of a run hang "
-                 "together, so these errors are too small.)")
+    gold, proxy = ([f"{kl_coef:g}" for kl_coef, gain in gains.items() if gain and gain[key][0] > 2 * gain[key][1]]
+                   for key in ("gold", "proxy"))
+    lines.append("At the same KL, a penalty lifts gold by more than two standard errors for "
+                 f"{len(gold)} of {len(gains)} coefficients{' (' + ', '.join(gold) + ')' if gold else ''}, and the proxy for "
+                 f"{len(proxy)}: {agree(not gold)} that a penalty does not move the frontier of gold, and "
+                 f"{agree(len(proxy) == len(gains))} that it moves that of the proxy. (One run each, and neighbouring blocks of a "
+                 "run hang together, so these errors are too small.)")
     return ["\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))]
 
 
