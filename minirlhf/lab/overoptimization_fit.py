@@ -102,7 +102,7 @@ def blocks(curve: Curve, size: int) -> Curve:
     return Curve(*(np.array([column[part].mean() for part in parts]) for column in curve))
 
 
-def policy_peak(curve: Curve, size: int = 6) -> Peak:
+def policy_peak(curve: Curve, size: int = 4) -> Peak:
     """The block of iterations where gold is highest, by every second of them, measured on the others, against the last block.
 
     The noise of one iteration is taken from the differences of successive ones, in which the drift of a run nearly cancels.
