@@ -132,8 +132,9 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
 
     The gradient of a minibatch is the same however it is cut into micro-batches. Returns means over all tokens used.
     """
-    for name in ("scores", "logprobs", "ref_logprobs", "values"):
-        check_finite(float(getattr(rollout, name).sum()), f"sum of the {name}")
+    check_finite(float(rollout.scores.sum()), "sum of the scores")
+    for name in ("logprobs", "ref_logprobs", "values"):
+        check_finite(float(masked_mean(getattr(rollout, name), rollout.response_mask)), f"mean of the {name}")
     lengths = rollout.response_mask.sum(1).cpu()
     sums, tokens_used, norms, losses = {}, 0, [], []
     for number, minibatch in enumerate(minibatches(config, rung, step, len(lengths)), start=1):

@@ -45,7 +45,7 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("score-on-every-token", ROLLOUT, "where(last, scores[:, None]", "where(mask, scores[:, None]",
      "rollout::rewards_by_hand"),
     ("logits-late", ROLLOUT, "model(ids, mask)[:, first:]", "model(ids, mask).roll(1, 1)[:, first:]", OWN_ACTION),
-    ("value-of-next-state", ROLLOUT, "model.value_head(states)", "model.value_head(states.roll(-1, 0))", OWN_ACTION),
+    ("value-of-next-state", ROLLOUT, "(model.value_head, states)", "(model.value_head, states.roll(-1, 0))", OWN_ACTION),
     ("padding-attended-to", ROLLOUT, "model(ids, mask)", "model(ids, torch.ones_like(mask))", OWN_ACTION),
     ("reference-at-temperature-1", ROLLOUT, "(ref_model, *some, temperature)", "(ref_model, *some, 1.0)",
      "rollout::temperature_divides_the_logits_of_policy_and_reference_alike"),
@@ -95,8 +95,7 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("resumes-without-kl", POLICY, 'meta.get("kl_coef", config.kl_coef)', "config.kl_coef", RESUMED),
     # Sampling and scoring.
     ("eos-outside-mask", "minirlhf/generate.py",
-     "        response_mask[rows, t] = running\n        running = running & (token != eos)\n",
-     "        running = running & (token != eos)\n        response_mask[rows, t] = running\n",
+     "        response_mask[rows, t] = True\n", "        response_mask[rows, t] = token != eos\n",
      "rollout::eos_is_an_action_that_counts"),
     ("sampler-at-temperature-1", "minirlhf/generate.py", "(logits.float() / temperature)", "logits.float()",
      "generate::tokens_come_as_often_as_the_stored_log_probs_say[0.7]"),

@@ -78,10 +78,10 @@ def test_a_bad_batch_of_the_reward_script_is_kept(stage, target, what, inputs, t
     ("loss", "minibatch_loss", 9, lambda r: (r[0] * math.nan, r[1]), "the loss of minibatch 1 is nan"),
     ("gradient", "minibatch_loss", 10, lambda r: (r[0].register_hook(lambda g: g * math.inf) and r[0], r[1]),
      "the gradient of minibatch 2 is not finite"),
-    ("logprob", "collect_rollout", 3, lambda r: r._replace(logprobs=r.logprobs / 0), "the sum of the logprobs is"),
+    ("logprob", "collect_rollout", 3, lambda r: r._replace(logprobs=r.logprobs / 0), "the mean of the logprobs is"),
     ("ref_logprob", "collect_rollout", 3, lambda r: r._replace(ref_logprobs=r.ref_logprobs * math.nan), "ref_logprobs is nan"),
     ("score", "collect_rollout", 3, lambda r: r._replace(scores=r.scores / 0), "the sum of the scores is"),
-    ("value", "collect_rollout", 3, lambda r: r._replace(values=r.values + math.inf), "the sum of the values is inf"),
+    ("value", "collect_rollout", 3, lambda r: r._replace(values=r.values + math.inf), "the mean of the values is inf"),
 ])
 def test_a_bad_batch_of_the_policy_is_kept(what, target, call, spoil, words, reward_run, tmp_path, monkeypatch, capsys):
     """In the third iteration of four minibatches: with what was said, what it earned, and which rows were in which minibatch."""
