@@ -264,6 +264,7 @@ def test_neighbours_differ_in_one_thing_alone():
     assert neighbours(names, 1) == [("1x8-10", "1x8-20"), ("1x8-20", "1x8-30"), ("2x8-10", "2x8-20"), ("2x8-20", "2x8-30")]
 
 
+@pytest.mark.slow
 def test_the_overoptimisation_lab_runs_and_goes_on_where_it_was_stopped(help_desk, tmp_path, monkeypatch):
     config = overoptimization.OveroptimizationConfig(str(help_desk / "reward-seed0"), str(tmp_path), scale="tiny", jobs=2)
     page = overoptimization.main(config)

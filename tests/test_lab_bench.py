@@ -29,6 +29,7 @@ def test_plain_pytorch_computes_what_ours_does():
                                    gae(rewards, values, torch.ones(3, 9, dtype=torch.bool), 1.0, 0.95), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_quick_form_measures_every_part(capsys):
     rows = bench.main(["--quick", "--device", "cpu", "--json"])
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
