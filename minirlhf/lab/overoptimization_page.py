@@ -107,8 +107,8 @@ def findings(study: Study, peaks: dict[str, tuple[Peak, Peak]], fits: dict[str, 
     lines.append("At the same KL, a penalty lifts gold by more than two standard errors for "
                  f"{len(gold)} of {len(gains)} coefficients{' (' + ', '.join(gold) + ')' if gold else ''}, and the proxy for "
                  f"{len(proxy)}: {agree(not gold)} that a penalty does not move the frontier of gold, and "
-                 f"{agree(len(proxy) == len(gains))} that it moves that of the proxy. (One run each, and neighbouring blocks of a "
-                 "run hang together, so these errors are too small.)")
+                 f"{agree(len(proxy) == len(gains))} that it moves that of the proxy. (One run each, and neighbouring blocks of "
+                 "a run hang together, so these errors are too small.)")
     return ["\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))]
 
 
