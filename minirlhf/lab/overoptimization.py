@@ -85,7 +85,8 @@ def reward_jobs(config: OveroptimizationConfig) -> dict[str, Job]:
             name, first = f"{size}-{groups}", known == most and groups == scale.groups[-1]
             jobs[name] = Job("train_reward.py", dataclasses.replace(
                 theirs, data=(train_subset(out, groups),), heldout_data=theirs.heldout_data or (HELPDESK["heldout"],),
-                test_data=theirs.test_data or (HELPDESK["test"],), task="minirlhf.helpdesk", init="" if first else str(Path(known) / "base.pt"), n_layer=layers, d_model=width,
+                test_data=theirs.test_data or (HELPDESK["test"],), task="minirlhf.helpdesk",
+                init="" if first else str(Path(known) / "base.pt"), n_layer=layers, d_model=width,
                 warmup_sequences=scale.warmup_sequences, epochs=scale.epochs, seed=config.seed,
                 out=str(out / f"reward-{name}"), resume=False), "" if first or known != most else most)
     return jobs
