@@ -133,12 +133,12 @@ def test_a_learning_curve_is_means_over_equal_parts_of_the_run(tmp_path):
 def test_figures_of_gradients_whose_mean_and_noise_are_known():
     generator = torch.Generator().manual_seed(0)
     mean, shift = torch.zeros(50), torch.zeros(50)
-    mean[0], shift[1] = 3.0, 1.5
+    mean[0], shift[0], shift[1] = 3.0, -0.6, 1.5
 
     def draw(count, centre):  # variance: the trace, 50 x 4
         return centre + 2.0 * torch.randn(count, 50, generator=generator)
 
-    for centre, bias, cosine in ((mean, 0.0, 1.0), (mean + shift, 0.25, 3 / (9 + 2.25) ** 0.5)):
+    for centre, bias, cosine in ((mean, 0.0, 1.0), (mean + shift, 0.29, 2.4 / (2.4**2 + 1.5**2) ** 0.5)):
         row = variance.figures_of(draw(400, centre), draw(400, mean))
         assert np.mean(row["deviations"]) == pytest.approx(200.0, rel=0.05)
         for name, true in dict(bias=bias, cosine=cosine, signal_to_noise=float(centre @ centre) / 200).items():
@@ -247,7 +247,7 @@ def test_a_peak_is_found_and_a_fall_measured():
     assert peak.gold == pytest.approx(2.0, abs=0.1) and peak.d == pytest.approx(4.45, abs=0.5)
     assert peak.fall == pytest.approx(3.12, abs=0.25) and 0.06 < peak.fall_se < 0.15  # 0.1, of means of 2 and of 4
     assert peak.proxy_rise == pytest.approx(1.04, abs=0.1)
-    gold = np.tile([0.0, 1.0, 3.0, 2.0], (8, 1))
+    gold = np.tile([[0.0, 1.0, 4.0, 2.0], [9.0, 1.0, 3.0, 2.0]], (4, 1))  # every second prompt chooses, the others are measured
     peak = fits.best_of_n_peak(np.arange(4.0), gold, np.tile(np.arange(4.0), (8, 1)))
     assert (peak.d, peak.gold, peak.fall, peak.proxy_rise) == (2.0, 3.0, 1.0, 1.0)
 
