@@ -52,7 +52,7 @@ def describe(names: list[str], rows: dict[str, dict], settings: dict) -> str:
 
 def draw_variances(axes, names: list[str], rows: dict[str, dict]) -> None:
     """Left: the variance of each rung's gradient. Right: signal to noise. A marker per setting, 95% intervals."""
-    labels = ("variance of one batch's gradient (trace, log scale)", "signal to noise: |mean|² / variance (log scale)")
+    labels = ("variance of a batch's gradient (log)", "signal to noise, |mean|² / variance (log)")
     for side, axis in enumerate(axes):
         for number, name in enumerate(names):
             colour, _, marker = STYLES[(0, 4, 2, 5)[number]]
