@@ -190,6 +190,26 @@ def test_uncertain_picks_the_pair_nearest_to_a_half(policy_run, tmp_path):
         found[candidates] = [abs(row["reward_model"] - 0.5) for row in rows(out)]
 
 
+def test_nothing_is_asked_that_training_would_refuse_or_drop(policy_run, tmp_path, monkeypatch):
+    """One NUL character in an answer, which a byte-level policy may say, and train_reward.py would not read the file."""
+    real, said = label.sample_responses, []
+
+    def spoiling(*arguments, **names):
+        samples = real(*arguments, **names)
+        spoilt = [["a\0b", " ", f"{text} ", text, "b"][i % 5] for i, text in enumerate(samples.responses)]
+        said.extend(spoilt)
+        return samples._replace(responses=spoilt)
+
+    monkeypatch.setattr(label, "sample_responses", spoiling)
+    label.main(LabelConfig(run=str(policy_run), judge="tiny:preference_probability", count=60, device="cpu",
+                           out=str(tmp_path / "l.jsonl")))
+    assert {"a\0b", " "} < set(said)
+    for row in rows(tmp_path / "l.jsonl"):
+        assert all(text.strip() and "\0" not in text for text in row["responses"])
+        assert row["responses"][0].strip() != row["responses"][1].strip()
+    assert len(read_preferences([tmp_path / "l.jsonl"])) == 60
+
+
 def test_the_probability_is_the_reward_models_on_its_raw_scale(policy_run, tmp_path):
     """Normalised scores are another unit: their difference is no log-odds."""
     out = tmp_path / "l.jsonl"

@@ -88,7 +88,7 @@ def training_prompts(trained: Trained) -> Prompts:
 
 
 def fresh_pairs(trained: Trained, prompts: Prompts, number: int, config: LabelConfig) -> Iterator[Pair]:
-    """Pairs of different responses from this number on, sampled when asked for; each a function of seed and number alone.
+    """Pairs that can be learnt from, from this number on, sampled when asked for; each a function of seed and number alone.
     Raises UserError when the policy keeps saying the same."""
     each = 2 * (config.candidates if config.pick == "uncertain" else 1)
     at_once, dull = max(1, ROWS // each) if config.judge else 1, 0
@@ -102,13 +102,18 @@ def fresh_pairs(trained: Trained, prompts: Prompts, number: int, config: LabelCo
         scores = (scorer(samples).double() * scale).tolist()
         for start in range(0, len(scores), each):
             pairs = [Pair(number, samples.prompts[i], samples.responses[i:i + 2], sigmoid(scores[i] - scores[i + 1]))
-                     for i in range(start, start + each, 2) if samples.responses[i] != samples.responses[i + 1]]
+                     for i in range(start, start + each, 2) if askable(*samples.responses[i:i + 2])]
             dull = 0 if pairs else dull + 1
             if dull == DULL:
-                raise UserError(f"on {DULL} prompts in a row the policy said the same twice; raise --temperature")
+                raise UserError(f"on {DULL} prompts in a row the policy said the same twice, or nothing; raise --temperature")
             if pairs:
                 yield min(pairs, key=lambda pair: abs(pair.probability - 0.5))
             number += 1
+
+
+def askable(a: str, b: str) -> bool:
+    """Whether training takes a preference between these: it drops blank and equal responses, and refuses a NUL character."""
+    return a.strip() != b.strip() and all(text.strip() and "\0" not in text for text in (a, b))
 
 
 def sigmoid(x: float) -> float:

@@ -1,0 +1,228 @@
+"""Every command of the README is run in a reduced size: the README's own words, and after them flags that make it small.
+
+A command that is not in COMMANDS fails the test, and so does an entry that the README no longer has.
+"""
+
+import gzip
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+from test_gpt2 import gpt2_tensors, safetensors
+
+import train_policy
+import train_reward
+from minirlhf.config import PolicyConfig, RewardConfig, run_script
+from minirlhf.tools import label
+
+README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.compile(r"(?:(?:python3?|pip|pytest|curl|torchrun|less|git) |train_\w+\.py\b|pytest$)")
+
+
+class Run(NamedTuple):
+    """How a command is run. Its folder holds what the README's own commands before it would have left there."""
+
+    flags: str  # appended
+    product: str  # a file that it makes (a pattern), or "says: " and what stands in its output
+    slow: bool = False
+
+
+class Elsewhere(NamedTuple):
+    """Run by something else, which has to exist: a test file of the default run, or a step of .ci/run with these words."""
+
+    test: str = ""
+    step: str = ""
+
+
+class Parsed(NamedTuple):
+    """Only looked at: it fetches from the network."""
+
+
+SHAPE = " --n-layer 1 --n-head 2 --d-model 16 --warmup-sequences 64 --normalise-prompts 8 --device cpu"
+EMBEDDED = SHAPE + " --data desk.jsonl --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.helpdesk"
+OWN = SHAPE + " --tokenizer bytes.tiktoken"  # tiktoken fetches its gpt2 from the network
+HH = OWN + " --warmup-sequences 8 --max-prompt-length 8 --max-response-length 8"
+LABELLED = SHAPE + " --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.helpdesk"
+POLICY = " --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4 --test-prompts 4 --best-of-n 2 --device cpu"
+VARIANCE = " --batches 3 --reference-batches 3 --value-batches 1 --batch-size 4"
+POLICY_MADE, REWARD_MADE = "runs/{}-helpdesk-seed{}-1/result.json", "runs/reward-{}-seed{}-1/reward.pt"
+
+COMMANDS = {
+    "pip install -r requirements.txt": Elsewhere(step="pip install -q -r requirements.txt"),
+    "pytest": Elsewhere(step="pytest -q"),
+    "pytest tests/test_parity.py": Elsewhere(step="pytest -q tests/test_parity.py"),
+    "python -m tests.mutants": Elsewhere(step="python -m tests.mutants"),
+    "python -m tests.reliability": Elsewhere(step="python -m tests.reliability brief"),
+    "python steps.py --algorithm steps": Elsewhere(test="test_tools_own_algorithm.py"),
+    "python steps.py --algorithm steps --reward steps:short_and_sorry": Elsewhere(test="test_tools_own_algorithm.py"),
+    "curl -L --create-dirs -o gpt2/model.safetensors "
+    "https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors": Parsed(),
+    # training
+    "python train_reward.py": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 0)),
+    "train_reward.py --seed 2": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 2)),
+    "python train_policy.py": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    "python train_policy.py --algorithm reinforce": Run(POLICY, POLICY_MADE.format("reinforce", 0)),
+    "python train_policy.py --algorithm rloo": Run(POLICY, POLICY_MADE.format("rloo", 0)),
+    "python train_policy.py --algorithm grpo --seed 2": Run(POLICY, POLICY_MADE.format("grpo", 2)),
+    "python train_policy.py --kl-target 6": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    "python train_policy.py --kl-coef 0 --iterations 150 --max-kl 1e5 --eval-every 10": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    "python train_policy.py --reward my_rewards:brevity": Run(POLICY, "says: reward: brevity"),
+    "python train_policy.py --out runs/NAME --resume": Run("", "runs/NAME/result.json"),
+    "python train_reward.py --data mine.jsonl.gz more.json --tokenizer gpt2 --max-prompt-length 256 --max-response-length 128":
+        Run(OWN + " --max-prompt-length 8 --max-response-length 8", REWARD_MADE.format("data", 0)),
+    "python train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz "
+    "--test-data harmless-base/test.jsonl.gz": Run(HH, REWARD_MADE.format("data", 0)),
+    "python train_policy.py --preset hh-gpt2": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    "python train_reward.py --init-reward runs/REWARD/reward.pt --data runs/POLICY/labels.jsonl":
+        Run(LABELLED, REWARD_MADE.format("helpdesk", 0)),
+    # tools
+    "python -m minirlhf.tools.chat --run runs/POLICY": Run(" --prompt Hello", "says: gold"),
+    "python -m minirlhf.tools.label --run runs/POLICY":
+        Run(" --count 12 --judge minirlhf.helpdesk:preference_probability", "says: train_reward.py --init-reward"),
+    "python -m minirlhf.tools.report runs/A runs/B": Run("", "runs/A/report.html"),
+    "python -m minirlhf.tools.bpe OUT.tiktoken --size 1022 FILE...": Run("", "OUT.tiktoken"),
+    "less runs/*/samples.md": Run("", "says: **before**"),
+    # labs
+    "python -m minirlhf.lab.ladder --seeds 3": Run(" --seeds 1 --quick --algorithms rloo", "runs/ladder/ladder.md", slow=True),
+    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF": Run(VARIANCE, "runs/variance/variance.md"),
+    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY": Run(VARIANCE, "runs/variance/variance.md"),
+    "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD":
+        Run(" --scale tiny", "runs/overoptimization/overoptimization.md", slow=True),
+    "python -m minirlhf.lab.second_round --run runs/POLICY": Run(" --quick", "runs/second-round/second_round.md", slow=True),
+    "python -m minirlhf.lab.bench": Run(" --quick --device cpu --no-growth", "says: not yet measured on a GPU", slow=True),
+}
+
+
+def commands_of(text: str) -> list[str]:
+    """Every command: the lines of code blocks without a language, and code in prose and tables that begins like one."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+    blocks, prose = [block for language, block in fence.findall(text) if not language], fence.sub("", text)
+    pieces = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
+    parts = [part.strip() for piece in pieces for part in re.split(r" && | # ", piece.replace("\n", " "))]
+    return list(dict.fromkeys(part for part in parts if PROGRAMS.match(part) and part not in ("train_reward.py", "train_policy.py")))
+
+
+def write_desk(folder: Path) -> None:
+    """Every input that the README names, next to nothing of each."""
+    tiny.write_inputs(folder)
+    records = (tiny.ROOT / "data" / "helpdesk-test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "desk.jsonl").write_text("".join(records[:12]))
+    (folder / "more.json").write_text('[{"prompt": "x", "chosen": "yes", "rejected": "no"}]')
+    (folder / "mine.jsonl.gz").write_bytes(gzip.compress((folder / "pairs.jsonl").read_bytes()))
+    (folder / "my_rewards.py").write_text(re.search(r"`(def brevity.*?)`", README)[1] + "\n")
+    (folder / "FILE...").write_text("a text of one's own, of some words\n" * 3)
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2" / "model.safetensors").write_bytes(safetensors(gpt2_tensors(width=64, layers=1)))
+    (folder / "harmless-base").mkdir()
+    talk = '{{"chosen": "\\n\\nHuman: {0}\\n\\nAssistant: Yes, {0}", "rejected": "\\n\\nHuman: {0}\\n\\nAssistant: No"}}\n'
+    for name in ("train", "test"):
+        (folder / "harmless-base" / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(map(talk.format, "abcdefgh")).encode()))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder as the README supposes it: its inputs, and runs by its names, one of them stopped in the middle."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_desk(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_script(train_reward.main, RewardConfig, [*EMBEDDED.split(), "--out", "runs/REWARD"])
+        small = [*POLICY.split(), "--reward-run", "runs/REWARD", "--save-every", "1", "--out"]
+        run_script(train_policy.main, PolicyConfig, [*small, "runs/POLICY"])
+        for name in ("HALF", "A", "B"):
+            shutil.copytree("runs/POLICY", f"runs/{name}")
+        tiny.after_row(patch, 2, tiny.write_and_signal(signal.SIGTERM))
+        assert tiny.ending(train_policy.main, PolicyConfig, [*small, "runs/NAME"]) == 128 + signal.SIGTERM
+        run_script(label.main, label.LabelConfig, shlex.split(
+            "--run runs/POLICY --count 12 --judge minirlhf.helpdesk:preference_probability --out runs/POLICY/labels.jsonl"))
+    return folder
+
+
+def test_the_list_has_every_command_of_the_readme_and_no_other():
+    found = commands_of(README)
+    assert len(found) > 30
+    assert [command for command in found if command not in COMMANDS] == []
+    assert [command for command in COMMANDS if command not in found] == []
+
+
+def test_commands_are_found_wherever_they_stand():
+    text = "`pip` and `python a.py`, `pytest`;\n```\npip x && pytest\ncd y\n```\n| `torchrun z` | `less w`\n```python\npython no\n```\n"
+    assert commands_of(text + "`train_policy.py`, `python\nb.py`") == ["pip x", "pytest", "python a.py", "torchrun z", "less w",
+                                                                       "python b.py"]
+
+
+@pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if isinstance(how, Elsewhere)])
+def test_what_is_run_elsewhere_is_run_there(command):
+    """The words in COMMANDS must be a whole command of a step of .ci/run, or the command's file that of a test."""
+    how = COMMANDS[command]
+    if how.test:
+        assert shlex.split(command)[1] in (tiny.ROOT / "tests" / how.test).read_text()
+    else:
+        steps = [line for line in (tiny.ROOT / ".ci" / "run").read_text().splitlines() if re.search(r"^[\w=]* ?step \"", line)]
+        assert any(re.search(rf"\" \d+ {re.escape(how.step)}$", line) for line in steps)
+
+
+def test_what_is_fetched_is_what_the_next_command_reads():
+    """Only parsed: over https, into the file that --init finds in the folder it is given."""
+    (command,) = [command for command, how in COMMANDS.items() if isinstance(how, Parsed)]
+    program, *flags, url = shlex.split(command)
+    assert program == "curl" and flags[:3] == ["-L", "--create-dirs", "-o"] and len(flags) == 4
+    assert url.startswith("https://huggingface.co/openai-community/") and url.endswith("/" + Path(flags[3]).name)
+    assert any(f"--init {Path(flags[3]).parent} " in other for other in COMMANDS) and Path(flags[3]).name == "model.safetensors"
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] if how.slow else [])
+                                     for command, how in COMMANDS.items() if isinstance(how, Run)])
+def test_a_command_runs_in_a_reduced_size(command, desk, tmp_path, monkeypatch, capsys):
+    how, folder = COMMANDS[command], tmp_path / "desk"
+    shutil.copytree(desk, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
+    if command.startswith("python -m minirlhf.tools.label"):
+        (folder / "runs" / "POLICY" / "labels.jsonl").unlink()
+    made = None if how.product.startswith("says: ") else how.product
+    assert not made or not list(folder.glob(made))
+    status, said = execute(command + how.flags, folder, monkeypatch, capsys)
+    assert status == 0, said[-2000:]
+    assert list(folder.glob(made)) if made else how.product.removeprefix("says: ") in said, said[-2000:]
+
+
+def execute(line: str, folder: Path, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit status and output of a command. Python's are run in this process, as the interpreter would run them."""
+    program, *words = shlex.split(line)
+    if program.endswith(".py"):
+        program, words = "python", [program, *words]
+    if program == "less":
+        return 0, "".join(path.read_text() for word in words for path in sorted(folder.glob(word)))
+    if program == "torchrun":
+        words = [str(tiny.ROOT / word) if word.endswith(".py") else word for word in words]
+        done = subprocess.run(tiny.python("-m", "torch.distributed.run", *words), env=tiny.environment(), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
+        return done.returncode, done.stdout
+    assert program == "python", f"no way to run {program}"
+    module = words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[1:] if module else words)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    capsys.readouterr()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'minirlhf.* found in sys.modules", RuntimeWarning)
+            if module:
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(tiny.ROOT / words[0]), run_name="__main__")
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+    output = capsys.readouterr()
+    return status, output.out + output.err
