@@ -25,7 +25,7 @@ from minirlhf.config import PolicyConfig, RewardConfig, run_script
 from minirlhf.tools import label
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.compile(r"(?:(?:python3?|pip|pytest|curl|torchrun|less|git) |train_\w+\.py\b|pytest$)")
+PROGRAMS = re.compile(r"(?:(?:python3?|pip|pytest|curl|torchrun|less|git) |train_\w+\.py |pytest$)")
 
 
 class Run(NamedTuple):
@@ -52,7 +52,8 @@ EMBEDDED = SHAPE + " --data desk.jsonl --heldout-data desk.jsonl --test-data des
 OWN = SHAPE + " --tokenizer bytes.tiktoken"  # tiktoken fetches its gpt2 from the network
 HH = OWN + " --warmup-sequences 8 --max-prompt-length 8 --max-response-length 8"
 LABELLED = SHAPE + " --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.helpdesk"
-POLICY = " --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4 --test-prompts 4 --best-of-n 2 --device cpu"
+POLICY = (" --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4 --test-prompts 4 --best-of-n 2"
+          " --device cpu")
 VARIANCE = " --batches 3 --reference-batches 3 --value-batches 1 --batch-size 4"
 POLICY_MADE, REWARD_MADE = "runs/{}-helpdesk-seed{}-1/result.json", "runs/reward-{}-seed{}-1/reward.pt"
 
@@ -93,8 +94,10 @@ COMMANDS = {
     "less runs/*/samples.md": Run("", "says: **before**"),
     # labs
     "python -m minirlhf.lab.ladder --seeds 3": Run(" --seeds 1 --quick --algorithms rloo", "runs/ladder/ladder.md", slow=True),
-    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF": Run(VARIANCE, "runs/variance/variance.md"),
-    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY": Run(VARIANCE, "runs/variance/variance.md"),
+    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF":
+        Run(VARIANCE, "runs/variance/variance.md"),
+    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY":
+        Run(VARIANCE, "runs/variance/variance.md"),
     "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD":
         Run(" --scale tiny", "runs/overoptimization/overoptimization.md", slow=True),
     "python -m minirlhf.lab.second_round --run runs/POLICY": Run(" --quick", "runs/second-round/second_round.md", slow=True),
@@ -108,7 +111,7 @@ def commands_of(text: str) -> list[str]:
     blocks, prose = [block for language, block in fence.findall(text) if not language], fence.sub("", text)
     pieces = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
     parts = [part.strip() for piece in pieces for part in re.split(r" && | # ", piece.replace("\n", " "))]
-    return list(dict.fromkeys(part for part in parts if PROGRAMS.match(part) and part not in ("train_reward.py", "train_policy.py")))
+    return list(dict.fromkeys(part for part in parts if PROGRAMS.match(part)))
 
 
 def write_desk(folder: Path) -> None:
@@ -155,9 +158,10 @@ def test_the_list_has_every_command_of_the_readme_and_no_other():
 
 
 def test_commands_are_found_wherever_they_stand():
-    text = "`pip` and `python a.py`, `pytest`;\n```\npip x && pytest\ncd y\n```\n| `torchrun z` | `less w`\n```python\npython no\n```\n"
-    assert commands_of(text + "`train_policy.py`, `python\nb.py`") == ["pip x", "pytest", "python a.py", "torchrun z", "less w",
-                                                                       "python b.py"]
+    text = ("`pip` and `python a.py`, `pytest`;\n```\npip x && pytest\ncd y\n```\n| `torchrun z` | `less w` |\n"
+            "```python\npython no\n```\n`train_policy.py`, `python\nb.py` after `train_reward.py --c`\n```\npython d.py\n```\n")
+    assert commands_of(text) == ["pip x", "pytest", "python d.py", "python a.py", "torchrun z", "less w", "python b.py",
+                                 "train_reward.py --c"]
 
 
 @pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if isinstance(how, Elsewhere)])

@@ -207,7 +207,7 @@ def test_nothing_is_asked_that_training_would_refuse_or_drop(policy_run, tmp_pat
     for row in rows(tmp_path / "l.jsonl"):
         assert all(text.strip() and "\0" not in text for text in row["responses"])
         assert row["responses"][0].strip() != row["responses"][1].strip()
-    assert len(read_preferences([tmp_path / "l.jsonl"])) == 60
+    assert len(read_preferences(str(tmp_path / "l.jsonl"))) == 60
 
 
 def test_the_probability_is_the_reward_models_on_its_raw_scale(policy_run, tmp_path):
