@@ -31,7 +31,8 @@ def starting_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Transfo
     else:
         base, _ = load_model(path, "base", fingerprint(encoding))
     sizes = base.config
-    print(f"{path}: {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.d_model}, context {sizes.context}")
+    print(f"{path}: {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.d_model}, context {sizes.context}; "
+          "the file decides, not --n-layer, --n-head and --d-model")
     if sizes.context < context:
         raise UserError(f"{path}: its context of {sizes.context} tokens is shorter than --max-prompt-length + "
                         "--max-response-length; lower one of them")

@@ -182,7 +182,7 @@ def test_both_scripts_start_from_gpt2(inputs, tmp_path, capsys):
     tensors = gpt2_tensors()
     write(tmp_path, tensors)
     result = train_reward.main(reward_config(inputs, tmp_path / "run", init=str(tmp_path)))
-    assert "2 layers of 2 heads, width 128, context 24" in capsys.readouterr().out
+    assert "2 layers of 2 heads, width 128, context 24; the file decides, not --n-layer" in capsys.readouterr().out
     base, _ = load_model(tmp_path / "run" / "base.pt", "base", fingerprint(load_tokenizer(str(inputs / "bytes.tiktoken"))))
     assert base.config.context == CONTEXT and torch.equal(base.lm_weight, tensors["wte.weight"])
     assert torch.equal(base.blocks[1].mlp_in.weight, tensors["h.1.mlp.c_fc.weight"].T)
@@ -249,7 +249,7 @@ def poisoned(tensor, value):
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 @pytest.mark.parametrize("change, words", [
-    (without("wte.weight"), "wte.weight: is missing"),
+    (without("wte.weight"), "another family's weights (it has no wte.weight, but 'h.0.attn.c_attn.bias')"),
     (without("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias: is missing"),
     (without("h.1.ln_1.weight"), "'h.1.attn.c_attn.bias' is none of its tensors"),
     (lambda t: [t.pop(name) for name in list(t) if name.startswith("h.")], "h.0.ln_1.weight: is missing"),

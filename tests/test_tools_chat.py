@@ -167,6 +167,23 @@ def test_bad_input_is_one_line(flags, words, policy_run, reward_run, tmp_path, c
     assert words in refused(capsys, chat.main, ChatConfig, [text.format(**fill) for text in flags] + ["--seed", "0"])
 
 
+@pytest.mark.parametrize("stdin", [io.StringIO("\n"), None])
+def test_an_empty_pipe_is_said_to_be_empty(stdin, policy_run, monkeypatch, capsys):
+    """No terminal and nothing to answer; silence and status 0 would look like an answer of nothing. None: closed."""
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert "no prompt came" in refused(capsys, chat.main, ChatConfig, ["--run", str(policy_run)])
+
+
+def test_a_terminal_that_cannot_redraw_gets_each_answer_once(policy_run, open_terminal, monkeypatch):
+    monkeypatch.setattr(chat, "can_redraw", lambda: False)
+    terminal = open_terminal(run_script, chat.main, ChatConfig, ["--run", str(policy_run)])
+    terminal.read("> ")
+    shown = terminal.press("b 3:\n", "> ")
+    assert "\x1b" not in shown and shown.count("policy") == 1
+    terminal.press("\x04", "\n")
+    assert terminal.end()[0] == 0
+
+
 def test_a_reward_run_that_has_moved_is_named(policy_run, tmp_path, capsys):
     """The run's own config.json names a folder relative to where it was started."""
     run = tmp_path / "run"

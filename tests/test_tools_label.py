@@ -53,11 +53,11 @@ def test_every_key_does_what_it_says_and_training_reads_it(policy_run, reward_ru
     assert terminal.modes() == 0  # neither echo nor line by line
     assert "1 answered" in terminal.press("1", QUIT)
     assert "2 answered" in terminal.press("\x1b[C", QUIT)
-    assert "3 answered (1 ties)" in terminal.press("t", QUIT)
-    assert "3 answered (1 ties), 1 skipped; reward model" in terminal.press("s", QUIT)
+    assert "3 answered (1 tie)" in terminal.press("t", QUIT)
+    assert "3 answered (1 tie), 1 skipped; reward model" in terminal.press("s", QUIT)
     assert "that key means nothing here" in terminal.press("x", "nothing here")
     shown = terminal.press("u", "taken back")
-    assert "3 answered (1 ties), 0 skipped" in shown and len(rows(out)) == 3
+    assert "3 answered (1 tie), 0 skipped" in shown and len(rows(out)) == 3
     assert "4 answered" in terminal.press("\x1bOD", QUIT)
     screen = terminal.read(QUIT)
     assert max(map(len, screen.split("\n"))) <= 80 and "1 left" in screen and "2 right" in screen
@@ -319,7 +319,7 @@ def test_the_summary_counts_agreement_by_hand(tmp_path):
         file.add(made_up(number, probability), answer)
     low, high = wilson(2.5, 4)
     agreed = f"reward model agreed 2.5/4: 62% [{low:.0%}, {high:.0%}]"
-    assert file.summary() == f"5 answered (1 ties), 1 skipped; {agreed}"
+    assert file.summary() == f"5 answered (1 tie), 1 skipped; {agreed}"
     file.lock.close()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minirlhf.config import DEVICES, check_ranges, run_script, setting
+from minirlhf.config import DEVICES, UserError, check_ranges, run_script, setting
 from minirlhf.data import encode_prompts
 from minirlhf.environment import Samples, Scorer, function_scorer, model_scorer, true_worth
 from minirlhf.generate import sample_tokens
@@ -22,7 +22,7 @@ from minirlhf.records import ASSISTANT, HUMAN
 from minirlhf.seeding import row_uniforms
 from minirlhf.task import load_function
 from minirlhf.tokenizer import decode
-from minirlhf.tools.terminal import redraw, side_by_side, wrap
+from minirlhf.tools.terminal import at_terminal, can_redraw, redraw, side_by_side, wrap
 from minirlhf.tools.trained import Trained, load_trained
 
 # name -> (what stands before the message, what stands after it)
@@ -58,7 +58,7 @@ def main(config: ChatConfig) -> list[dict]:
     else:
         scorer = model_scorer(trained.reward_model, penalty)
     template = template_of(trained) if config.template == "auto" else config.template
-    live = sys.stdin.isatty() and sys.stdout.isatty() and not config.prompt and not config.json
+    live = at_terminal() and not config.prompt and not config.json
     if live:
         print("\n".join(wrap(f"{config.run}: template {template}. {HINT}", shutil.get_terminal_size().columns)))
     said = []
@@ -69,6 +69,8 @@ def main(config: ChatConfig) -> list[dict]:
             if not live:
                 sys.exit(130)
             print()
+    if not said and not live:
+        raise UserError("no prompt came; name one with --prompt, write one a line into a pipe, or start this in a terminal")
     return said
 
 
@@ -96,6 +98,8 @@ def prompts(config: ChatConfig, template: str, live: bool) -> Iterator[str]:
         yield apply_template(config.prompt, template)
         return
     last = ""
+    if sys.stdin is None:  # closed by whoever started this
+        return
     if not live and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 spoils its line alone
     while True:
@@ -149,7 +153,7 @@ def answer(trained: Trained, scorer: Scorer, prompt: str, turn: int, config: Cha
                 del sources[name]
             else:
                 tokens[name].append(token)
-        if live and sources:
+        if live and sources and can_redraw():
             drawn = redraw(columns(trained, tokens, {}, size.columns), drawn, size.lines, last=False)
     found = dict(prompt=prompt, seed=seed, turn=turn, greedy=config.greedy, temperature=temperature,
                  **{name: measured(trained, scorer, prompt, ids, some) for name, some in tokens.items()})

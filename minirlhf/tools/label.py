@@ -5,7 +5,6 @@
 
 import dataclasses
 import math
-import os
 import random
 import shlex
 import shutil
@@ -24,7 +23,7 @@ from minirlhf.records import read_prompts
 from minirlhf.seeding import derive_seed
 from minirlhf.task import HELPDESK, load_function, load_splits
 from minirlhf.tools.labels import LabelFile, Pair
-from minirlhf.tools.terminal import raw_keys, read_key, side_by_side, wrap
+from minirlhf.tools.terminal import at_terminal, can_redraw, raw_keys, read_key, side_by_side, wrap
 from minirlhf.tools.trained import Trained, identity, load_trained
 
 KEYS = {"left": "left", "a": "left", "1": "left", "right": "right", "d": "right", "2": "right", "t": "tie", "=": "tie",
@@ -58,7 +57,7 @@ def main(config: LabelConfig) -> dict:
     judge = load_function(config.judge, "--judge") if config.judge else None
     if judge and not config.count:
         raise UserError("--judge needs --count: a program does not get tired")
-    if not judge and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not judge and not at_terminal():
         raise UserError("labelling takes a terminal, and this is not one; run it in one (over ssh: ssh -t), or name a --judge")
     trained = load_trained(config.run, pick_device(config.device))
     path = Path(config.out) if config.out else trained.folder / "labels.jsonl"
@@ -176,7 +175,7 @@ def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) ->
 def show(pair: Pair, labels: LabelFile, note: str) -> int:
     """One screen, as wide as the terminal is now; returns that width."""
     columns = shutil.get_terminal_size().columns
-    clear = "" if os.environ.get("TERM", "dumb") == "dumb" else "\x1b[H\x1b[2J"
+    clear = "\x1b[H\x1b[2J" if can_redraw() else ""
     status = wrap(labels.summary(), columns) + ["─" * columns]
     body = side_by_side(("1 left", pair.responses[0].strip()), ("2 right", pair.responses[1].strip()), columns)
     lines = [*status, *wrap(pair.prompt.strip("\n"), columns), "", *body, "", *wrap(HELP, columns), *([note] if note else [])]

@@ -92,7 +92,8 @@ class LabelFile:
         """How many are done, and how often the reward model agreed where left or right was better."""
         count = {answer: sum(row["answer"] == answer for row in self.rows) for answer in PREFERENCES}
         decided = [row for row in self.rows if row["answer"] in ("left", "right")]
-        text = f"{len(self.rows) - count['skip']} answered ({count['tie']} ties), {count['skip']} skipped"
+        ties = f"{count['tie']} tie{'' if count['tie'] == 1 else 's'}"
+        text = f"{len(self.rows) - count['skip']} answered ({ties}), {count['skip']} skipped"
         if not decided:
             return text
         leanings = [row["reward_model"] - 0.5 if row["answer"] == "left" else 0.5 - row["reward_model"] for row in decided]

@@ -14,6 +14,16 @@ ARROWS = {b"\x1b[D": "left", b"\x1bOD": "left", b"\x1b[C": "right", b"\x1bOC": "
 SEPARATOR = " │ "
 
 
+def at_terminal() -> bool:
+    """Whether somebody sits there: keys come from a terminal, and what is written is seen on one."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))  # None: closed
+
+
+def can_redraw() -> bool:
+    """Whether what stands on the terminal can be written over."""
+    return os.environ.get("TERM", "dumb") != "dumb"
+
+
 def cells(text: str) -> int:
     """Columns that text takes on a terminal: two for a wide character, none for one that combines.
 
