@@ -34,6 +34,7 @@ class Run(NamedTuple):
     flags: str  # appended
     product: str  # a file that it makes (a pattern), or "says: " and what stands in its output
     slow: bool = False
+    after: tuple[str, ...] = ()  # commands that come first, in the same folder
 
 
 class Elsewhere(NamedTuple):
@@ -86,6 +87,8 @@ COMMANDS = {
     "python train_reward.py --init-reward runs/REWARD/reward.pt --data runs/POLICY/labels.jsonl":
         Run(LABELLED, REWARD_MADE.format("helpdesk", 0)),
     # tools
+    "python -m minirlhf.tools.chat --run runs/ppo-helpdesk-seed0-1":
+        Run(" --prompt Hello", "says: gold", after=("python train_reward.py", "python train_policy.py")),
     "python -m minirlhf.tools.chat --run runs/POLICY": Run(" --prompt Hello", "says: gold"),
     "python -m minirlhf.tools.label --run runs/POLICY":
         Run(" --count 12 --judge minirlhf.helpdesk:preference_probability", "says: train_reward.py --init-reward"),
@@ -193,6 +196,8 @@ def test_a_command_runs_in_a_reduced_size(command, desk, tmp_path, monkeypatch, 
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
     if command.startswith("python -m minirlhf.tools.label"):
         (folder / "runs" / "POLICY" / "labels.jsonl").unlink()
+    for earlier in how.after:
+        assert execute(earlier + COMMANDS[earlier].flags, folder, monkeypatch, capsys)[0] == 0
     made = None if how.product.startswith("says: ") else how.product
     assert not made or not list(folder.glob(made))
     status, said = execute(command + how.flags, folder, monkeypatch, capsys)

@@ -60,6 +60,7 @@ def check_harmless(page):
     assert "default-src 'none'" in page
     ids = [value for _, name, value in reader.attributes if name == "id"]
     assert len(ids) == len(set(ids))
+    assert {*re.findall(r'href="#([^"]*)"', page), *re.findall(r"url\(#([^)]*)\)", page)} <= set(ids)  # to its own chart's
     return reader
 
 
@@ -139,6 +140,12 @@ def test_without_matplotlib_the_table_has_first_and_last_values(policy_run, tmp_
     assert f"1: {rows[1]['score']:.4g}" in said and f"2: {rows[2]['score']:.4g}" in said and "<svg" not in said
 
 
+def test_a_table_of_many_values_ends_with_the_last():
+    run = report.RunFiles("r", dict(algorithm="ppo"), {}, [], {}, "")
+    said = report.curve_table([Panel("T", "", [(0, [(x, 2.0 * x) for x in range(30)])], [], [])], [run], "step")
+    assert "0: 0 " in said and "28: 56   29: 58<" in said and 10 < said.count(": ") < 20
+
+
 def test_a_run_under_way_has_a_page_too(tmp_path):
     """Neither samples nor figures nor a whole last row, and values of the wrong type."""
     folder = made_up_run(tmp_path / "run")
@@ -160,6 +167,20 @@ def test_curves_hold_the_values_of_the_log():
     assert [(p.title, p.lines[0][1]) for p in rewards] == [("Warm-up loss", [(1, 2.0)]), ("Preference loss", [(1, 0.7)])]
 
 
+def test_a_sample_may_hold_a_fence_of_its_own():
+    """Code in a response ends at the fence that began it, which is longer, and not at the first."""
+    said = "one\n```\n**after** (no caption)\n````x"
+    page = f"## 1\n\n{fenced('p')}\n\n**before** (score 1)\n\n{fenced(said)}\n\n**after**\n\n{fenced('b')}\n"
+    assert sample_blocks(page) == [("p", [("before (score 1)", said), ("after", "b")])]
+
+
+def test_marks_of_greedy_decoding_are_open():
+    pytest.importorskip("matplotlib")
+    full, opened = (draw(Panel("t", "e", [], *marks), 0, "step", load_pyplot())
+                    for marks in (([(0, [(1, 1)])], []), ([], [(0, [(1, 1)])])))
+    assert "fill: var(--run0)" in full and "fill: var(--run0)" not in opened and "stroke: var(--run0)" in opened
+
+
 def test_a_running_mean_keeps_length_and_mean_of_a_line():
     points = [(x, 2.0 * x) for x in range(400)]
     smooth = running_mean(points)
@@ -170,7 +191,7 @@ def test_each_chart_takes_its_colours_from_the_page():
     """Hard-coded black on a dark page is invisible."""
     pytest.importorskip("matplotlib")
     svg = draw(Panel("t", "e", [(0, [(0, 1), (1, 2)]), (9, [(0, 2), (1, 1)])], [(0, [(1, 1)])], []), 3, "step", load_pyplot())
-    assert svg.startswith("<svg") and "currentColor" in svg and "var(--run0)" in svg and "var(--run1)" in svg
+    assert svg.startswith("<svg") and all(name in svg for name in ("currentColor", "var(--run0)", "var(--run1)", "var(--line)"))
     assert not re.search(r"#(?!p3-)[0-9a-f]{6}\b", svg) and "http" not in re.sub(r'xmlns\S*="[^"]*"', "", svg)
 
 

@@ -69,6 +69,9 @@ table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabu
 th, td { padding: 0.3rem 0.75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: pre; }
 tr > :first-child { text-align: left; padding-left: 0; } th[scope=row] { font-weight: 500; }
 th[scope=col] { color: var(--soft); font-weight: 500; }
+@media (max-width: 40rem) {  /* else the names of rows leave a phone no room for figures */
+  tr > :first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; max-width: 9rem; }
+  th, td { padding: 0.3rem 0.4rem; } }
 meter { width: 6rem; vertical-align: middle; }
 article { margin: 0 0 1rem; padding: 0.75rem; border: 1px solid var(--line); border-radius: 0.5rem; background: var(--card); }
 pre { margin: 0; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
