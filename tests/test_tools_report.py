@@ -95,6 +95,8 @@ def test_a_page_about_a_reward_model_shows_its_probes(reward_run, tmp_path):
     reader = check_harmless(page)
     said = "\n".join(reader.texts)
     assert "wrong letter" in said and reader.tags.count("meter") == 2 and "Before and after" not in said
+    shares = re.findall(r"(\d+)% <meter value=([\d.]+)>", page)
+    assert len(shares) == 2 and all(abs(int(percent) - 100 * float(value)) <= 0.5 for percent, value in shares)
     test = json.loads((reward_run / "reward_metrics.jsonl").read_text().splitlines()[-1])
     assert f"{test['accuracy']:.3f}" in said
 
