@@ -19,8 +19,11 @@ from minirlhf.task import load_splits
 from minirlhf.tools.trained import load_trained
 
 
-def test_a_second_round_runs_stops_and_goes_on(policy_run, reward_run, tmp_path, capsys):
+def test_a_second_round_runs_stops_and_goes_on(policy_run, reward_run, tmp_path, capsys, monkeypatch):
     """Every arm: as many answers, a reward model trained on from the first, a policy from the same base model."""
+    own_test_pairs, asked = second_round.own_test_pairs, []
+    monkeypatch.setattr(second_round, "own_test_pairs", lambda first, prompts, config: (
+        asked.extend(prompts) or own_test_pairs(first, prompts, config)))
     config = RoundConfig(run=str(policy_run), out=str(tmp_path / "two"), quick=True, labels=30, device="cpu")
     figures = second_round.main(config)
     assert list(figures) == ["round 1", *(f"30 {arm}" for arm in ARMS)]
@@ -30,6 +33,8 @@ def test_a_second_round_runs_stops_and_goes_on(policy_run, reward_run, tmp_path,
         assert len((tmp_path / "two" / f"{name}.jsonl").read_text().splitlines()) == 30
         settings = read_config(RewardConfig, tmp_path / "two" / f"reward-{name}" / "config.json")
         assert settings.data == tuple(str(tmp_path / "two" / file) for file in (f"{name}.jsonl", "replay.jsonl"))
+    assert all(column["reward"]["prompts"] == 6 for column in figures.values())  # those of 20 that are held out
+    assert {*asked} == {*unique_prompts(load_splits(read_config(RewardConfig, reward_run / "config.json")).test)}
     rewards = {column["files"][next(iter(column["files"]))] for column in figures.values()}
     assert len(rewards) == 4  # no two alike
     assert figures["round 1"]["reward"]["own_ceiling"] == figures["30 own pairs"]["reward"]["own_ceiling"]  # the same pairs
