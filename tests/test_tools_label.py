@@ -1,15 +1,19 @@
 """The labelling program, driven by keys in a real pseudo-terminal: no answer is lost, whatever ends it."""
 
+import dataclasses
 import fcntl
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
 import termios
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,8 +21,9 @@ import torch
 from tiny import refused
 
 import train_reward
-from minirlhf.config import UserError, run_script
+from minirlhf.config import RewardConfig, UserError, run_script
 from minirlhf.data import pad_right, read_preferences
+from minirlhf.task import HELPDESK, load_splits
 from minirlhf.tools import label, labels
 from minirlhf.tools.label import LabelConfig
 from minirlhf.tools.labels import LabelFile, Pair, wilson
@@ -215,14 +220,39 @@ def test_the_probability_is_the_reward_models_on_its_raw_scale(policy_run, tmp_p
     out = tmp_path / "l.jsonl"
     label.main(LabelConfig(run=str(policy_run), judge="tiny:preference_probability", count=60, device="cpu", out=str(out)))
     trained = load_trained(str(policy_run), torch.device("cpu"))
-    encode, model, checked = trained.encoding.encode_ordinary, trained.reward_model, 0
+    encode, model, checked = trained.encoding.encode_ordinary, trained.reward_model, Counter()
     for row in rows(out):
-        if all(len(encode(text)) < 5 and "\ufffd" not in text for text in row["responses"]):  # ended by EOS, and not cut
-            whole = [encode(row["prompt"]) + encode(text) + [tiny.EOS] for text in row["responses"]]
+        if "\ufffd" not in "".join(row["responses"]):
+            said = [encode(text) for text in row["responses"]]  # ended by EOS, unless cut after the fifth token
+            whole = [encode(row["prompt"]) + ids + [tiny.EOS] * (len(ids) < 5) for ids in said]
             raw = [float(model.reward_head(model(*pad_right([ids], tiny.PAD))[0, -1])) for ids in whole]
             assert row["reward_model"] == pytest.approx(1 / (1 + math.exp(raw[1] - raw[0])), abs=1e-4)
-            checked += 1
-    assert checked >= 5
+            checked.update(len(ids) < 5 for ids in said)
+    assert checked[True] >= 10 and checked[False] >= 5  # no penalty is for a person to know of
+
+
+def test_pairs_are_about_the_prompts_that_the_policy_was_trained_on(policy_run, tmp_path):
+    """Those of its --prompts, where it had one, and else the reward run's."""
+    trained = load_trained(str(policy_run), torch.device("cpu"))
+    assert set(label.training_prompts(trained).texts) == {pair.prompt for pair in load_splits(trained.reward_config).train}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a 77:"}\n{"prompt": "b 88:"}\n')
+    trained = trained._replace(config=dataclasses.replace(trained.config, prompts=str(tmp_path / "p.jsonl")))
+    assert label.training_prompts(trained).texts == ["a 77:", "b 88:"]
+
+
+@pytest.mark.parametrize("settings, flags", [
+    ({}, ["--heldout-data", HELPDESK["heldout"], "--test-data", HELPDESK["test"], "--task", "minirlhf.helpdesk"]),
+    (dict(data=("d.jsonl",)), []),
+    (dict(data=("d.jsonl",), heldout_data=("h 1.jsonl", "h2.jsonl"), task="tiny", max_response_length=9, max_prompt_length=7,
+          tokenizer="gpt2"), ["--tokenizer", "gpt2", "--max-prompt-length", "7", "--max-response-length", "9", "--heldout-data",
+                              "h 1.jsonl", "h2.jsonl", "--task", "tiny"]),
+    (dict(data=("d.jsonl",), task="none", test_data=("t.jsonl",)), ["--test-data", "t.jsonl"]),
+])
+def test_the_next_command_is_about_the_same_task(settings, flags, policy_run):
+    """Without them the labels would be read by another tokenizer, or judged on themselves."""
+    trained = load_trained(str(policy_run), torch.device("cpu"))._replace(reward_config=RewardConfig(**settings))
+    start = ["python", "train_reward.py", "--init-reward", str(Path(trained.config.reward_run) / "reward.pt"), "--data", "l.jsonl"]
+    assert shlex.split(label.next_command(trained, Path("l.jsonl"))) == start + flags
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
