@@ -251,7 +251,8 @@ def test_pairs_are_about_the_prompts_that_the_policy_was_trained_on(policy_run, 
 def test_the_next_command_is_about_the_same_task(settings, flags, policy_run):
     """Without them the labels would be read by another tokenizer, or judged on themselves."""
     trained = load_trained(str(policy_run), torch.device("cpu"))._replace(reward_config=RewardConfig(**settings))
-    start = ["python", "train_reward.py", "--init-reward", str(Path(trained.config.reward_run) / "reward.pt"), "--data", "l.jsonl"]
+    start = ["python", "train_reward.py", "--init-reward", str(Path(trained.config.reward_run) / "reward.pt"),
+             "--data", "l.jsonl"]
     assert shlex.split(label.next_command(trained, Path("l.jsonl"))) == start + flags
 
 
