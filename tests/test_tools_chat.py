@@ -1,5 +1,6 @@
 """Talking to a policy: what is streamed is what sampling gives, and nothing that a model says commands the terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -72,6 +73,21 @@ def test_seed_temperature_length_and_turn_are_as_asked(policy_run, capsys, monke
     cold = chat.main(ChatConfig(run=str(policy_run), prompt="b 3:", device="cpu", temperature=1e-3))
     greedy = chat.main(ChatConfig(run=str(policy_run), prompt="b 3:", device="cpu", greedy=True))
     assert cold[0]["policy"] == greedy[0]["policy"]
+
+
+def test_without_flags_sampling_is_the_runs_own(policy_run):
+    """Its temperature and its length, which may be shorter than the reward run's."""
+    trained = load_trained(str(policy_run), CPU)
+    changed = trained._replace(config=dataclasses.replace(trained.config, temperature=0.7, max_response_length=3))
+    assert trained.sampling(0.0, 0, 5)[1:] == (5, 1.0, 5) and changed.sampling(0.0, 0, 5)[1:] == (3, 0.7, 5)
+    assert changed.sampling(0.2, 4, 5)[1:] == (4, 0.2, 5)
+
+
+def test_a_response_that_was_cut_is_said_to_be(policy_run, capsys):
+    """Its score lacks what a run takes for it, and its end is not the model's."""
+    (found,) = chat.main(ChatConfig(run=str(policy_run), prompt="b 3:", max_response_length=1, device="cpu"))
+    cut = [not found[name]["finished"] for name in ("base", "policy")]
+    assert any(cut) and capsys.readouterr().out.count("cut by length") == sum(cut)
 
 
 def test_columns_show_both_with_their_figures(policy_run, capsys):

@@ -123,6 +123,18 @@ def test_the_terminal_is_restored_and_keys_pressed_too_early_are_no_answers(endi
     assert len(rows(tmp_path / "l.jsonl")) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_with_the_terminal_restored_and_ctrl_z_is_a_key(number, policy_run, tmp_path, open_label):
+    """A window that closes sends SIGHUP; a program stopped by Ctrl-Z would leave the shell without echo."""
+    terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
+    terminal.read(QUIT)
+    terminal.press("1", QUIT)
+    terminal.press("\x1a", "that key means nothing here")
+    os.kill(terminal.pid, number)
+    status, screen, restored = terminal.end()
+    assert status == 128 + number and restored and "1 answered" in screen and len(rows(tmp_path / "l.jsonl")) == 1
+
+
 def test_a_resized_terminal_is_redrawn_to_its_new_width(policy_run, tmp_path, open_label):
     terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
     assert " │ " in terminal.read(QUIT)
@@ -340,6 +352,16 @@ def test_answers_about_another_policy_are_refused(other, words, tmp_path):
     file.lock.close()
     with pytest.raises(UserError, match=f"l.jsonl:1: .*{words}; name another --out"):
         LabelFile(tmp_path / "l.jsonl", SOURCE, "run")
+
+
+def test_two_files_in_one_folder_do_not_wait_for_each_other(tmp_path):
+    """Nor for a run of train_policy.py there, which holds .lock; but the same file twice is refused."""
+    files = [LabelFile(tmp_path / name, SOURCE, "p") for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(UserError, match="another process is labelling there"):
+        LabelFile(tmp_path / "a.jsonl", SOURCE, "p")
+    assert not (tmp_path / ".lock").exists()
+    for file in files:
+        file.lock.close()
 
 
 def test_the_summary_counts_agreement_by_hand(tmp_path):
