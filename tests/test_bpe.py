@@ -119,3 +119,11 @@ def test_command_stops_with_one_line_and_writes_nothing(tmp_path, capsys, name, 
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and name in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_without_every_byte_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "out"), str(tmp_path / "a.txt"), "--size", "255"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --size 255 is below 256")
+    assert not (tmp_path / "out").exists()

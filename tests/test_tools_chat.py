@@ -1,6 +1,7 @@
 """Talking to a policy: what is streamed is what sampling gives, and nothing that a model says commands the terminal."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from minirlhf.seeding import row_uniforms
 from minirlhf.tools import chat
 from minirlhf.tools.chat import ChatConfig, apply_template, stream, template_of
 from minirlhf.tools.terminal import redraw
-from minirlhf.tools.trained import load_trained
+from minirlhf.tools.trained import identity, load_trained
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,34 @@ def test_a_response_that_was_cut_is_said_to_be(policy_run, capsys):
     """Its score lacks what a run takes for it, and its end is not the model's."""
     (found,) = chat.main(ChatConfig(run=str(policy_run), prompt="b 3:", max_response_length=1, device="cpu"))
     cut = [not found[name]["finished"] for name in ("base", "policy")]
-    assert any(cut) and capsys.readouterr().out.count("cut by length") == sum(cut)
+    assert any(cut) and capsys.readouterr().out.count("  cut") == sum(cut)
+
+
+def test_scores_are_those_of_the_runs_own_reward(policy_run, monkeypatch):
+    """A run that was paid by a function has no use for the reward model's opinion."""
+    trained = load_trained(str(policy_run), CPU)
+    changed = trained._replace(config=dataclasses.replace(trained.config, reward="tiny:letters_right", missing_eos_penalty=3.0))
+    monkeypatch.setattr(chat, "load_trained", lambda *arguments: changed)
+    for length in (1, 5):
+        (found,) = chat.main(ChatConfig(run="x", prompt="b 3:", max_response_length=length, device="cpu"))
+        for one in (found["base"], found["policy"]):
+            assert one["score"] == tiny.gold("b 3:", one["response"]) - 3.0 * (not one["finished"])
+
+
+def test_answers_know_their_policy_by_its_reward_model(policy_run, reward_run):
+    content = (reward_run / "reward.pt").read_bytes()
+    assert identity(load_trained(str(policy_run), CPU))["reward"] == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_ctrl_c_ends_a_pipe_with_status_130(policy_run, monkeypatch):
+    """A script that asks a thousand prompts must stop at the first Ctrl-C, and know that it was stopped."""
+    pipe(monkeypatch, "b 3:\nc 4:\n")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "answer", interrupted)
+    assert tiny.ending(chat.main, ChatConfig, ["--run", str(policy_run)]) == 130
 
 
 def test_columns_show_both_with_their_figures(policy_run, capsys):

@@ -184,7 +184,7 @@ def columns(trained: Trained, tokens: dict[str, list[int]], found: dict, width: 
         title = [name]
         if name in found:
             title += [f"{key} {found[name][key]:+.2f}" for key in ("score", "gold") if key in found[name]]
-            title += [] if found[name]["finished"] else ["cut by length"]
+            title += [] if found[name]["finished"] else ["cut"]  # by length; more words would not fit beside the figures
         halves.append(("  ".join(title), decode(trained.encoding, some).strip()))
     return side_by_side(*halves, width)
 
