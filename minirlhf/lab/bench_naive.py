@@ -1,12 +1,15 @@
-"""What bench.py measures beside the project's own code: the same work in plain PyTorch, and by other libraries."""
-
-import importlib.util
+"""What bench.py measures beside the project's own code: the same work as one writes it first in PyTorch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.model import Transformer
+from minirlhf.model import Transformer, mixed_precision
+
+
+def half(device: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU, float32 elsewhere: what everything is measured in, whoever wrote it."""
+    return mixed_precision(device, device.type == "cuda")
 
 
 def padded_trunk(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
@@ -47,8 +50,8 @@ def padded_logprobs(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor,
 
 
 def gae_by_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """[B, R] the recurrence of generalised advantages, a column at a time from the last, as trainers write it."""
-    columns, carry = [], torch.zeros_like(rewards[:, 0])
+    """[B, R] the recurrence of generalised advantages, a column at a time from the last, as TRL's PPOTrainer has it."""
+    columns, carry = [], 0.0
     for t in range(rewards.shape[1] - 1, -1, -1):
         after = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         carry = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * carry
@@ -56,60 +59,40 @@ def gae_by_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Te
     return torch.stack(columns[::-1], dim=1)
 
 
+def reward_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor) -> None:
+    """One step on pairs, chosen responses in the first half of the rows and rejected ones in the second."""
+    with half(ids.device):
+        hidden = padded_trunk(model, ids, mask)
+    last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+    chosen, rejected = model.reward_head(last).float().squeeze(-1).chunk(2)
+    step(model, optimizer, -F.logsigmoid(chosen - rejected).mean())
+
+
+def step(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    ratio = (logprobs - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+
 def naive_iteration(policy: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor,
                     length: int, epochs: int) -> None:
     """One PPO iteration with all of the above: sample, measure under both models, GAE, clipped steps."""
-    response = rollout_without_cache(policy, ids, mask, length)
-    with torch.no_grad():
+    with torch.no_grad(), half(ids.device):
+        response = rollout_without_cache(policy, ids, mask, length)
         old, ref = (padded_logprobs(model, ids, mask, response) for model in (policy, reference))
         advantages = gae_by_loop(-0.05 * (old - ref), torch.zeros_like(old), 1.0, 0.95) + 1.0
     for _ in range(epochs):
-        ratio = (padded_logprobs(policy, ids, mask, response) - old).exp()
-        (-torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update_once(policy, optimizer, ids, mask, response, old, advantages)
 
 
-def available(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) for name in names)
-
-
-def peer_rollout(model: Transformer, ids: Tensor, mask: Tensor, length: int):
-    """() -> transformers' generate on a GPT-2 of the same shape, random weights; None if it is not installed."""
-    if not available("transformers"):
-        return None
-    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model, vocab_size=c.vocab_size,
-                                        n_positions=c.context, bos_token_id=0, eos_token_id=0)).to(ids.device).eval()
-    theirs.generation_config.eos_token_id = None  # nobody ends early
-    how = GenerationConfig(max_new_tokens=length, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=1)
-
-    @torch.inference_mode()
-    def run():
-        return theirs.generate(ids, attention_mask=mask.long(), generation_config=how)
-
-    return run
-
-
-def peer_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor):
-    """() -> TRL's selective log-softmax on all logits; None if it is not installed."""
-    if not available("trl"):
-        return None
-    from trl.trainer.utils import selective_log_softmax
-
-    return lambda: selective_log_softmax((hidden @ weight.T)[None], targets[None])[0]
-
-
-def peer_gae(rewards: Tensor, values: Tensor):
-    """() -> torchrl's vectorised GAE; None if it is not installed."""
-    if not available("torchrl"):
-        return None
-    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
-
-    done = torch.zeros_like(rewards, dtype=torch.bool)[..., None]
-    done[:, -1] = True
-    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)[..., None]
-    return lambda: vec_generalized_advantage_estimate(1.0, 0.95, values[..., None], after, rewards[..., None], done, done)
+def update_once(policy: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor, response: Tensor, old: Tensor,
+                advantages: Tensor) -> None:
+    with half(ids.device):
+        loss = policy_loss(padded_logprobs(policy, ids, mask, response), old, advantages)
+    step(policy, optimizer, loss)
