@@ -235,19 +235,23 @@ def main(config: BenchConfig) -> list[dict]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     roof, rounds, rows = ceilings(device, config.quick), 1 if config.quick else config.rounds, []
+    where = dict(device=str(device), threads=config.threads, flops_per_second=roof[0], bytes_per_second=roof[1])
     wanted = [part for part in parts(s, device, bench_peers if config.peers else None) if config.only in part[0]]
     if not wanted:
         raise UserError(f"--only {config.only!r}: no part has such a name; without the flag all are measured")
+    said = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # figures alone go to stdout
         progress = Progress("part", len(wanted), plain_lines=len(wanted))
         for number, (name, make) in enumerate(wanted, start=1):
             rows.append(measure(make(), device, rounds, roof))
+            if config.json:
+                print(json.dumps(dict(rows[-1], **where)), file=said, flush=True)
             progress.show(number, name)
     more = growth(s, device, roof, config.quick) if config.growth and not config.only else []
     if device.type == "cuda" and not config.only:
         more += targets(device, roof, shape(12, 12, 768, 50257, 1, 64, 448), 256)
     if config.json:
-        print("\n".join(json.dumps(dict(row, device=str(device), threads=config.threads, roof=roof)) for row in rows + more))
+        print("\n".join(json.dumps(dict(row, **where)) for row in more))
         return rows + more
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"processor, {config.threads} thread(s)"
     print(f"{name}: {roof[0] / 1e9:.0f} GFLOP/s in matrix products, {roof[1] / 1e9:.1f} GB/s copied. Medians of {rounds} "
