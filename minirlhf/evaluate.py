@@ -34,8 +34,8 @@ def standard_error(values: np.ndarray) -> float:
 def group_scores(model: Transformer, groups: list[PreferenceGroup], pad: int, device: torch.device) -> list[np.ndarray]:
     """The normalised score of every response of every group."""
     scores = []
-    for start in range(0, len(groups), 64):
-        chunk = groups[start:start + 64]
+    for start in range(0, len(groups), 8):  # of probes, 150 texts: as fast as more at once, and a sixth of the memory
+        chunk = groups[start:start + 8]
         ids, mask = pad_right([group.prompt + response for group in chunk for response in group.responses], pad)
         flat = sequence_scores(model, ids.to(device), mask.to(device)).double().cpu().numpy()
         scores += np.split(flat, np.cumsum([len(group.responses) for group in chunk])[:-1])
