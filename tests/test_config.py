@@ -5,9 +5,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import platform
+import subprocess
 import sys
 import types
 import typing
+from pathlib import Path
 
 import pytest
 from tiny import contents, policy_config, refused, reward_config, rows, write_inputs
@@ -389,3 +393,31 @@ def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_
         for ours, theirs in zip(found[0], other, strict=True):
             same = [key for key in ("loss", "grad_norm", "value_loss", "entropy", "accuracy") if key in theirs]
             assert [ours[key] for key in same] == pytest.approx([theirs[key] for key in same], rel=1e-3, abs=1e-4)
+
+
+# ---- memory that is used again ---------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource, sys, torch
+from minirlhf.config import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for turn in range(12):
+    tensors = [torch.zeros(2**22) for _ in range(3)]  # 16 MiB each
+    del tensors
+    if turn == 3:  # by then the heap has grown to what it needs
+        first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such thresholds")
+def test_freed_tensors_are_used_again_instead_of_fresh_pages_from_the_system():
+    """Eight turns of 48 MiB are 98,304 pages if each is fetched anew, and next to none if the freed ones are used again.
+
+    The environment holds glibc to the thresholds that it starts with: left alone it raises them by luck, now and then enough.
+    """
+    environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
+    faults = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True,
+                                      cwd=Path(__file__).parent.parent, env=environment).stdout) for how in ("keep", "leave")}
+    assert faults["keep"] < 1_000 < 10_000 < faults["leave"]
