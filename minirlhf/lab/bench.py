@@ -124,11 +124,11 @@ def growth(s: Shape, device: torch.device, roof: tuple[float, float], quick: boo
             if need + 16.0 * grown.config.table_rows * c.d_model > free_bytes(device):
                 rows.append(dict(part=name, skipped=f"left out: needs {need / 2**30:.0f} GiB, which are not free"))
                 continue
-            case = cases.rollout_case("fixed", Transformer(grown.config).to(device), grown, device, None, False)
-            if 3 * max(case.flops / roof[0], case.bytes / roof[1]) > PATIENCE:
+            decoding = cases.rollout_case("fixed", Transformer(grown.config).to(device), grown, device, None, False)
+            if 3 * max(decoding.flops / roof[0], decoding.bytes / roof[1]) > PATIENCE:
                 rows.append(dict(part=name, skipped="left out: would take too long"))
                 continue
-            for case in (case, cases.kernel_cases(grown, device, None)[1]):
+            for case in (decoding, cases.kernel_cases(grown, device, None)[1]):
                 row = measure(case._replace(plain=None), device, 1, roof)
                 rows.append(dict(row, part=f"{case.name}, {name}"))
     return rows
@@ -142,7 +142,8 @@ def targets(device: torch.device, roof: tuple[float, float], s: Shape, batch: in
         (lambda: cases.kernel_cases(kernels, device, None)[1], "seconds", 0.010, True),
         (lambda: cases.kernel_cases(kernels, device, None)[1], "peak_mib", 381, True),
         (lambda: cases.scan_cases(32 * batch, 4 * batch, device, None)[1], "reached", 0.75, False),
-        (lambda: cases.rollout_case("fixed", model, s._replace(batch=batch), device, None, False), "tokens_per_second", 170e3, False),
+        (lambda: cases.rollout_case("fixed", model, s._replace(batch=batch), device, None, False), "tokens_per_second", 170e3,
+         False),
         (lambda: cases.update_case(model, s._replace(batch=batch // 4), device, None), "reached", 0.40, False)]
     rows = []
     for make, figure, target, less in wanted:
@@ -165,8 +166,8 @@ def table(rows: list[dict]) -> str:
                   for name, ratio in row["ratios"].items() if name != "plain"]
         others += filter(None, [row["skipped"], row.get("target", "")])
         plain = f"{row['ratios']['plain']:.2f}x" if "plain" in row["ratios"] else ""
-        lines.append([row["part"], f"{row['seconds'] * 1e3:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['bound'] * 1e3:.2f}",
-                      f"{row['reached']:.0%}", f"{row['peak_mib']:.0f}", plain, "; ".join(others)])
+        lines.append([row["part"], f"{row['seconds'] * 1e3:.2f}", f"{row['tokens_per_second']:,.0f}",
+                      f"{row['bound'] * 1e3:.2f}", f"{row['reached']:.0%}", f"{row['peak_mib']:.0f}", plain, "; ".join(others)])
     return markdown_table(["part", "ms", "tokens/s", "bound, ms", "reached", "peak MiB", "plain PyTorch", "others, targets"], lines)
 
 
@@ -192,7 +193,7 @@ def main(config: BenchConfig) -> list[dict]:
     if device.type == "cuda" and not config.only:
         more += targets(device, roof, shape(12, 12, 768, 50257, 1, 64, 448), 256)
     if config.json:
-        print("\n".join(json.dumps(dict(row, **where)) for row in more))
+        print("".join(json.dumps(dict(row, **where)) + "\n" for row in more), end="")
         return rows + more
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"processor, {config.threads} thread(s)"
     print(f"{name}: {roof[0] / 1e9:.0f} GFLOP/s in matrix products, {roof[1] / 1e9:.1f} GB/s copied. Medians of {rounds} "

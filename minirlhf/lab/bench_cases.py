@@ -167,8 +167,8 @@ def reward_case(model: Transformer, s: Shape, device: torch.device, peers, pairs
         naive.reward_step(first, first_optimizer, ids, mask)
 
     weights = 4.0 * 7 * sum(p.numel() for p in model.parameters())  # AdamW reads four numbers a weight and writes three
-    return Case("reward-model step, ragged pairs", sum(lengths), 3 * trunk_flops(s.config, sum(lengths), longest * 5 // 8), weights,
-                ours, plain, trainer=peers.reward_trainer(model, texts, device) if peers else None)
+    flops = 3 * trunk_flops(s.config, sum(lengths), longest * 5 // 8)
+    return Case("reward-model step, ragged pairs", sum(lengths), flops, weights, ours, plain, trainer=peers.reward_trainer(model, texts, device) if peers else None)
 
 
 def rl_config(algorithm: str, s: Shape, epochs: int, device: torch.device) -> PolicyConfig:
@@ -208,9 +208,11 @@ def iteration_case(algorithm: str, model: Transformer, s: Shape, device: torch.d
     read = tokens + s.batch * s.prompt // (config.group_size if rung.grouped else 1)
     forward = trunk_flops(s.config, read, length) + 2.0 * tokens * s.config.d_model * s.config.vocab_size
     passes = 3 + 3 * epochs + (algorithm == "ppo")  # sampling, policy, reference; the reward model; forward and backward
-    return Case(f"{algorithm} iteration", tokens, passes * forward, rollout_case("fixed", model, s, device, None, False).bytes, ours,
+    sampling = rollout_case("fixed", model, s, device, None, False)
+    return Case(f"{algorithm} iteration", tokens, passes * forward, sampling.bytes, ours,
                 lambda: naive.naive_iteration(first, model, first_optimizer, ids, mask, s.response, epochs),
-                (s.response / 2 + passes) / passes, trainer=peers.rl_trainer(algorithm, model, ids, s.response, device) if peers else None)
+                (s.response / 2 + passes) / passes,
+                trainer=peers.rl_trainer(algorithm, model, ids, s.response, device) if peers else None)
 
 
 def update_case(model: Transformer, s: Shape, device: torch.device, peers) -> Case:
@@ -224,7 +226,8 @@ def update_case(model: Transformer, s: Shape, device: torch.device, peers) -> Ca
     advantages, returns = advantages_and_returns(LADDER["ppo"], rollout, config)
     tokens, length = s.batch * (s.prompt + s.response), s.prompt + s.response
     forward = trunk_flops(s.config, tokens, length) + 2.0 * s.batch * s.response * s.config.d_model * s.config.vocab_size
-    return Case(f"policy update, {s.batch} x {length} tokens", tokens, 3 * forward, 28.0 * sum(p.numel() for p in policy.parameters()),
-                lambda: update(policy, optimizer, LADDER["ppo"], rollout, advantages, returns, config, 0.05, 3e-6, s.response, 0),
+    weights = 28.0 * sum(p.numel() for p in policy.parameters())
+    what = policy, optimizer, LADDER["ppo"], rollout, advantages, returns, config, 0.05, 3e-6, s.response, 0
+    return Case(f"policy update, {s.batch} x {length} tokens", tokens, 3 * forward, weights, lambda: update(*what),
                 lambda: naive.update_once(policy, optimizer, ids, mask, response, rollout.logprobs, advantages),
                 peers=peers.policy_update(model, ids, response, rollout.logprobs, advantages) if peers else {})

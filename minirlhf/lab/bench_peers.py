@@ -22,8 +22,8 @@ from minirlhf.lab.bench_naive import half
 from minirlhf.model import Transformer
 from minirlhf.optim import make_optimizer
 
-for name, value in dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false",
-                        TRL_EXPERIMENTAL_SILENCE="1").items():  # read when they are imported
+for name, value in dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
+                        TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1").items():  # read when they are imported
     os.environ.setdefault(name, value)
 
 
