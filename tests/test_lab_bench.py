@@ -1,4 +1,4 @@
-"""The benchmark measures the work that it names: plain PyTorch and other libraries compute the same; every row has its figures."""
+"""The benchmark measures the work that it names: plain PyTorch and other libraries compute the same, and rows hold."""
 
 import json
 import math

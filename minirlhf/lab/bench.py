@@ -168,7 +168,8 @@ def table(rows: list[dict]) -> str:
         plain = f"{row['ratios']['plain']:.2f}x" if "plain" in row["ratios"] else ""
         lines.append([row["part"], f"{row['seconds'] * 1e3:.2f}", f"{row['tokens_per_second']:,.0f}",
                       f"{row['bound'] * 1e3:.2f}", f"{row['reached']:.0%}", f"{row['peak_mib']:.0f}", plain, "; ".join(others)])
-    return markdown_table(["part", "ms", "tokens/s", "bound, ms", "reached", "peak MiB", "plain PyTorch", "others, targets"], lines)
+    header = ["part", "ms", "tokens/s", "bound, ms", "reached", "peak MiB", "plain PyTorch", "others, targets"]
+    return markdown_table(header, lines)
 
 
 def main(config: BenchConfig) -> list[dict]:

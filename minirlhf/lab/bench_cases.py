@@ -168,12 +168,13 @@ def reward_case(model: Transformer, s: Shape, device: torch.device, peers, pairs
 
     weights = 4.0 * 7 * sum(p.numel() for p in model.parameters())  # AdamW reads four numbers a weight and writes three
     flops = 3 * trunk_flops(s.config, sum(lengths), longest * 5 // 8)
-    return Case("reward-model step, ragged pairs", sum(lengths), flops, weights, ours, plain, trainer=peers.reward_trainer(model, texts, device) if peers else None)
+    return Case("reward-model step, ragged pairs", sum(lengths), flops, weights, ours, plain,
+                trainer=peers.reward_trainer(model, texts, device) if peers else None)
 
 
 def rl_config(algorithm: str, s: Shape, epochs: int, device: torch.device) -> PolicyConfig:
     return PolicyConfig(algorithm=algorithm, batch_size=s.batch, minibatch_size=s.batch, ppo_epochs=epochs,
-                        bf16=device.type == "cuda", kl_coef=0.0 if algorithm == "grpo" else 0.05)
+                        bf16=device.type == "cuda", kl_coef=0.05)
 
 
 def distinct(token_ids: list[list[int]]) -> list[float]:

@@ -227,8 +227,9 @@ def group_trainer(trainer, algorithm, model, ids, length, rounds, shared, callba
     def distinct(completion_ids=None, **_):
         return [len(set(tokens)) / len(tokens) for tokens in completion_ids]
 
-    config = getattr(trl, algorithm.upper() + "Config")(num_generations=4, max_completion_length=length, temperature=1.0,
-                                                        max_steps=rounds, model_init_kwargs=dict(dtype="float32"), **shared)
+    config = getattr(trl, algorithm.upper() + "Config")(
+        num_generations=4, max_completion_length=length, temperature=1.0, beta=0.05, max_steps=rounds,
+        model_init_kwargs=dict(dtype="float32"), **shared)
     texts = [" ".join(f"w{i}" for i in row) for row in ids.unique(dim=0).tolist()] * rounds
     return trainer(model=folder, reward_funcs=distinct, args=config, train_dataset=Dataset.from_dict(dict(prompt=texts)),
                    processing_class=tokenizer, callbacks=[callback])
