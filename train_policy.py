@@ -31,8 +31,9 @@ from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
 from minirlhf.model import Transformer, mixed_precision, pick_device
 from minirlhf.optim import make_optimizer, step_optimizer
+from minirlhf.parallel import gathered, is_main, micro_batches, shard, share, summed, whole
 from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout
-from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, due, open_run
+from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.seeding import generator
 from minirlhf.tokenizer import fingerprint
 
@@ -42,6 +43,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     takes the reward model's place. Raises UserError."""
     config.check()
     rung, device, stop = pick_rung(config), pick_device(config.device, config.deterministic), StopSignal("train_policy.py")
+    size = config.minibatch_size if rung.reuses_rollout else config.batch_size
+    check_processes(config, device, config.batch_size % size or min(size, config.batch_size), "the smallest minibatch")
     if not config.reward_run:  # named in config.json, so that a resumed run does not take up a newer one
         config = dataclasses.replace(config, reward_run=str(newest_reward_run(Path("runs"))))
     world = load_environment(config, reward_function, device)
@@ -51,16 +54,18 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
     # The policy starts as a copy of the base model, which stays behind as the frozen reference.
     policy = copy.deepcopy(world.base).requires_grad_(True)
-    optimizer = make_optimizer(policy, config.lr)
     if config.compile:
         policy.compile_blocks()
+    if config.shard:
+        shard(policy, device)
+    optimizer = make_optimizer(policy, config.lr)
     found = newest_checkpoint(run.folder / "checkpoints", "policy", run.id)
     done, meta = restore(found, policy, optimizer), found[0] if found else {}
     kl_coef = meta.get("kl_coef", config.kl_coef)
     metrics = Metrics(run.folder / "policy_metrics.jsonl", meta.get("metrics"), config.tensorboard)
     heldout = Prompts(world.heldout.texts[: config.eval_prompts], world.heldout.ids[: config.eval_prompts])
-    referee = Referee(world, heldout, "evaluate")
-    if done == 0:
+    referee = Referee(world, heldout, "evaluate") if is_main() else None
+    if done == 0 and referee:
         metrics.write(dict(step=0, samples=0, **evaluation(referee, referee.base)))
     progress = Progress("iteration", config.iterations, done, plain_lines=config.iterations)
     copies = config.group_size if rung.grouped else 1
@@ -70,16 +75,18 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
 
         # 1. Sample: prompts in, responses out.
-        prompts = next_prompts(world.train, config.batch_size // copies, copies, config.seed, step)
+        rows = share(list(range(config.batch_size)))  # all of them, where no other process takes its part
+        prompts = next_prompts(world.train, config.batch_size // copies, copies, config.seed, step).rows(rows)
         with mixed_precision(device, config.bf16):
-            samples = sample_responses(policy, *prompts, world.sampling, "rollout", step, rows=list(range(config.batch_size)))
+            samples = sample_responses(whole(policy), *prompts, world.sampling, "rollout", step, rows)
         clock.phase("sample")
 
         # 2. Score each response; what it cost in KL, and what each token earned.
         with batch_kept(run.folder, "policy", step + 1, samples._asdict()), mixed_precision(device, config.bf16):
             scores = world.scorer(samples)
-            rollout = collect_rollout(policy, world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
+            rollout = collect_rollout(whole(policy), world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
                                       config.temperature, config.micro_batch_size)
+        samples, rollout = gathered(samples), gathered(rollout)
         clock.phase("score")
 
         # 3. How much better than expected was each action?
@@ -87,7 +94,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
         # 4. Make the better ones likelier.
         batch = samples._asdict() | rollout._asdict()
-        batch |= dict(advantages=advantages, minibatches=minibatches(config, rung, step, len(scores)))
+        batch |= dict(advantages=advantages, minibatches=minibatches(config, rung, step, config.batch_size))
         with batch_kept(run.folder, "policy", step + 1, batch):
             figures = update(policy, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
                              world.sampling.max_response_length, step)
@@ -98,7 +105,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         if config.kl_target:
             kl_coef = adapt_kl_coef(kl_coef, row["kl"], config.kl_target, config.kl_horizon, config.batch_size)
         if due(step + 1, config.iterations, config.eval_every):
-            row |= evaluation(referee, referee.judge(policy))
+            actor = whole(policy)
+            row |= evaluation(referee, referee.judge(actor)) if referee else {}
             clock.phase("evaluate")
         metrics.write(dict(step=step + 1, samples=(step + 1) * config.batch_size, **row, **clock.phases,
                            tokens_per_second=row["tokens"] / clock.total()))
@@ -107,11 +115,12 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         if row["kl"] > config.max_kl:
             raise UserError(f"iteration {step + 1}: KL of {row['kl']:.0f} nats passed --max-kl {config.max_kl:g}; raise "
                             "--kl-coef or lower --lr (or raise --max-kl to watch the policy leave the language)")
-        if stop.number or due(step + 1, config.iterations, config.save_every):
+        if stop.now() or due(step + 1, config.iterations, config.save_every):
             meta = dict(run=run.id, metrics=metrics.mark(), kl_coef=kl_coef)
             states = dict(model=policy.state_dict(), optimizer=optimizer.state_dict())
             save_step(run.folder / "checkpoints", "policy", step + 1, meta, states, config.keep_checkpoints)
-    return finish(world, policy, config, run.folder)
+    actor = whole(policy)
+    return finish(world, actor, config, run.folder) if is_main() else {}
 
 
 def minibatches(config: PolicyConfig, rung: Rung, step: int, count: int) -> Iterator[Tensor]:
@@ -130,7 +139,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
            returns: Tensor, config: PolicyConfig, kl_coef: float, lr: float, max_response_length: int, step: int) -> dict:
     """One optimiser step on the whole rollout, or, where the rung reuses it, one per minibatch for several epochs.
 
-    The gradient of a minibatch is the same however it is cut into micro-batches. Returns means over all tokens used.
+    The gradient of a minibatch is the same however it is cut, into micro-batches or over processes. Returns means over all tokens used.
     """
     check_finite(float(rollout.scores.sum()), "sum of the scores")
     for name in ("logprobs", "ref_logprobs", "values"):
@@ -140,18 +149,18 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
     for number, minibatch in enumerate(minibatches(config, rung, step, len(lengths)), start=1):
         tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
         total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
-        for rows in minibatch.to(advantages.device).split(config.micro_batch_size or len(minibatch)):
+        for rows in micro_batches(minibatch.to(advantages.device), config.micro_batch_size):
             with mixed_precision(advantages.device, config.bf16):
                 loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
                                                kl_coef, denominator, tokens)
             loss.backward()
             total = total + loss.detach()
             sums = {key: sums.get(key, 0.0) + value.detach() for key, value in figures.items()}
-        losses.append(total.item())
+        losses.append(summed(total).item())
         check_finite(losses[-1], f"loss of minibatch {number}")
         norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm, f" of minibatch {number}"))
         tokens_used += tokens
-    return {key: value.item() / tokens_used for key, value in sums.items()} | dict(
+    return {key: summed(value).item() / tokens_used for key, value in sums.items()} | dict(
         loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
         explained_variance=explained_variance(rollout.values, returns, rollout.response_mask))
 

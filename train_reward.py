@@ -6,6 +6,7 @@
 
 import copy
 import functools
+import math
 
 import torch
 
@@ -28,7 +29,8 @@ from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
 from minirlhf.model import in_full_precision, last_token_scores, mixed_precision, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
-from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, due, open_run
+from minirlhf.parallel import is_main, micro_batches, share, shard, summed, whole
+from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.start import base_file, earlier_reward_model, starting_model
 from minirlhf.task import file_hashes, load_splits, load_task
 from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id
@@ -74,9 +76,11 @@ def batch_reader(lengths, batch_size, seed):
 def train_stage(stage, model, total, peak_lr, batch, backward, run, config, metrics, stop, found):
     """`total` optimiser steps, less those of the checkpoint found; backward(batch(step)) adds up the gradient of one batch
     and returns its figures, loss first."""
-    optimizer = make_optimizer(model, peak_lr, config.weight_decay)
     if config.compile:
         model.compile_blocks()
+    if config.shard:
+        shard(model, model.wte.weight.device)
+    optimizer = make_optimizer(model, peak_lr, config.weight_decay)
     done = restore(found, model, optimizer)
     progress = Progress(stage, total, done)
     for step in stop.steps(done, total):
@@ -88,7 +92,7 @@ def train_stage(stage, model, total, peak_lr, batch, backward, run, config, metr
             grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
         metrics.write(dict(stage=stage, step=step + 1, **figures, grad_norm=grad_norm, lr=lr, seconds=clock.total()))
         progress.show(step + 1, f"loss {figures['loss']:.3f}")
-        if stop.number or due(step + 1, total, config.save_every):
+        if stop.now() or due(step + 1, total, config.save_every):
             states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             meta = dict(run=run.id, metrics=metrics.mark())
             save_step(run.folder / "checkpoints", stage, step + 1, meta, states, config.keep_checkpoints)
@@ -108,11 +112,13 @@ def warm_up(model, groups, run, config, pad, metrics, stop, found):
     device = model.wte.weight.device
 
     def backward(chosen):
-        ids, mask = (tensor.to(device) for tensor in pad_right(chosen, pad))
+        mine, targets = share(chosen), sum(len(text) - 1 for text in chosen)
+        ids, mask = (tensor.to(device) for tensor in pad_right(mine or chosen[:1], pad))
+        weight = sum(len(text) - 1 for text in mine) / targets  # none for a process that no text is left for
         with mixed_precision(device, config.bf16):
-            loss = language_model_loss(model, ids, mask)
+            loss = weight * language_model_loss(model, ids, mask)
         loss.backward()
-        return dict(loss=loss.item())
+        return dict(loss=summed(loss.detach()).item())
 
     train_stage("warmup", model, warmup_steps(config), config.warmup_lr, lambda step: [texts[i] for i in batch(step)], backward,
                 run, config, metrics, stop, found)
@@ -122,17 +128,17 @@ def learn_preferences(model, groups, run, config, pad, metrics, stop, found):
     """Stage 2: the reward model."""
     lengths = [max(map(len, group.responses)) for group in groups]
     per_epoch, batch = batch_reader(lengths, config.batch_size, config.seed)
-    size = config.micro_batch_size or config.batch_size
 
     def backward(chosen):
         total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
         sums = dict(loss=0.0, accuracy=0.0)
-        for start in range(0, len(chosen), size):
+        for some in micro_batches(chosen, config.micro_batch_size):
+            weight = total_weight if some else math.inf  # no pairs are left for this process: a pass that weighs nothing
             with mixed_precision(model.wte.weight.device, config.bf16):
-                loss, figures = pair_loss(model, chosen[start:start + size], pad, config, total_weight)
+                loss, figures = pair_loss(model, some or chosen[:1], pad, config, weight)
             loss.backward()
             sums = {key: sums[key] + figures[key] for key in sums}
-        return {key: value.item() for key, value in sums.items()}
+        return {key: summed(value).item() for key, value in sums.items()}
 
     train_stage("reward", model, per_epoch * config.epochs, config.lr, lambda step: [groups[i] for i in batch(step)], backward,
                 run, config, metrics, stop, found)
@@ -159,6 +165,7 @@ def main(config: RewardConfig) -> dict:
     """Train and save base.pt and reward.pt; returns the test figures. Raises UserError."""
     config.check()
     device, stop = pick_device(config.device, config.deterministic), StopSignal("train_reward.py")
+    check_processes(config, device, config.batch_size, "the prompts of --batch-size")
     encoding, task, splits = load_tokenizer(config.tokenizer), load_task(config), load_splits(config)
     pad = pad_id(encoding)
     groups = {}
@@ -186,12 +193,17 @@ def main(config: RewardConfig) -> dict:
     if warmup_steps(config):
         print("warming up the base language model on the task's own text")
         warm_up(base, groups["train"], run, config, pad, metrics, stop, warmed)
-    save_model(base_path, "base", base, facts)
+    base = whole(base)
+    if is_main():
+        save_model(base_path, "base", base, facts)
     print(f"saved {base_path}")
 
     # 2. The reward model starts from the base model with a reward head of 0, or from an earlier reward model.
     reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
     learn_preferences(reward_model, groups["train"], run, config, pad, metrics, stop, learnt)
+    reward_model = whole(reward_model)
+    if not is_main():
+        return {}
 
     # 3. Scores in units of the base policy's own spread.
     prompts = unique_prompts(splits.train)[: config.normalise_prompts]

@@ -17,6 +17,7 @@ import torch
 from minirlhf.config import UserError
 from minirlhf.log import printable
 from minirlhf.model import ModelConfig, Transformer
+from minirlhf.parallel import is_main, split_like, whole_states
 
 FORMAT = "minirlhf 1"
 SEAL = re.compile(rb"\nminirlhf sha256 ([0-9a-f]{64})\Z")
@@ -115,10 +116,13 @@ def restore(found: tuple[dict, dict] | None, model: torch.nn.Module, optimizer: 
         return 0
     meta, states = found
     try:
-        model.load_state_dict(states["model"])
+        own, params = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+        model.load_state_dict({name: split_like(value, own.get(name)) for name, value in states["model"].items()})
+        for number, kept in states["optimizer"]["state"].items():
+            kept.update({key: split_like(value, params[number]) for key, value in kept.items()})
         optimizer.load_state_dict(states["optimizer"])
         done = int(meta["step"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         first, *_ = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"a checkpoint does not fit its run ({first}); delete it, or start a new run") from None
     print(f"going on after step {done}")
@@ -127,6 +131,9 @@ def restore(found: tuple[dict, dict] | None, model: torch.nn.Module, optimizer: 
 
 def save_step(folder: Path, kind: str, step: int, meta: dict, states: dict, keep: int) -> None:
     """Write checkpoints/KIND-STEP.pt, then delete all but the newest `keep` of its kind."""
+    states = whole_states(states)
+    if not is_main():
+        return
     folder.mkdir(exist_ok=True)
     newest = folder / f"{kind}-{step:08d}.pt"
     save_checkpoint(newest, kind, dict(meta, step=step), states)

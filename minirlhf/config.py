@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from minirlhf.log import printable
+from minirlhf.parallel import first_to_tell, lost_peer, start, stop
 
 
 class UserError(Exception):
@@ -63,6 +64,7 @@ class RewardConfig:
     seed: int = setting(0, "every random choice derives from it", 0)
     bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
     compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
+    shard: bool = setting(False, "under torchrun: split weights, gradients and Adam's state over the processes (FSDP2)")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
     deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
     resume: bool = setting(False, "go on with the run in --out")
@@ -118,6 +120,7 @@ class PolicyConfig:
     seed: int = setting(0, "every random choice derives from it", 0)
     bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
     compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
+    shard: bool = setting(False, "under torchrun: split weights, gradients and Adam's state over the processes (FSDP2)")
     device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
     deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
     resume: bool = setting(False, "go on with the run in --out")
@@ -252,6 +255,7 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
     Under the flags lie the settings of --preset; with --resume, in their place, those in the run folder.
     """
     try:
+        start()
         given = given_flags(config_class, sys.argv[1:] if arguments is None else arguments)
         preset = given.pop("preset", "helpdesk")
         if preset not in PRESETS:
@@ -264,9 +268,12 @@ def run_script(main, config_class, arguments: list[str] | None = None) -> None:
         config = config_class(**{**under, **given})
         keep_freed_memory()
         main(config)
+        stop()
     except UserError as error:
         sys.exit(fail(str(error), 2))
     except (MemoryError, RuntimeError) as error:
+        if lost_peer(error):
+            sys.exit(fail("another process of this run was lost; its own lines say why, --resume goes on", 1))
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         sys.exit(fail(memory_advice(config), 2))
@@ -295,5 +302,6 @@ def memory_advice(config) -> str:
 
 
 def fail(message: str, status: int) -> int:
-    print("error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
+    if first_to_tell():
+        print("error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
     return status

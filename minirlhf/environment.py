@@ -1,6 +1,6 @@
 """What the policy acts in: prompts to answer, a scorer that judges answers, the base model, and the truth where it is known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -68,6 +68,9 @@ Scorer = Callable[[Samples], Tensor]  # [B] scores, float32, on the samples' dev
 class Prompts(NamedTuple):
     texts: list[str]
     ids: list[list[int]]
+
+    def rows(self, chosen: Sequence[int]) -> "Prompts":
+        return Prompts([self.texts[i] for i in chosen], [self.ids[i] for i in chosen])
 
 
 class Environment(NamedTuple):
@@ -165,4 +168,4 @@ def next_prompts(prompts: Prompts, count: int, copies: int, seed: int, step: int
         if not chosen or position % n == 0:
             order = torch.randperm(n, generator=generator(seed, "prompts", position // n)).tolist()
         chosen += [order[position % n]] * copies
-    return Prompts([prompts.texts[i] for i in chosen], [prompts.ids[i] for i in chosen])
+    return prompts.rows(chosen)

@@ -12,6 +12,8 @@ import time
 import unicodedata
 from pathlib import Path
 
+from minirlhf.parallel import is_main
+
 
 def printable(text: str) -> str:
     """Text from data or a model, safe for a terminal: control and bidirectional characters are shown as escapes.
@@ -47,6 +49,9 @@ class Metrics:
     def __init__(self, path: Path, mark: list | None, tensorboard: bool):
         """mark: that of the checkpoint gone on from. Without one the file begins anew; one that does not match is set aside."""
         size, self.count, self.digest, (count, digest) = 0, 0, "", mark or (0, "")
+        self.file = None
+        if not is_main():
+            return
         self.file = open(path, "a+b", buffering=0)
         self.file.seek(0)
         with contextlib.suppress(ValueError, AttributeError, RecursionError):  # a damaged row: its digest will not match
@@ -63,11 +68,14 @@ class Metrics:
 
     def mark(self) -> list:
         """[rows, their digest], for a checkpoint: a row on the disk for every step that the checkpoint holds."""
-        os.fsync(self.file.fileno())
+        if self.file:
+            os.fsync(self.file.fileno())
         return [self.count, self.digest]
 
     def write(self, row: dict) -> None:
         """One write call for one row, so that rows are whole. Raises OSError."""
+        if self.file is None:  # one process writes
+            return
         row = rounded(row)
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         if self.file.write(line) < len(line):  # the disk took a part, and will take no more

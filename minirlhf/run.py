@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -14,16 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
 
+import torch
+
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import UserError, digest, fail, read_config, sealed
+from minirlhf.config import UserError, digest, fail, flag, read_config, sealed
+from minirlhf.parallel import agreed, from_main, is_main, processes, rank, told
 
 SCHEDULE = ("iterations", "epochs")  # a resumed run may go on for longer than it was first told
-FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl")  # no figure depends on these
+FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl", "shard")  # no figure depends on these
 
 
 class Run(NamedTuple):
     folder: Path
-    lock: IO  # held open: the lock ends with the process, however it ends
+    lock: IO | None  # the main process holds it open: it ends with the process, however that ends
     id: str  # of what the run computes, wherever it lies and however long it goes on; its checkpoints carry it
 
 
@@ -32,6 +36,16 @@ def open_run(config, name: str, facts: dict) -> Run:
 
     name: what an unnamed folder under runs/ is called. facts: what else the folder should tell, e.g. hashes of the data.
     """
+    folder, lock = claim_folder(config, name, facts) if is_main() else (None, None)
+    folder = from_main(folder)
+    settings = dict(dataclasses.asdict(config), out=str(folder), resume=False)
+    if is_main():
+        write_atomically(folder / "config.json", (json.dumps(sealed(settings, facts), indent=1) + "\n").encode())
+    return Run(folder, lock, digest([{k: v for k, v in settings.items() if k not in FREE + SCHEDULE}, facts]))
+
+
+def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
+    """An empty folder, or the one of a run that may go on; and its lock."""
     folder = Path(config.out) if config.out else fresh_folder(name)
     if config.resume:
         stored = read_config(type(config), folder / "config.json")
@@ -45,9 +59,7 @@ def open_run(config, name: str, facts: dict) -> Run:
             raise UserError(f"{folder}: exists already; add --resume to go on with it, or name another --out")
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
-    settings = dict(dataclasses.asdict(config), out=str(folder), resume=False)
-    write_atomically(folder / "config.json", (json.dumps(sealed(settings, facts), indent=1) + "\n").encode())
-    return Run(folder, lock, digest([{k: v for k, v in settings.items() if k not in FREE + SCHEDULE}, facts]))
+    return folder, lock
 
 
 def fresh_folder(name: str) -> Path:
@@ -80,12 +92,25 @@ def check_same(config, stored, stored_facts: dict, facts: dict) -> None:
         raise UserError("--resume: the input files have changed since the run began; start a new run")
 
 
+def check_processes(config, device: torch.device, rows: int, what: str) -> None:
+    """Raises UserError where there are more processes than devices to run on, or than rows to share out."""
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), processes()
+    devices = dict(cuda=torch.cuda.device_count(), mps=1).get(device.type, here)
+    if config.shard and not torch.distributed.is_initialized():
+        raise UserError("--shard: needs processes to split the model over; start with torchrun, or add --no-shard")
+    if count > 1 and here > devices:
+        raise UserError(f"{here} processes for {devices} of device {device}; --nproc-per-node {devices}, or add --device cpu")
+    if count > rows:
+        raise UserError(f"{count} processes cannot share {rows} rows, {what}; start {rows} at most (--nproc-per-node {rows})")
+
+
 class StopSignal:
     """SIGINT or SIGTERM ends the process with status 130 or 143 and the command that resumes: at once where nothing would be
     lost by it, after the step and its checkpoint where steps are taken. A second one always stops at once."""
 
     def __init__(self, script: str):
         self.number, self.stepping = 0, False
+        self.stopping = 0  # the number on which all processes have agreed
         self.script, self.folder = script, None  # the run's, as soon as it has one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
@@ -96,21 +121,28 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
         if not self.stepping:
             self.leave()
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        if is_main() and not told():
+            print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    def now(self) -> bool:
+        """Whether to save and end with this step; every process asks, and all get the same answer."""
+        self.number = self.stopping = agreed(self.number)
+        return self.stopping > 0
 
     def steps(self, done: int, total: int) -> Iterator[int]:
-        """range(done, total). The body of the loop saves its state when `number` is set; then the process ends."""
+        """range(done, total). The body of the loop saves its state when now() says so; then the process ends."""
         self.stepping = True
         for step in range(done, total):
             yield step
-            if self.number:
+            if self.stopping:
                 self.leave()
         self.stepping = False
         if self.number:  # it came when no step was left to end
             self.leave()
 
     def leave(self) -> NoReturn:
-        command = f"python {self.script} --out {shlex.quote(str(self.folder))} --resume"
+        launcher = f"torchrun --standalone --nproc-per-node {processes()}" if processes() > 1 else "python"
+        command = f"{launcher} {self.script} --out {shlex.quote(str(self.folder))} --resume"
         sys.exit(fail(f"stopped; go on with: {command}" if self.folder else "stopped; nothing was begun", 128 + self.number))
 
 
@@ -126,7 +158,7 @@ def batch_kept(folder: Path, stage: str, step: int, batch):
     try:
         yield
     except UserError as error:
-        path = folder / f"bad-batch-{stage}-{step}.json"
+        path = folder / f"bad-batch-{stage}-{step}{f'-process-{rank()}' if rank() else ''}.json"
         content = json.dumps(batch, default=lambda x: x.tolist() if hasattr(x, "tolist") else list(x))
         write_atomically(path, content.encode())
         raise UserError(f"{stage} step {step}: {error}; study {path}; the last checkpoint is good") from None
