@@ -139,7 +139,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
            returns: Tensor, config: PolicyConfig, kl_coef: float, lr: float, max_response_length: int, step: int) -> dict:
     """One optimiser step on the whole rollout, or, where the rung reuses it, one per minibatch for several epochs.
 
-    The gradient of a minibatch is the same however it is cut, into micro-batches or over processes. Returns means over all tokens used.
+    The gradient of a minibatch is the same however it is cut, into micro-batches or over processes. Returns means over all
+    tokens used.
     """
     check_finite(float(rollout.scores.sum()), "sum of the scores")
     for name in ("logprobs", "ref_logprobs", "values"):

@@ -29,7 +29,7 @@ from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
 from minirlhf.model import in_full_precision, last_token_scores, mixed_precision, pick_device, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
-from minirlhf.parallel import is_main, micro_batches, share, shard, summed, whole
+from minirlhf.parallel import is_main, micro_batches, shard, share, summed, whole
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.start import base_file, earlier_reward_model, starting_model
 from minirlhf.task import file_hashes, load_splits, load_task

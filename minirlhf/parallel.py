@@ -151,6 +151,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     mesh = dist.init_device_mesh(device.type, (processes(),))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh).set_gradient_divide_factor(1.0)  # a sum: the losses divide by the whole batch
+        part.set_force_sum_reduction_for_comms(True)  # as gloo knows no other
 
 
 def sharded(x) -> bool:

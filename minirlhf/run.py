@@ -18,11 +18,11 @@ from typing import IO, NamedTuple, NoReturn
 import torch
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import UserError, digest, fail, flag, read_config, sealed
+from minirlhf.config import UserError, digest, fail, read_config, sealed
 from minirlhf.parallel import agreed, from_main, is_main, processes, rank, told
 
 SCHEDULE = ("iterations", "epochs")  # a resumed run may go on for longer than it was first told
-FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl", "shard")  # no figure depends on these
+FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl", "shard")  # change no figure
 
 
 class Run(NamedTuple):

@@ -2,21 +2,21 @@
 
 import dataclasses
 import json
-import math
-import os
-import re
-import shlex
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from side_by_side import in_float64
-from tiny import ROOT, as_flags, environment, policy_config, python, reward_config, rows, weights
+from tiny import ROOT, as_flags, environment, policy_config, python, refused, reward_config, rows, weights
 
+import train_policy
+from minirlhf import parallel
+from minirlhf import run as run_module
 from minirlhf.checkpoint import load_checkpoint
-from minirlhf.parallel import micro_batches, piece, share
+from minirlhf.config import PolicyConfig, UserError
 
 # 16 responses over 3 processes are 5, 5 and 6; minibatches of 6, 6 and 4; and what has a state or a global mean is there.
 POLICIES = dict(
@@ -68,6 +68,18 @@ def together(request, inputs, reward_run, tmp_path_factory):
     return folder
 
 
+def test_sharded_gradients_are_sums_in_float32_too(inputs, reward_run, tmp_path):
+    """FSDP reduces float32 in another way than float64, and one that gloo does not know unless it is told to sum."""
+    (script, together), (_, alone) = (settings_of("sharded", inputs, reward_run, tmp_path / name, iterations=2)
+                                      for name in ("together", "alone"))
+    in_float64(script, dict(alone, shard=False), "float32")
+    (tmp_path / "runs.json").write_text(json.dumps([[script, together, "float32"]]))
+    ended = run(torchrun(2, ROOT / "tests" / "side_by_side.py", tmp_path / "runs.json"))
+    assert ended.returncode == 0, ended.stderr
+    a, b = (weights(tmp_path / name / "sharded" / "policy.pt", "policy") for name in ("alone", "together"))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4  # steps are of 1e-2
+
+
 def assert_close_weights(ours, theirs, kind, tolerance=1e-9):
     a, b = weights(ours, kind), weights(theirs, kind)
     assert a.keys() == b.keys() and {x.dtype for x in a.values()} == {torch.float64}
@@ -113,3 +125,124 @@ def test_a_run_of_several_processes_leaves_the_files_of_one(alone, together):
             for number, kept in other["state"].items():
                 for key, value in kept.items():
                     assert torch.allclose(mine["state"][number][key], value, rtol=1e-6, atol=1e-9)
+
+
+# ---- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("length", [1, 5, 8, 13])
+@pytest.mark.parametrize("size", [0, 1, 2, 4])
+def test_shares_and_micro_batches_hold_every_row_once_and_are_as_many_everywhere(length, count, size, monkeypatch):
+    """Sharded passes wait for each other: a process with one micro-batch less than the others hangs the run."""
+    monkeypatch.setattr(parallel, "processes", lambda: count)
+    seen, numbers = [], set()
+    for rank in range(count):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        pieces = parallel.micro_batches(list(range(length)), size)
+        assert sum(pieces, []) == parallel.share(list(range(length)))
+        assert size < 2 or max(map(len, pieces)) <= size
+        seen, numbers = seen + sum(pieces, []), numbers | {len(pieces)}
+        assert length < count or all(pieces)
+    assert seen == list(range(length)) and len(numbers) == 1
+
+
+def test_more_processes_than_rows_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(run_module, "processes", lambda: 3)
+    run_module.check_processes(PolicyConfig(), torch.device("cpu"), 3, "the smallest minibatch")
+    with pytest.raises(UserError, match=r"3 processes cannot share 2 rows, the smallest minibatch; start 2 at most"):
+        run_module.check_processes(PolicyConfig(), torch.device("cpu"), 2, "the smallest minibatch")
+
+
+def test_sharding_alone_is_refused_in_one_line(reward_run, tmp_path, capsys):
+    line = refused(capsys, train_policy.main, PolicyConfig, as_flags(policy_config(reward_run, tmp_path / "run", shard=True)))
+    assert "--shard" in line and "torchrun" in line and "--no-shard" in line
+
+
+# ---- runs that end early ---------------------------------------------------------------------------------------------
+
+
+def own_words(stderr):
+    """What the processes said, without the agent's report of who ended first."""
+    return [line for line in stderr.splitlines() if line.startswith(("error:", "warning:"))]
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(inputs, reward_run, tmp_path, capsys):
+    """Ctrl-C reaches the processes at different instants; all must save and leave after the same step, or the others wait for
+    ever. Two sharded processes begin here, and one that is not finishes, to the weights of a run that nobody stopped."""
+    changes = dict(iterations=25, save_every=100)
+    begun = settings_of("sharded", inputs, reward_run, tmp_path, **changes)
+    (tmp_path / "runs.json").write_text(json.dumps([begun]))
+    process = subprocess.Popen(torchrun(2, ROOT / "tests" / "side_by_side.py", tmp_path / "runs.json"), env=environment(),
+                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "sharded" / "policy_metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while (not metrics.exists() or metrics.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    folder = tmp_path / "sharded"
+    assert process.returncode != 0 and own_words(errors) == [
+        f"error: stopped; go on with: torchrun --standalone --nproc-per-node 2 train_policy.py --out {folder} --resume"], errors
+    assert errors.count("stopping after this step") == 1
+    done = len(rows(metrics)) - 1
+    assert 2 <= done < 25 and [path.name for path in (folder / "checkpoints").iterdir()] == [f"policy-{done:08d}.pt"]
+    in_float64(*settings_of("sharded", inputs, reward_run, tmp_path, **changes, resume=True, shard=False))
+    in_float64(*settings_of("sharded", inputs, reward_run, tmp_path / "whole", **changes, shard=False))
+    assert f"going on after step {done}" in capsys.readouterr().out
+    assert_close_weights(folder / "policy.pt", tmp_path / "whole" / "sharded" / "policy.pt", "policy")
+    assert_close_rows(metrics, tmp_path / "whole" / "sharded" / "policy_metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_sharded_over_three(inputs, reward_run, tmp_path):
+    changes = dict(iterations=5, save_every=2)
+    in_float64(*settings_of("ppo", inputs, reward_run, tmp_path, **changes))
+    for path in [tmp_path / "ppo" / "policy.pt", tmp_path / "ppo" / "checkpoints" / "policy-00000005.pt"]:
+        path.rename(tmp_path / path.name)
+    resumed = settings_of("ppo", inputs, reward_run, tmp_path, **changes, resume=True, shard=True)
+    (tmp_path / "runs.json").write_text(json.dumps([resumed]))
+    ended = run(torchrun(3, ROOT / "tests" / "side_by_side.py", tmp_path / "runs.json"))
+    assert ended.returncode == 0 and "going on after step 4" in ended.stdout, ended.stderr
+    assert_close_weights(tmp_path / "ppo" / "policy.pt", tmp_path / "policy.pt", "policy")
+
+
+@pytest.mark.parametrize("reward, said", [
+    ("fails_in_one", "error: policy step 1: the reward function fails_in_one raised ValueError: no idea; study "),
+    pytest.param("fails_in_all", "error: the reward function fails_in_all raised ValueError: no idea", marks=pytest.mark.slow),
+    pytest.param("kills_one", "error: another process of this run was lost", marks=pytest.mark.slow),
+])
+def test_one_process_that_ends_ends_all_with_one_line(reward, said, reward_run, tmp_path):
+    """The others wait for it in the middle of a sum. Left alone they wait for the time-out, which is an hour."""
+    config = policy_config(reward_run, tmp_path / "run", reward=f"side_by_side:{reward}")
+    start = time.monotonic()
+    ended = run(torchrun(2, ROOT / "train_policy.py", *as_flags(config)))
+    assert time.monotonic() - start < 60 and ended.returncode != 0  # on one busy core, where starting takes most of it
+    assert len(own_words(ended.stderr)) == 1 and own_words(ended.stderr)[0].startswith(said), ended.stderr
+    assert 'train_policy.py", line' not in ended.stderr  # no traceback but the agent's own
+    if "study" in said:
+        assert Path(own_words(ended.stderr)[0].partition("study ")[2].partition(";")[0]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, said", [
+    ("train_policy.py", ["--batch-size", "4", "--minibatch-size", "3"], "error: 2 processes cannot share 1 rows"),
+    ("train_policy.py", ["--batch-sise", "4"], "error: unknown argument --batch-sise; did you mean --batch-size?"),
+    ("train_reward.py", ["--batch-size", "1"], "error: 2 processes cannot share 1 rows"),
+])
+def test_what_all_processes_refuse_is_said_once(script, flags, said):
+    ended = run(torchrun(2, ROOT / script, *flags))
+    assert ended.returncode != 0 and len(own_words(ended.stderr)) == 1, ended.stderr
+    assert own_words(ended.stderr)[0].startswith(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [dict(bf16=True, shard=True), dict(compile=True), dict(compile=True, shard=True)])
+def test_precision_and_compilation_go_with_several_processes(flags, reward_run, tmp_path):
+    """Rounded to bfloat16 the shares differ a little; compiled, hardly."""
+    alone, together = (policy_config(reward_run, tmp_path / name, **flags) for name in ("alone", "together"))
+    train_policy.main(dataclasses.replace(alone, shard=False))
+    ended = run(torchrun(2, ROOT / "train_policy.py", *as_flags(together)))
+    assert ended.returncode == 0, ended.stderr
+    a, b = (weights(tmp_path / name / "policy.pt", "policy") for name in ("alone", "together"))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < (2e-2 if "bf16" in flags else 2e-4)
