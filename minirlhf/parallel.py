@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+LARGE = 2**20  # gradients of so many numbers are summed where they lie, without a copy
 STORE = []  # the one key-value store of the run, once there are several processes
 
 
@@ -139,10 +140,15 @@ def from_main(value):
 
 def sum_gradients(model: nn.Module) -> None:
     """Add up what the processes found on their shares. The sharded ones have been: FSDP does it during backward."""
-    if processes() > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None and not sharded(p)]
-        for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
-            work.wait()
+    grads = [p.grad for p in model.parameters() if p.grad is not None and not sharded(p)]
+    if processes() == 1 or not grads:
+        return
+    small = [grad for grad in grads if grad.numel() < LARGE]  # as one: each call waits for the network anew
+    together = torch.cat([grad.flatten() for grad in small])
+    for x in [together, *(grad for grad in grads if grad.numel() >= LARGE)]:
+        dist.all_reduce(x)
+    for grad, total in zip(small, together.split([grad.numel() for grad in small])):
+        grad.copy_(total.view_as(grad))
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

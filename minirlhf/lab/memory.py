@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import parallel
-from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, check_ranges, setting
+from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, UserError, check_ranges, setting
 from minirlhf.lab.common import ROOT, markdown_table, run_lab
 from minirlhf.ladder import LADDER, advantages_and_returns
 from minirlhf.model import ModelConfig, Transformer
@@ -97,7 +97,10 @@ def memory(w: Work, count: int, shard: bool) -> dict[str, float]:
     passing = 4 * 11 * w.width * rows * (w.prompt + w.response)
     kept = part["weights"] + part["adam"] + part["frozen"]
     copy = p if shard and count > 1 else 0
-    part["update"] = kept + part["gradients"] + part["whole"] + part["activations"] + part["head"]
+    # of a single micro-batch gradients grow while activations go; of several they are there already
+    both = (part["gradients"], part["activations"])
+    several = w.micro and -(-w.minibatch // count) > w.micro
+    part["update"] = kept + (sum(both) if several else max(both)) + part["whole"] + part["head"]
     part["sample"] = kept + copy + part["cache"] + 4 * 11 * w.width * rows * w.prompt
     part["score"] = kept + copy + passing
     part["peak"] = max(part["update"], part["sample"], part["score"])
@@ -153,7 +156,7 @@ def table(config: MemoryConfig) -> str:
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
-CHECKS = {"4 x 512": Work(4, 8, 512, 8000, 48, 80, 32, 16, 8, 1), "2 x 1024": Work(2, 8, 1024, 4000, 48, 80, 32, 16, 0, 1)}
+CHECKS = {"3 x 512": Work(3, 8, 512, 4000, 48, 80, 8, 8, 8, 1), "6 x 256": Work(6, 8, 256, 4000, 48, 80, 16, 16, 0, 1)}
 
 
 def peak_of(run) -> tuple[float, float]:
@@ -165,10 +168,8 @@ def peak_of(run) -> tuple[float, float]:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024, taken
 
 
-def measure(w: Work, shard: bool) -> dict[str, float]:
-    """In a process of its own, or several: the update of one iteration, once Adam has its state; bytes beyond the start's."""
-    parallel.start()
-    empty, _ = peak_of(lambda: None)
+def prepared(w: Work, shard: bool):
+    """A function that does the update of one iteration, on random weights and tokens."""
     config = dataclasses.replace(PolicyConfig(), batch_size=w.batch, minibatch_size=w.minibatch, micro_batch_size=w.micro,
                                  ppo_epochs=w.epochs, shard=shard)
     policy, base, reward = (Transformer(w.sizes, seed) for seed in range(3))
@@ -184,9 +185,15 @@ def measure(w: Work, shard: bool) -> dict[str, float]:
     rung = LADDER["ppo"]
     advantages, returns = advantages_and_returns(rung, rollout, config)
 
-    def step() -> None:
-        update(policy, optimizer, rung, rollout, advantages, returns, config, 0.1, 1e-4, w.response, 0)
+    return lambda: update(policy, optimizer, rung, rollout, advantages, returns, config, 0.1, 1e-4, w.response, 0)
 
+
+def measure(w: Work, shard: bool) -> dict[str, float]:
+    """In a process of its own, or several: one update, once Adam has its state; bytes beyond those before the model."""
+    parallel.start()
+    prepared(Work(1, 1, 32, 100, 4, 4, 8, 8, 0, 1), shard)()  # the code itself comes into memory when it first runs
+    empty, _ = peak_of(lambda: None)
+    step = prepared(w, shard)
     step()
     peak, taken = peak_of(step)
     a = torch.randn(1024, 1024)
@@ -199,15 +206,19 @@ def measure(w: Work, shard: bool) -> dict[str, float]:
 
 
 def check() -> str:
+    """Raises UserError with the last words of a process that failed."""
     rows, environment = [], {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, w in CHECKS.items():
         for count, shard in ((1, False), (2, False), (2, True)):
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
-                command = [sys.executable, *launch, "-m" if not launch else "--module", "minirlhf.lab.memory", "measure", name,
-                           str(int(shard)), str(out)]
-                subprocess.run(command, check=True, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+                command = [sys.executable, *launch, "--module" if launch else "-m", "minirlhf.lab.memory", "measure", name]
+                command += [str(int(shard)), str(out)]
+                try:
+                    subprocess.run(command, check=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+                except subprocess.CalledProcessError as error:
+                    raise UserError(f"a measured process failed: {error.stderr.decode()[-300:]}") from None
                 found = json.loads(out.read_text())
             wanted, rate = memory(w, count, shard)["update"], found["rate"]
             expected = flops(w, count)["update"] / rate
