@@ -20,10 +20,10 @@ from minirlhf.config import PolicyConfig, UserError
 
 # 16 responses over 3 processes are 5, 5 and 6; minibatches of 6, 6 and 4; and what has a state or a global mean is there.
 POLICIES = dict(
-    ppo=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=2, ent_coef=0.01),
-    rloo=dict(algorithm="rloo", micro_batch_size=3),
-    grpo=dict(algorithm="grpo", minibatch_size=6),
-    sharded=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=1, shard=True),
+    ppo=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=2, ent_coef=0.01, kl_target=6.5),
+    rloo=dict(algorithm="rloo", micro_batch_size=3, kl_target=1.5),
+    grpo=dict(algorithm="grpo", minibatch_size=6, kl_target=1.2),
+    sharded=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=1, shard=True, kl_target=2.5),
 )
 # 14 prompts in batches of 4, 4, 4 and 2: of three processes one has no prompt in the last. 20 texts over 3 likewise.
 REWARDS = dict(reward=dict(micro_batch_size=1, centering=0.1), sharded_reward=dict(micro_batch_size=1, shard=True))
@@ -32,7 +32,7 @@ REWARDS = dict(reward=dict(micro_batch_size=1, centering=0.1), sharded_reward=di
 def settings_of(name, inputs, reward_run, folder, **changes):
     """(script, settings) of one of the runs above, in folder/name."""
     if name in POLICIES:
-        common = dict(iterations=5, batch_size=16, kl_target=0.05, kl_horizon=100, eval_every=2, temperature=0.9)
+        common = dict(iterations=5, batch_size=16, kl_horizon=100, eval_every=2, temperature=0.9)
         config = policy_config(reward_run, folder / name, **{**common, **POLICIES[name], **changes})
     else:
         config = reward_config(inputs, folder / name, **{**dict(epochs=2, save_every=3), **REWARDS[name], **changes})
@@ -90,6 +90,8 @@ def test_the_policy_is_the_one_that_a_single_process_trains(name, alone, togethe
     local mean of any of them trains another model, which looks as good (several well-known trainers have done so)."""
     assert_close_weights(together / name / "policy.pt", alone / name / "policy.pt", "policy")
     assert_close_rows(together / name / "policy_metrics.jsonl", alone / name / "policy_metrics.jsonl")
+    coefs = [row["kl_coef"] for row in rows(alone / name / "policy_metrics.jsonl")[1:]]
+    assert any(abs(new / old - 1) < 0.03 for old, new in zip(coefs, coefs[1:]))  # not clipped (3.2%): it follows the measured KL
     assert (together / name / "samples.md").read_text() == (alone / name / "samples.md").read_text()
 
 
