@@ -296,7 +296,7 @@ POLICY_CHANGES = {
 }
 RESOURCES_ONLY = {  # and what --help says of it
     "device": "cuda", "deterministic": "no CUDA kernel whose sums vary", "micro_batch_size": "Less memory, the same gradient",
-    "compile": "torch.compile the blocks"}
+    "compile": "torch.compile the blocks", "shard": "under torchrun"}
 FILES = ("pairs.jsonl", "more.jsonl", "bad.jsonl", "bytes.tiktoken", "merged.tiktoken")
 
 
