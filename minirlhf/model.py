@@ -31,10 +31,11 @@ class ModelConfig:
 
 
 class KVCache:
-    """What the decoder keeps of B rows of text: keys and values [L, B, H, columns, D / H], allocated once.
+    """What the decoder keeps of B rows of text: keys and values [L, B, H, columns, D / H].
 
     Columns 0 .. P - 1 belong to the prompts, each from column 0 on; every token after them takes the next column in all
-    rows. Attention does not ask for order (positions are in the keys), only `bias` for what is there: 0, or -inf.
+    rows. Attention does not ask for order (positions are in the keys), only `bias` for what is there: 0, or -inf. Room is
+    added an eighth at a time: a processor reads a cache without gaps up to twice as fast as one made for the longest text.
     """
 
     def __init__(self, model: "Transformer", batch: int, columns: int):
@@ -51,6 +52,15 @@ class KVCache:
         self.lengths, self.columns = lengths.clone(), columns
         gap = torch.arange(columns, device=lengths.device) >= lengths[:, None]
         self.bias[..., :columns].masked_fill_(gap[:, None, None], float("-inf"))
+
+    def add_column(self) -> None:
+        """Room for one more token in every row."""
+        self.lengths += 1
+        self.columns += 1
+        if self.columns > self.keys.shape[3]:
+            room = self.columns // 8 + 1
+            self.keys, self.values = (F.pad(cached, (0, 0, 0, room)) for cached in (self.keys, self.values))
+            self.bias = F.pad(self.bias, (0, room))
 
     def keep_rows(self, keep: Tensor) -> Tensor:
         """Drop the rows that the bool [B] does not keep. Rows from the end move into the gaps, so that little is copied.
@@ -157,8 +167,7 @@ class Transformer(nn.Module):
     def decode(self, token: Tensor, cache: KVCache) -> Tensor:
         """Hidden states [B, D] of one more token [B] in each row of the cache."""
         x = self.wte(token) + self.wpe(cache.lengths)
-        cache.lengths += 1
-        cache.columns += 1
+        cache.add_column()
         for layer, block in enumerate(self.blocks):
             x = block(x, functools.partial(attend_cached, cache, layer))
         return self.ln_f(x)

@@ -7,8 +7,8 @@ import torch
 from tiny import random_model
 
 from minirlhf.data import pad_left
-from minirlhf.generate import filter_logits, generate, language_head, sample_tokens
-from minirlhf.model import ModelConfig, Transformer
+from minirlhf.generate import filter_logits, generate, sample_tokens, weights_packed
+from minirlhf.model import KVCache, ModelConfig, Transformer
 from minirlhf.rollout import evaluate_actions
 from minirlhf.seeding import row_uniforms
 
@@ -50,13 +50,28 @@ def replies(model, prompts, **options):
     return found
 
 
-def test_a_large_head_gives_the_same_logits_in_the_order_that_a_processor_likes():
-    """The packed copy must be of the rows of the softmax, all of them, and of no others."""
-    model = Transformer(ModelConfig(50257, table_rows=50304, n_layer=1, n_head=2, d_model=96, context=8)).requires_grad_(False)
-    hidden = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
-    head = language_head(model, 3)
-    torch.testing.assert_close(head(hidden), hidden @ model.lm_weight.T, rtol=0, atol=1e-4)
-    torch.testing.assert_close(head(hidden[:1]), hidden[:1] @ model.lm_weight.T, rtol=0, atol=1e-4)
+def test_a_large_model_decodes_the_same_with_weights_in_the_order_that_a_processor_likes():
+    """The packed copies must be of this model's matrices and of the rows of its softmax, and must be gone afterwards: the
+    weights change at the next update."""
+    model = Transformer(ModelConfig(50257, table_rows=50304, n_layer=2, n_head=2, d_model=96, context=8)).requires_grad_(False)
+    ids, mask = pad_left([[5, 6, 7], [8, 9]], 50257)
+    one_more = torch.tensor([3, 4])
+
+    def logits():
+        cache = KVCache(model, 2, 3)
+        model(ids, mask, cache)
+        with weights_packed(model, 2) as logits_of:
+            assert (model.blocks[0].mlp_in.forward.__module__ == "minirlhf.generate") == torch.backends.mkldnn.is_available()
+            return logits_of(model.decode(one_more, cache))
+
+    def plain():
+        return model(torch.cat([ids, one_more[:, None]], 1), torch.cat([mask, mask[:, -1:]], 1))[:, -1] @ model.lm_weight.T
+
+    torch.testing.assert_close(logits(), plain(), rtol=0, atol=1e-4)
+    for parameter in model.parameters():
+        parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(), plain(), rtol=0, atol=1e-4)
+    assert "forward" not in vars(model.blocks[0].mlp_in)
 
 
 # ---- generate equals the plain loop ----------------------------------------------------------------------------------

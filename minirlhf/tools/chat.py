@@ -125,7 +125,7 @@ def stream(model: Transformer, prompt_ids: list[int], uniforms: Tensor | None, l
     """The tokens of one response, each handed out as soon as it is chosen: what generate() returns for a batch of one.
     uniforms: [limit]; None decodes greedily."""
     ids = torch.tensor([prompt_ids], device=model.wte.weight.device)
-    cache = KVCache(model, 1, len(prompt_ids) + limit)
+    cache = KVCache(model, 1, len(prompt_ids))
     hidden = model(ids, torch.ones_like(ids, dtype=torch.bool), cache)[:, -1]
     for t in range(limit):
         logits = hidden @ model.lm_weight.T
