@@ -9,6 +9,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -56,6 +57,7 @@ LABELLED = SHAPE + " --heldout-data desk.jsonl --test-data desk.jsonl --task min
 POLICY = (" --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4 --test-prompts 4 --best-of-n 2"
           " --device cpu")
 VARIANCE = " --batches 3 --reference-batches 3 --value-batches 1 --batch-size 4"
+BENCH = " --quick --device cpu --no-growth"
 POLICY_MADE, REWARD_MADE = "runs/{}-helpdesk-seed{}-1/result.json", "runs/reward-{}-seed{}-1/reward.pt"
 
 COMMANDS = {
@@ -84,6 +86,15 @@ COMMANDS = {
     "python train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz "
     "--test-data harmless-base/test.jsonl.gz": Run(HH, REWARD_MADE.format("data", 0)),
     "python train_policy.py --preset hh-gpt2": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    # several processes: two where the README says eight, and two launchers on this machine where it says two machines
+    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz":
+        Run(HH, REWARD_MADE.format("data", 0), slow=True),
+    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2":
+        Run(POLICY, POLICY_MADE.format("ppo", 0), slow=True),
+    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2 --shard":
+        Run(POLICY, POLICY_MADE.format("ppo", 0), slow=True),
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint FIRST-MACHINE:29400 "
+    "train_policy.py --preset hh-gpt2 --out runs/HH": Run(POLICY, "runs/HH/result.json", slow=True),
     "python train_reward.py --init-reward runs/REWARD/reward.pt --data runs/POLICY/labels.jsonl":
         Run(LABELLED, REWARD_MADE.format("helpdesk", 0)),
     # tools
@@ -103,8 +114,12 @@ COMMANDS = {
         Run(VARIANCE, "runs/variance/variance.md"),
     "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD":
         Run(" --scale tiny", "runs/overoptimization/overoptimization.md", slow=True),
+    "python -m minirlhf.lab.memory": Run("", "says: of it sending"),
     "python -m minirlhf.lab.second_round --run runs/POLICY": Run(" --quick", "runs/second-round/second_round.md", slow=True),
-    "python -m minirlhf.lab.bench": Run(" --quick --device cpu --no-growth", "says: not yet measured on a GPU", slow=True),
+    "python -m minirlhf.lab.bench": Run(BENCH, "says: not yet measured on a GPU", slow=True),
+    "python -m minirlhf.lab.bench --peers": Run(BENCH, "says: not yet measured on a GPU", slow=True),
+    "python -m minirlhf.lab.bench --peers --shape M --only rollout": Run(BENCH, "says: rollout", slow=True),
+    'python -m minirlhf.lab.bench --peers --only "ppo iteration"': Run(BENCH, "says: ppo iteration", slow=True),
 }
 
 
@@ -213,10 +228,7 @@ def execute(line: str, folder: Path, monkeypatch, capsys) -> tuple[int, str]:
     if program == "less":
         return 0, "".join(path.read_text() for word in words for path in sorted(folder.glob(word)))
     if program == "torchrun":
-        words = [str(tiny.ROOT / word) if word.endswith(".py") else word for word in words]
-        done = subprocess.run(tiny.python("-m", "torch.distributed.run", *words), env=tiny.environment(), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
-        return done.returncode, done.stdout
+        return launch(words, folder)
     assert program == "python", f"no way to run {program}"
     module = words[0] == "-m"
     monkeypatch.setattr(sys, "argv", words[1:] if module else words)
@@ -235,3 +247,17 @@ def execute(line: str, folder: Path, monkeypatch, capsys) -> tuple[int, str]:
         status = error.code or 0
     output = capsys.readouterr()
     return status, output.out + output.err
+
+
+def launch(words: list[str], folder: Path) -> tuple[int, str]:
+    """Exit status and output of torchrun, in small: two processes, or as many launchers as there shall be machines."""
+    machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        here = f"localhost:{free.getsockname()[1]}"
+    words = [str(tiny.ROOT / word) if word.endswith(".py") else word.replace("FIRST-MACHINE:29400", here) for word in words]
+    words[words.index("--nproc-per-node") + 1] = str(2 // machines)
+    launchers = [subprocess.Popen(tiny.python("-m", "torch.distributed.run", *words), env=tiny.environment(), text=True,
+                                  cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(machines)]
+    said = "".join(launcher.communicate(timeout=240)[0] for launcher in launchers)
+    return max(abs(launcher.returncode) for launcher in launchers), said
