@@ -58,7 +58,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         policy.compile_blocks()
     if config.shard:
         shard(policy, device)
-    optimizer = make_optimizer(policy, config.lr)
+    optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
     found = newest_checkpoint(run.folder / "checkpoints", "policy", run.id)
     done, meta = restore(found, policy, optimizer), found[0] if found else {}
     kl_coef = meta.get("kl_coef", config.kl_coef)

@@ -104,6 +104,7 @@ class PolicyConfig:
     clip_range: float = setting(0.2, "of the importance ratio (Schulman et al. 2017)", 0)
     value_clip_range: float = setting(0.2, "of the value's move per rollout; 0: no clipping", 0)
     vf_coef: float = setting(0.1, "weight of the value loss (Ziegler et al. 2019)", 0)
+    value_lr_scale: float = setting(10.0, "the value head's step in units of --lr: it starts at 0, and has a run to grow in", 0)
     ent_coef: float = setting(0.0, "entropy bonus in nats per token; off: the KL penalty already keeps breadth", 0)
     whiten: str = setting("auto", "advantages to mean 0, deviation 1 over the rollout; auto: the rung's own choice",
                           choices=("auto", "on", "off"))

@@ -9,15 +9,16 @@ from minirlhf.config import UserError
 from minirlhf.parallel import sum_gradients, whole_tensor
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW with eps 1e-5 (Huang et al. 2024, detail 4). Decay on matrices only: gains, biases and embeddings
-    have no reason to shrink."""
-    embeddings = ("wte", "wpe")
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.dim() == 2 and not name.startswith(embeddings)]
-    others = [p for name, p in named if p.dim() != 2 or name.startswith(embeddings)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, value_lr_scale: float = 1.0) -> torch.optim.AdamW:
+    """AdamW with eps 1e-5 (Huang et al. 2024, detail 4). Decay on matrices only: gains, biases and embeddings have no reason
+    to shrink. The value head takes steps of value_lr_scale times lr."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        decay = weight_decay if p.dim() == 2 and not name.startswith(("wte", "wpe")) else 0.0
+        scale = value_lr_scale if name.startswith("value_head") else 1.0
+        groups.setdefault((decay, scale), []).append(p)
+    listed = [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
+    return torch.optim.AdamW(listed, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
 def trapezoid(step: int, total: int, rise: float = 0.05) -> float:
@@ -35,7 +36,7 @@ def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float
     if not math.isfinite(norm):
         raise UserError(f"the gradient{which} is not finite (norm {norm}); try a smaller --lr")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

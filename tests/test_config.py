@@ -276,6 +276,7 @@ POLICY_CHANGES = {
     "clip_range": ({}, 0.2, 0.001),
     "value_clip_range": ({}, 0.0, 0.001),
     "vf_coef": ({}, 0.1, 0.5),
+    "value_lr_scale": ({}, 1.0, 10.0),
     "ent_coef": ({}, 0.0, 0.1),
     "whiten": ({}, "on", "off"),
     "temperature": ({}, 1.0, 0.5),
