@@ -175,6 +175,13 @@ def test_the_list_has_every_command_of_the_readme_and_no_other():
     assert [command for command in COMMANDS if command not in found] == []
 
 
+def test_what_the_rungs_are_said_to_change_stands_in_the_source():
+    changed = [line[1:].strip() for block in re.findall(r"^```diff\n(.*?)^```$", README, re.M | re.S)
+               for line in block.splitlines() if line[0] in "+-"]
+    source = "".join((tiny.ROOT / "minirlhf" / name).read_text() for name in ("advantages.py", "losses.py"))
+    assert len(changed) > 15 and [line for line in changed if line not in source] == []
+
+
 def test_commands_are_found_wherever_they_stand():
     text = ("`pip` and `python a.py`, `pytest`;\n```\npip x && pytest\ncd y\n```\n| `torchrun z` | `less w` |\n"
             "```python\npython no\n```\n`train_policy.py`, `python\nb.py` after `train_reward.py --c`\n```\npython d.py\n```\n")
