@@ -16,6 +16,7 @@ from torch import Tensor
 from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step, write_atomically
 from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
+from minirlhf.device import mixed_precision, pick_device
 from minirlhf.environment import (
     Environment,
     Prompts,
@@ -29,7 +30,7 @@ from minirlhf.environment import (
 from minirlhf.ladder import Rung, advantages_and_returns, explained_variance, minibatch_loss, pick_rung
 from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
-from minirlhf.model import Transformer, mixed_precision, pick_device
+from minirlhf.model import Transformer
 from minirlhf.optim import make_optimizer, step_optimizer
 from minirlhf.parallel import gathered, is_main, micro_batches, shard, share, summed, whole
 from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout

@@ -22,12 +22,13 @@ from minirlhf.data import (
     pad_right,
     unique_prompts,
 )
+from minirlhf.device import mixed_precision, pick_device
 from minirlhf.environment import Sampling, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
-from minirlhf.model import in_full_precision, last_token_scores, mixed_precision, pick_device, sequence_scores
+from minirlhf.model import in_full_precision, last_token_scores, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
 from minirlhf.parallel import is_main, micro_batches, shard, share, summed, whole
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run

@@ -9,15 +9,12 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from minirlhf.config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,28 +238,3 @@ def last_token_scores(model: Transformer, hidden: Tensor, attention_mask: Tensor
 def sequence_scores(model: Transformer, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B] the reward model's normalised score of each sequence of ids [B, T]."""
     return last_token_scores(model, model(ids, attention_mask), attention_mask)
-
-
-def pick_device(name: str, deterministic: bool = False) -> torch.device:
-    """The device that --device names, and whether its kernels must give the same bits every time. Raises UserError when this
-    machine has none such."""
-    if deterministic:  # read when cuBLAS is first used
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # asked first: the call imports a compiler for seconds
-        torch.use_deterministic_algorithms(deterministic)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[name]
-    if not there:
-        raise UserError(f"--device {name}: this machine has none that torch can use; leave the flag out, or --device cpu")
-    return torch.device(name)
-
-
-def mixed_precision(device: torch.device, bf16: bool) -> torch.autocast:
-    """Context in which matrix products round their operands to bfloat16; weights stay float32, and so does what is summed
-    outside of products. One context per forward pass: it keeps rounded weights until its end. Raises UserError."""
-    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("--bf16: this GPU has no bfloat16 arithmetic; leave the flag out")
-    if bf16 and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
-        raise UserError("--bf16: needs macOS 14 or newer on this device; leave the flag out, or --device cpu")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -8,9 +8,10 @@ from tiny import random_model
 
 from minirlhf.config import UserError
 from minirlhf.data import PreferenceGroup, collate_preferences, pad_left, pad_right
+from minirlhf.device import pick_device
 from minirlhf.generate import generate
 from minirlhf.losses import preference_loss
-from minirlhf.model import KVCache, ModelConfig, Transformer, pack, pick_device, sequence_scores
+from minirlhf.model import KVCache, ModelConfig, Transformer, pack, sequence_scores
 from minirlhf.rollout import collect_rollout, evaluate_actions, sequence_kl
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7], [8, 1, 5]]

@@ -11,7 +11,8 @@ import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
 from minirlhf.data import pad_left, pad_right
-from minirlhf.model import KVCache, mixed_precision
+from minirlhf.device import mixed_precision
+from minirlhf.model import KVCache
 from minirlhf.rollout import evaluate_actions
 
 PAD = 40

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from minirlhf.config import DEVICES, UserError, check_ranges, keep_freed_memory, setting
+from minirlhf.device import pick_device
 from minirlhf.lab import bench_cases as cases
 from minirlhf.lab import bench_peers
 from minirlhf.lab.bench_cases import SHAPES, Case, Shape, shape
 from minirlhf.lab.bench_machine import allocator_as_delivered, ceilings, free_bytes, peak_bytes, seconds
 from minirlhf.lab.common import markdown_table, run_lab
 from minirlhf.log import Progress
-from minirlhf.model import Transformer, pick_device
+from minirlhf.model import Transformer
 
 PATIENCE = 20.0  # seconds that one run of a plain way, or of a size of the growth tables, may be expected to take
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.model import Transformer, mixed_precision
+from minirlhf.device import mixed_precision
+from minirlhf.model import Transformer
 
 
 def half(device: torch.device) -> torch.autocast:

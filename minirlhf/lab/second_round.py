@@ -19,10 +19,10 @@ import train_reward
 from minirlhf.checkpoint import load_model, write_atomically
 from minirlhf.config import DEVICES, RewardConfig, UserError, check_ranges, run_script, setting
 from minirlhf.data import encode_preferences, encode_prompts, unique_prompts
+from minirlhf.device import pick_device
 from minirlhf.environment import Prompts
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.log import rounded
-from minirlhf.model import pick_device
 from minirlhf.records import PreferencePair
 from minirlhf.seeding import derive_seed
 from minirlhf.task import HELPDESK, Splits, file_hashes, load_splits

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from minirlhf.config import DEVICES, UserError, check_ranges, run_script, setting
 from minirlhf.data import encode_prompts
+from minirlhf.device import pick_device
 from minirlhf.environment import Samples, Scorer, function_scorer, model_scorer, true_worth
 from minirlhf.generate import sample_tokens
 from minirlhf.log import rounded
-from minirlhf.model import KVCache, Transformer, pick_device
+from minirlhf.model import KVCache, Transformer
 from minirlhf.records import ASSISTANT, HUMAN
 from minirlhf.seeding import row_uniforms
 from minirlhf.task import load_function

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from minirlhf.config import DEVICES, RewardConfig, UserError, check_ranges, flag, run_script, setting
 from minirlhf.data import encode_prompts, unique_prompts
+from minirlhf.device import pick_device
 from minirlhf.environment import Prompts, model_scorer, next_prompts, sample_responses
 from minirlhf.log import Progress
-from minirlhf.model import pick_device
 from minirlhf.records import read_prompts
 from minirlhf.seeding import derive_seed
 from minirlhf.task import HELPDESK, load_function, load_splits
