@@ -19,7 +19,6 @@ from minirlhf.config import PolicyConfig, UserError, run_script
 from minirlhf.device import mixed_precision, pick_device
 from minirlhf.environment import (
     Environment,
-    Prompts,
     Samples,
     load_environment,
     newest_reward_run,
@@ -64,8 +63,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     done, meta = restore(found, policy, optimizer), found[0] if found else {}
     kl_coef = meta.get("kl_coef", config.kl_coef)
     metrics = Metrics(run.folder / "policy_metrics.jsonl", meta.get("metrics"), config.tensorboard)
-    heldout = Prompts(world.heldout.texts[: config.eval_prompts], world.heldout.ids[: config.eval_prompts])
-    referee = Referee(world, heldout, "evaluate") if is_main() else None
+    referee = Referee(world, world.heldout.first(config.eval_prompts), "evaluate") if is_main() else None
     if done == 0 and referee:
         metrics.write(dict(step=0, samples=0, **evaluation(referee, referee.base)))
     progress = Progress("iteration", config.iterations, done, plain_lines=config.iterations)
@@ -120,7 +118,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
             meta = dict(run=run.id, metrics=metrics.mark(), kl_coef=kl_coef)
             states = dict(model=policy.state_dict(), optimizer=optimizer.state_dict())
             save_step(run.folder / "checkpoints", "policy", step + 1, meta, states, config.keep_checkpoints)
-    actor = whole(policy)
+    actor = whole(policy)  # every process takes part
     return finish(world, actor, config, run.folder) if is_main() else {}
 
 
@@ -147,7 +145,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
     for name in ("logprobs", "ref_logprobs", "values"):
         check_finite(float(masked_mean(getattr(rollout, name), rollout.response_mask)), f"mean of the {name}")
     lengths = rollout.response_mask.sum(1).cpu()
-    sums, tokens_used, norms, losses = {}, 0, [], []
+    sums: dict[str, Tensor] = {}
+    tokens_used, norms, losses = 0, [], []
     for number, minibatch in enumerate(minibatches(config, rung, step, len(lengths)), start=1):
         tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
         total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
@@ -157,7 +156,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
                                                kl_coef, denominator, tokens)
             loss.backward()
             total = total + loss.detach()
-            sums = {key: sums.get(key, 0.0) + value.detach() for key, value in figures.items()}
+            sums = {key: value.detach() + sums.get(key, 0.0) for key, value in figures.items()}
         losses.append(summed(total).item())
         check_finite(losses[-1], f"loss of minibatch {number}")
         norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm, f" of minibatch {number}"))
@@ -171,12 +170,14 @@ def describe_rollout(rollout: Rollout, samples: Samples, returns: Tensor, world:
     """What the policy did this time, before the update. kl and total_reward are means over responses of sums over tokens."""
     mask = rollout.response_mask
     kl = torch.where(mask, kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
-    row = dict(score=rollout.scores.mean(), score_std=rollout.scores.std(correction=0), kl=kl.mean(),
-               total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(), return_mean=masked_mean(returns, mask),
-               return_std=returns[mask].std(correction=0), length=mask.sum(1).float().mean(), tokens=mask.sum(),
-               eos_rate=sum(samples.finished) / len(samples.finished))
-    gold = true_worth(world.task, samples)
-    return {key: float(value) for key, value in (row | (dict(gold=sum(gold) / len(gold)) if gold else {})).items()}
+    row: dict[str, Tensor | float] = dict(
+        score=rollout.scores.mean(), score_std=rollout.scores.std(correction=0), kl=kl.mean(),
+        total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(), return_mean=masked_mean(returns, mask),
+        return_std=returns[mask].std(correction=0), length=mask.sum(1).float().mean(), tokens=mask.sum(),
+        eos_rate=sum(samples.finished) / len(samples.finished))
+    if gold := true_worth(world.task, samples):
+        row["gold"] = sum(gold) / len(gold)
+    return {key: float(value) for key, value in row.items()}
 
 
 def evaluation(referee: Referee, judged: dict) -> dict:
@@ -193,8 +194,7 @@ def evaluation(referee: Referee, judged: dict) -> dict:
 def finish(world: Environment, policy: Transformer, config: PolicyConfig, folder: Path) -> dict:
     """Save policy.pt, then the closing table on the test prompts and eight samples of before and after."""
     save_model(folder / "policy.pt", "policy", policy, dict(tokenizer=fingerprint(world.sampling.encoding)))
-    test = Prompts(world.test.texts[: config.test_prompts], world.test.ids[: config.test_prompts])
-    figures, table, page = closing_table(world._replace(test=test), policy, config.best_of_n)
+    figures, table, page = closing_table(world._replace(test=world.test.first(config.test_prompts)), policy, config.best_of_n)
     write_atomically(folder / "samples.md", page.encode())
     write_atomically(folder / "result.json", (json.dumps(rounded(figures), indent=1) + "\n").encode())
     print(f"\n{page}\n{table}\nsaved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl beside it")

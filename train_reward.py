@@ -213,7 +213,7 @@ def main(config: RewardConfig) -> dict:
 
     # 4. What it learnt.
     result = evaluate_reward_model(reward_model, groups["test"], encoding, task, device)
-    if hasattr(task, "probes"):
+    if task and hasattr(task, "probes"):
         result["probes"] = probe_table(reward_model, unique_prompts(splits.test)[:256], encoding, task,
                                        config.max_prompt_length, config.max_response_length, device)
     save_model(run.folder / "reward.pt", "reward", reward_model, facts)
@@ -224,6 +224,7 @@ def main(config: RewardConfig) -> dict:
 
 
 def describe_reward_model(result: dict) -> str:
+    """The test figures, for the terminal."""
     lines = [f"held-out accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] over "
              f"{result['pairs']} pairs of {result['prompts']} prompts, calibration error {result['calibration_error']:.3f}"]
     if "ceiling" in result:

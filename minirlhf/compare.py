@@ -37,9 +37,9 @@ def judge(model: Transformer, world: Environment, prompts: Prompts, greedy: bool
         some = range(start, min(start + 128, len(prompts.texts)))
         samples = sample_responses(model, prompts.texts[start:some.stop], prompts.ids[start:some.stop], world.sampling,
                                    purpose, rows=None if greedy else list(some))
-        kl = sequence_kl(model, world.base, samples[3:], world.sampling.temperature)
-        parts.append((samples.responses, world.scorer(samples).tolist(), true_worth(world.task, samples) or [], kl.tolist(),
-                      samples.response_mask.sum(1).tolist(), samples.finished))
+        divergence = sequence_kl(model, world.base, samples[3:], world.sampling.temperature)
+        parts.append((samples.responses, world.scorer(samples).tolist(), true_worth(world.task, samples) or [],
+                      divergence.tolist(), samples.response_mask.sum(1).tolist(), samples.finished))
     responses, *figures = ([x for part in column for x in part] for column in zip(*parts))
     score, gold, kl, length, finished = map(np.array, figures)
     return Judged(responses, score, gold if len(gold) else None, kl, length, finished)
@@ -97,16 +97,16 @@ def closing_table(world: Environment, policy: Transformer, best_of: int) -> tupl
     referee = Referee(world, world.test, "test")
     judged = referee.judge(policy)
     figures = {f"base_{key}": value for key, value in referee.figures(referee.base).items()} | referee.figures(judged)
-    best = None
-    if hasattr(world.task, "gold") and hasattr(world.task, "best_response"):
-        best = np.mean([world.task.gold(prompt, world.task.best_response(prompt)) for prompt in world.test.texts])
-        figures["best_gold"] = float(best)
+    best, task = None, world.task
+    if task and hasattr(task, "gold") and hasattr(task, "best_response"):
+        best = float(np.mean([task.gold(prompt, task.best_response(prompt)) for prompt in world.test.texts]))
+        figures["best_gold"] = best
         for decoding in DECODINGS:
             base = figures[f"base_{decoding}_gold"]
             figures[f"{decoding}_gap_closed"] = (figures[f"{decoding}_gold"] - base) / (best - base)
     rows = [text_row(f"{name}, {decoding}", {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)})
             for name, mark in (("base", "base_"), ("policy", "")) for decoding in DECODINGS for prefix in [f"{mark}{decoding}_"]]
-    for row in best_of_n(world, Prompts(world.test.texts[:best_of], world.test.ids[:best_of]), (1, 4, 16)) if best_of else []:
+    for row in best_of_n(world, world.test.first(best_of), (1, 4, 16)) if best_of else []:
         figures |= {f"best_of_{row['n']}_{key}": value for key, value in row.items() if key != "n"}
         rows.append(text_row(f"base, best of {row['n']}", row))
     if best is not None:

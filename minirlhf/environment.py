@@ -57,23 +57,30 @@ def sample_responses(model: Transformer, prompts: list[str], prompt_ids: list[li
 
 def true_worth(task: ModuleType | None, samples: Samples) -> list[float] | None:
     """Gold utility of each response where the task knows it."""
-    if not hasattr(task, "gold"):
-        return None
-    return [task.gold(*row) for row in zip(samples.prompts, samples.responses, samples.finished)]
+    if task and hasattr(task, "gold"):
+        return [task.gold(*row) for row in zip(samples.prompts, samples.responses, samples.finished)]
+    return None
 
 
 Scorer = Callable[[Samples], Tensor]  # [B] scores, float32, on the samples' device
 
 
 class Prompts(NamedTuple):
+    """The same prompts as text and as ids."""
+
     texts: list[str]
     ids: list[list[int]]
 
     def rows(self, chosen: Sequence[int]) -> "Prompts":
         return Prompts([self.texts[i] for i in chosen], [self.ids[i] for i in chosen])
 
+    def first(self, count: int) -> "Prompts":
+        return Prompts(self.texts[:count], self.ids[:count])
+
 
 class Environment(NamedTuple):
+    """All that a policy run is given; nothing in it changes while the policy learns."""
+
     name: str
     facts: dict  # what the run folder should tell: the reward run and the hashes of every file read
     base: Transformer  # the policy's start and its frozen reference
@@ -114,7 +121,7 @@ def load_environment(config: PolicyConfig, reward_function: Callable | None, dev
 
     train = read_prompts(config.prompts) if config.prompts else unique_prompts(splits.train)
     name = task.__name__.split(".")[-1] if task else "data"
-    inputs += [folder / "base.pt", *filter(None, [config.prompts])]
+    inputs += [folder / "base.pt"] + ([Path(config.prompts)] if config.prompts else [])
     return Environment(name, dict(reward_run=str(folder), data=splits.hashes | file_hashes(inputs)), base,
                        Sampling(encoding, length, config.temperature, config.seed), scorer, reward_name, task,
                        encode(train), encode(unique_prompts(splits.heldout)), encode(unique_prompts(splits.test)))
@@ -163,7 +170,7 @@ def unfinished(samples: Samples) -> Tensor:
 def next_prompts(prompts: Prompts, count: int, copies: int, seed: int, step: int) -> Prompts:
     """The prompts of iteration `step` (from 0): a window of count over an endless sequence of shuffled passes, each prompt
     `copies` times in consecutive rows. A function of the step alone."""
-    n, chosen = len(prompts.texts), []
+    n, chosen = len(prompts.texts), list[int]()
     for position in range(step * count, (step + 1) * count):
         if not chosen or position % n == 0:
             order = torch.randperm(n, generator=generator(seed, "prompts", position // n)).tolist()

@@ -55,12 +55,12 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup], enc
     result = dict(accuracy=accuracy, accuracy_low=low, accuracy_high=high, pairs=sum(map(len, gaps)), prompts=len(groups),
                   loss=float(np.average(np.logaddexp(0, -np.concatenate(gaps)), weights=np.concatenate(weights))),
                   calibration_error=calibration_error(np.concatenate(gaps), np.concatenate(right)))
-    if hasattr(task, "gold"):
+    if task and hasattr(task, "gold"):
         texts = [(decode(encoding, g.prompt), [decode(encoding, r) for r in g.responses]) for g in groups]
         gold = [task.gold(prompt, response) for prompt, responses in texts for response in responses]
         flat = np.concatenate(scores)
         result["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if np.ptp(flat) > 0 and np.ptp(gold) > 0 else 0.0
-    if hasattr(task, "preference_probability"):
+    if task and hasattr(task, "preference_probability"):
         sure = [task.preference_probability(prompt, responses[w], responses[l])
                 for (prompt, responses), g in zip(texts, groups) for w, l, _, _ in g.pairs]
         result["ceiling"] = float(np.mean([max(p, 1 - p) for p in sure]))

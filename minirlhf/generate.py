@@ -50,12 +50,12 @@ def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor],
         return
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in layers:
-        layer.forward = packed(layer.weight, layer.bias, rows)
+        vars(layer)["forward"] = packed(layer.weight, layer.bias, rows)  # hides the method of the class
     try:
         yield packed(model.lm_weight, None, rows)
     finally:
         for layer in layers:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def packed(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:

@@ -74,6 +74,8 @@ class KVCache:
 
 
 class Block(nn.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.d_model
@@ -97,6 +99,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Token and position embeddings, blocks, a last LayerNorm, and the heads that read what comes out."""
+
+    score_shift: Tensor  # score = (reward_head - shift) / scale: set after training so that the base policy's samples have
+    score_scale: Tensor  # mean 0, deviation 1
+
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -106,7 +113,6 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.d_model)
         self.reward_head = nn.Linear(config.d_model, 1)
         self.value_head = nn.Linear(config.d_model, 1)
-        # score = (reward_head - shift) / scale: set after training so that the base policy's samples have mean 0, deviation 1
         self.register_buffer("score_shift", torch.zeros(()))
         self.register_buffer("score_scale", torch.ones(()))
         self.initialise(torch.Generator().manual_seed(seed))
@@ -136,8 +142,8 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Compile what is the same in training and decoding: all of a block but attention. The count of tokens stays free."""
         for block in self.blocks:
-            block.before, block.after = (functools.partial(torch.compile(part, dynamic=True), block)  # a deep copy gets its own
-                                         for part in (Block.before, Block.after))
+            for part in (Block.before, Block.after):  # as attributes of the block, of which a deep copy gets its own
+                setattr(block, part.__name__, functools.partial(torch.compile(part, dynamic=True), block))
 
     @property
     def lm_weight(self) -> Tensor:

@@ -10,13 +10,15 @@ losses here read the embedding and the heads beside it, leave one head without g
 import datetime
 import os
 import sys
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 LARGE = 2**20  # gradients of so many numbers are summed where they lie, without a copy
-STORE = []  # the one key-value store of the run, once there are several processes
+STORE: list[dist.Store] = []  # the one key-value store of the run, once there are several processes
 
 
 def start() -> None:
@@ -105,7 +107,8 @@ def gathered(batch):
             return [row for column in columns for row in column]
         if columns[0].dim() > 1:
             gaps = [max(x.shape[1] for x in columns) - x.shape[1] for x in columns]
-            columns = [nn.functional.pad(x, (gap, 0) if name.startswith("prompt") else (0, gap)) for x, gap in zip(columns, gaps)]
+            pads = [(gap, 0) if name.startswith("prompt") else (0, gap) for gap in gaps]
+            columns = tuple(map(nn.functional.pad, columns, pads))
         return torch.cat(columns).to(getattr(batch, name).device)
 
     return type(batch)(*map(join, batch._fields, zip(*parts)))
@@ -155,9 +158,10 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Split weights, gradients and whatever the optimiser keeps over the processes, block by block (FSDP2)."""
     from torch.distributed.fsdp import fully_shard  # half a second, for those who need it
     mesh = dist.init_device_mesh(device.type, (processes(),))
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh).set_gradient_divide_factor(1.0)  # a sum: the losses divide by the whole batch
-        part.set_force_sum_reduction_for_comms(True)  # as gloo knows no other
+    for part in (*model.get_submodule("blocks").children(), model):
+        split = fully_shard(part, mesh=mesh)
+        split.set_gradient_divide_factor(1.0)  # a sum: the losses divide by the whole batch
+        split.set_force_sum_reduction_for_comms(True)  # as gloo knows no other
 
 
 def sharded(x) -> bool:
@@ -165,7 +169,7 @@ def sharded(x) -> bool:
     return hasattr(x, "full_tensor")
 
 
-def whole_tensor(x: Tensor) -> Tensor:
+def whole_tensor(x) -> Tensor:
     return x.full_tensor() if sharded(x) else x
 
 
@@ -186,7 +190,7 @@ def whole_states(states):
     return states if full is states else full.cpu() if is_main() else None
 
 
-def whole(model: nn.Module) -> nn.Module:
+def whole(model: M) -> M:
     """The model itself; of a sharded one a plain copy with all its weights, for passes that each process takes alone."""
     if not any(map(sharded, model.parameters())):
         return model

@@ -1,5 +1,6 @@
 """Prompts in, an immutable Rollout out: what the policy said, how likely it was, what it was worth."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -67,9 +68,10 @@ def collect_rollout(policy: Transformer, ref_model: Transformer, prompt_ids: Ten
     """
     sampled = (prompt_ids, prompt_mask, response_ids, response_mask)
     parts = []
-    for some in zip(*(tensor.split(micro_batch_size or len(scores)) for tensor in sampled)):
-        logprobs, values, _ = evaluate_actions(policy, *some, temperature)
-        ref_logprobs, _, _ = evaluate_actions(ref_model, *some, temperature)
+    pieces = [tensor.split(micro_batch_size or len(scores)) for tensor in sampled]
+    for some in zip(*pieces, itertools.repeat(temperature)):
+        logprobs, values, _ = evaluate_actions(policy, *some)
+        ref_logprobs, _, _ = evaluate_actions(ref_model, *some)
         parts.append((logprobs, ref_logprobs, values))
     logprobs, ref_logprobs, values = (torch.cat(column) for column in zip(*parts))
     rewards = token_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)

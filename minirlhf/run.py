@@ -111,7 +111,8 @@ class StopSignal:
     def __init__(self, script: str):
         self.number, self.stepping = 0, False
         self.stopping = 0  # the number on which all processes have agreed
-        self.script, self.folder = script, None  # the run's, as soon as it has one
+        self.script = script
+        self.folder: Path | None = None  # the run's, as soon as it has one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
@@ -172,7 +173,7 @@ def due(step: int, total: int, every: int) -> bool:
 class Clock:
     """Seconds since a mark, and per phase of a step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
         self.phases: dict[str, float] = {}
 
