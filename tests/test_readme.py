@@ -117,7 +117,7 @@ COMMANDS = {
     "python -m minirlhf.lab.memory": Run("", "says: of it sending"),
     "python -m minirlhf.lab.second_round --run runs/POLICY": Run(" --quick", "runs/second-round/second_round.md", slow=True),
     "python -m minirlhf.lab.bench": Run(BENCH, "says: not yet measured on a GPU", slow=True),
-    "python -m minirlhf.lab.bench --peers": Run(BENCH, "says: not yet measured on a GPU", slow=True),
+    "python -m minirlhf.lab.bench --peers": Run(BENCH + " --only gae", "says: not yet measured on a GPU", slow=True),
     "python -m minirlhf.lab.bench --peers --shape M --only rollout": Run(BENCH, "says: rollout", slow=True),
     'python -m minirlhf.lab.bench --peers --only "ppo iteration"': Run(BENCH, "says: ppo iteration", slow=True),
 }
