@@ -1,31 +1,13 @@
-"""Settings: one frozen dataclass per script; its fields are the command-line flags, its checks run before any work."""
+"""The settings of the two scripts: each field is a flag, with its default, the reason for it, and what is allowed."""
 
-import argparse
-import ctypes
 import dataclasses
-import difflib
-import hashlib
-import json
-import math
-import sys
-import typing
 from pathlib import Path
+from typing import ClassVar
 
-import torch
+from minirlhf.flags import UserError, check_ranges, setting
+from minirlhf.flags import run_script as run_script  # with "as": this page offers it too
 
-from minirlhf.log import printable
-from minirlhf.parallel import first_to_tell, lost_peer, start, stop
-
-
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: printed as one line, exit status 2, no traceback."""
-
-
-def setting(default, reason: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
-    """A dataclass field: its default, the reason or source of that default (shown by --help), and what is allowed."""
-    return dataclasses.field(default=default, metadata=dict(reason=reason, low=low, high=high, choices=choices))
-
-
+DATA = Path(__file__).resolve().parent.parent / "data"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -72,7 +54,26 @@ class RewardConfig:
     keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
     tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
 
+    presets: ClassVar[dict[str, dict]] = {  # --preset NAME: what lies under the flags; what it does not name keeps its default
+        "helpdesk": {},  # the defaults were found on its validation prompts
+        "hh-gpt2": dict(  # GPT-2 small on HH-RLHF, with --init and --data; nobody has searched these on the full set yet
+            tokenizer="gpt2",
+            n_layer=12, n_head=12, d_model=768,  # the same shape without --init; random weights want --warmup-lr 6e-4
+            max_prompt_length=256, max_response_length=128,  # whole: 95% of prompts, 97% of replies in 420 of its pairs
+            holdout=0.02,  # of 160,000 pairs that is plenty
+            skip_bad_lines=True,  # in some pairs the two dialogues share no beginning
+            warmup_init=True, warmup_sequences=32_768, warmup_lr=5e-5,  # a tenth of its texts, in small steps
+            lr=1e-5,  # of the order of Stiennon et al. (2020), 1.5e-5
+            batch_size=32, micro_batch_size=8,  # HH has one pair a prompt, and 64 rows of 384 tokens are too many at a time
+            verdict_coef=0.0,  # found to help where responses are short and alike; not known for dialogue
+            save_every=500),  # a checkpoint with its optimiser is 1.5 GB
+        "debug": dict(  # both scripts in seconds, every stage of them
+            data=(str(DATA / "helpdesk-validation.jsonl"),),
+            n_layer=1, d_model=32, warmup_sequences=512, normalise_prompts=32),
+    }
+
     def check(self) -> None:
+        """Raises UserError for the first setting that is wrong, or that contradicts another."""
         check_ranges(self)
         if self.d_model % self.n_head:
             raise UserError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; try --n-head 4")
@@ -129,180 +130,18 @@ class PolicyConfig:
     keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
     tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
 
-    def check(self) -> None:
-        check_ranges(self)
-
-
-HELPDESK_VALIDATION = str(Path(__file__).resolve().parent.parent / "data" / "helpdesk-validation.jsonl")
-
-# --preset NAME: settings laid under the flags. What a preset does not name keeps its default.
-PRESETS: dict[str, dict[type, dict]] = {
-    "helpdesk": {RewardConfig: {}, PolicyConfig: {}},  # the defaults were found on its validation prompts
-    "hh-gpt2": {  # GPT-2 small on HH-RLHF, with --init and --data; nobody has searched these on the full set yet
-        RewardConfig: dict(
-            tokenizer="gpt2",
-            n_layer=12, n_head=12, d_model=768,  # the same shape without --init; random weights want --warmup-lr 6e-4
-            max_prompt_length=256, max_response_length=128,  # whole: 95% of prompts, 97% of replies in 420 of its pairs
-            holdout=0.02,  # of 160,000 pairs that is plenty
-            skip_bad_lines=True,  # in some pairs the two dialogues share no beginning
-            warmup_init=True, warmup_sequences=32_768, warmup_lr=5e-5,  # a tenth of its texts, in small steps
-            lr=1e-5,  # of the order of Stiennon et al. (2020), 1.5e-5
-            batch_size=32, micro_batch_size=8,  # HH has one pair a prompt, and 64 rows of 384 tokens are too many at a time
-            verdict_coef=0.0,  # found to help where responses are short and alike; not known for dialogue
-            save_every=500),  # a checkpoint with its optimiser is 1.5 GB
-        PolicyConfig: dict(
+    presets: ClassVar[dict[str, dict]] = {
+        "helpdesk": {},
+        "hh-gpt2": dict(
             iterations=200, lr=1e-5,  # that of Huang et al. (2024) for this model
             kl_coef=0.05,  # a common choice for PPO on dialogue (it is TRL's default)
             micro_batch_size=16,  # rows of up to 384 tokens, with their activations
             eval_prompts=128, test_prompts=256, best_of_n=32,  # replies take seconds here, not milliseconds
             save_every=25),
-    },
-    "debug": {  # both scripts in seconds, every stage of them
-        RewardConfig: dict(data=(HELPDESK_VALIDATION,), n_layer=1, d_model=32, warmup_sequences=512, normalise_prompts=32),
-        PolicyConfig: dict(iterations=4, batch_size=16, minibatch_size=8, eval_every=2, eval_prompts=16, test_prompts=16,
-                           best_of_n=4),
-    },
-}
+        "debug": dict(
+            iterations=4, batch_size=16, minibatch_size=8, eval_every=2, eval_prompts=16, test_prompts=16, best_of_n=4),
+    }
 
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_ranges(config) -> None:
-    """Raise UserError for the first field whose type, range or choice is wrong; called before any work."""
-    types = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, meta, wanted = getattr(config, field.name), field.metadata, types[field.name]
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if typing.get_origin(wanted) is tuple:
-            if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
-                raise UserError(f"{flag(field.name)} takes file names, not {value!r}")
-        elif type(value) is not wanted:
-            raise UserError(f"{flag(field.name)} takes a value of type {wanted.__name__}, not {value!r}")
-        if wanted is float and not math.isfinite(value):
-            raise UserError(f"{flag(field.name)} must be a finite number, not {value}")
-        if meta["choices"] and value not in meta["choices"]:
-            raise UserError(f"{flag(field.name)} {value!r} is not known{nearest(value, meta['choices'])}")
-        if meta["low"] is not None and value < meta["low"]:
-            raise UserError(f"{flag(field.name)} {value} is below {meta['low']}, the least that makes sense")
-        if meta["high"] is not None and value > meta["high"]:
-            raise UserError(f"{flag(field.name)} {value} is above {meta['high']}, the most that makes sense")
-
-
-def nearest(name: str, known) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else f"; choose from {', '.join(known)}"
-
-
-def given_flags(config_class, arguments: list[str]) -> dict:
-    """What the command line names, and only that: settings by field name, and "preset". Raises UserError for unknown flags."""
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-
-    def complain(message: str) -> typing.NoReturn:
-        raise UserError(message + "; --help lists every flag")
-
-    if config_class in PRESETS["helpdesk"]:
-        parser.add_argument("--preset", metavar="NAME", help=f"settings that lie under the flags: {', '.join(PRESETS)}")
-    parser.error = complain  # argparse would print the whole usage before the one line that matters
-    types = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        wanted, text = types[field.name], f"{field.metadata['reason']} (default: {field.default!r})".replace("%", "%%")
-        if wanted is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
-        elif typing.get_origin(wanted) is tuple:
-            parser.add_argument(flag(field.name), nargs="+", metavar="PATH", help=text)
-        else:
-            parser.add_argument(flag(field.name), type=wanted, metavar=wanted.__name__.upper(), help=text)
-    namespace, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
-
-
-def read_config(config_class, path: Path):
-    """The configuration that a run folder's config.json holds, checked. Raises UserError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        stored = content["settings"]
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        config = config_class(**fields)
-        config.check()
-        intact = content == sealed(stored, content["facts"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is this a run folder?") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a configuration of this program ({error}); start a new run") from None
-    if not intact:
-        raise UserError(f"{path}: was changed or damaged since the run began; start a new run")
-    return config
-
-
-def sealed(settings: dict, facts: dict) -> dict:
-    """What config.json holds, with a checksum: one flipped digit of a learning rate would make it another run."""
-    return dict(settings=settings, facts=facts, sha256=digest([settings, facts]))
-
-
-def digest(content) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def run_script(main, config_class, arguments: list[str] | None = None) -> None:
-    """Parse flags, call main(config), and turn what a person can mend into one line and exit status 2.
-
-    Under the flags lie the settings of --preset; with --resume, in their place, those in the run folder.
-    """
-    try:
-        start()
-        given = given_flags(config_class, sys.argv[1:] if arguments is None else arguments)
-        preset = given.pop("preset", "helpdesk")
-        if preset not in PRESETS:
-            raise UserError(f"--preset {preset!r} is not known{nearest(preset, PRESETS)}")
-        under = PRESETS[preset].get(config_class, {})  # tools have settings of their own
-        if given.get("resume"):
-            if not given.get("out"):
-                raise UserError("--resume needs --out: the folder of the run to go on with")
-            under = dataclasses.asdict(read_config(config_class, Path(given["out"]) / "config.json"))
-        config = config_class(**{**under, **given})
-        keep_freed_memory()
-        main(config)
-        stop()
-    except UserError as error:
-        sys.exit(fail(str(error), 2))
-    except (MemoryError, RuntimeError) as error:
-        if lost_peer(error):
-            sys.exit(fail("another process of this run was lost; its own lines say why, --resume goes on", 1))
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        sys.exit(fail(memory_advice(config), 2))
-    except OSError as error:
-        sys.exit(fail(f"{error.filename or 'output'}: {error.strerror}; the files written before are intact", 2))
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed tensors of up to 32 MiB for the next ones. By itself it hands them back to the system, whose
-    fresh pages, zeroed one by one, then cost more than the arithmetic on them (2.5 times the time of `gae`, 512 x 1024)."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt:
-            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def memory_advice(config) -> str:
-    """Which flag to change, and to what, when a run found no memory."""
-    if not hasattr(config, "micro_batch_size"):
-        return "out of memory; stop other programs, or use a smaller model"
-    size = config.micro_batch_size or getattr(config, "minibatch_size", config.batch_size)
-    if size > 1:
-        return f"out of memory; try --micro-batch-size {size // 2}: fewer texts a forward pass, the same gradient"
-    return f"out of memory even with one text at a time; try --batch-size {max(1, config.batch_size // 2)} or a smaller model"
-
-
-def fail(message: str, status: int) -> int:
-    if first_to_tell():
-        print("error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
-    return status
+    def check(self) -> None:
+        """Raises UserError for the first setting that is wrong."""
+        check_ranges(self)

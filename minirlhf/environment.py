@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from minirlhf.checkpoint import load_model
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, read_config
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
 from minirlhf.data import encode_prompts, pad_left, unique_prompts
+from minirlhf.flags import read_config
 from minirlhf.generate import generate
 from minirlhf.model import Transformer, sequence_scores
 from minirlhf.records import read_prompts

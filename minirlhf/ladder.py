@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minirlhf.advantages import full_return, gae, group_normalised, leave_one_out, reward_to_go, reward_to_go_minus_value, whiten
-from minirlhf.config import PolicyConfig, UserError, nearest
+from minirlhf.config import PolicyConfig, UserError
+from minirlhf.flags import nearest
 from minirlhf.losses import kl_k3, policy_gradient_loss, ppo_loss, value_loss
 from minirlhf.model import Transformer
 from minirlhf.rollout import Rollout, evaluate_actions

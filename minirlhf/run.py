@@ -18,7 +18,7 @@ from typing import IO, NamedTuple, NoReturn
 import torch
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import UserError, digest, fail, read_config, sealed
+from minirlhf.flags import UserError, digest, fail, read_config, sealed
 from minirlhf.parallel import agreed, from_main, is_main, processes, rank, told
 
 SCHEDULE = ("iterations", "epochs")  # a resumed run may go on for longer than it was first told

@@ -18,7 +18,8 @@ from tiny import contents, policy_config, refused, reward_config, rows, write_in
 
 import train_policy
 import train_reward
-from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, UserError, flag, given_flags, read_config, run_script, sealed
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
+from minirlhf.flags import flag, given_flags, read_config, sealed
 from minirlhf.ladder import pick_rung
 
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}
@@ -161,10 +162,10 @@ def resolved(config_class, arguments):
 
 
 @pytest.mark.parametrize("config_class", SCRIPTS)
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", RewardConfig.presets)
 def test_a_preset_lies_between_the_defaults_and_the_flags(name, config_class, capsys):
     """A preset that wins over a flag is a flag dropped in silence."""
-    preset = PRESETS[name][config_class]
+    preset = config_class.presets[name]
     config = resolved(config_class, ["--preset", name])
     config.check()
     assert config == dataclasses.replace(config_class(), **preset)
@@ -173,7 +174,7 @@ def test_a_preset_lies_between_the_defaults_and_the_flags(name, config_class, ca
     assert resolved(config_class, [*flags, "--preset", name]) == dataclasses.replace(config, **changed)
     with pytest.raises(SystemExit):
         given_flags(config_class, ["--help"])
-    assert ", ".join(PRESETS) in " ".join(capsys.readouterr().out.split())
+    assert ", ".join(config_class.presets) in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_debug_preset_runs_both_scripts_and_resumes_with_the_settings_it_recorded(tmp_path):
@@ -184,7 +185,7 @@ def test_the_debug_preset_runs_both_scripts_and_resumes_with_the_settings_it_rec
     arguments = ["--preset", "debug", "--reward-run", folders[0], "--out", folders[1], "--iterations", "2"]
     run_script(train_policy.main, PolicyConfig, arguments)
     settings = json.loads((tmp_path / "policy" / "config.json").read_text())["settings"]
-    wanted = {**PRESETS["debug"][PolicyConfig], "iterations": 2}
+    wanted = {**PolicyConfig.presets["debug"], "iterations": 2}
     assert {name: settings[name] for name in wanted} == wanted
     result = json.loads((tmp_path / "policy" / "result.json").read_text())
     assert "sampled_gold" in result and "probes" in rows(tmp_path / "reward" / "reward_metrics.jsonl")[-1]
@@ -198,7 +199,7 @@ def test_the_debug_preset_runs_both_scripts_and_resumes_with_the_settings_it_rec
     b"", b"{", b"[]", b"null", b"3", b'"settings"', b"{}", b'{"settings": 3}', b'{"settings": []}', b'{"settings": null}',
     b'{"settings": {"seeed": 3}}', b'{"settings": {"seed": "3"}}', b'{"settings": {"seed": [1]}}', b'{"settings": {"lr": NaN}}',
     b'{"settings": {"lr": {"a": 1}}}', b"\xff\xfe", b"[" * 100_000, b'{"settings": {"seed": -1}}',
-    b'{"settings": {"seed": true}}',
+    b'{"settings": {"seed": true}}', b'{"settings": {"lr": 1' + b"0" * 400 + b"}}",
 ])
 @pytest.mark.parametrize("config_class", SCRIPTS)
 def test_a_damaged_config_file_is_refused_in_one_line(config_class, content, tmp_path):
@@ -400,7 +401,7 @@ def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_
 
 FAULTS = """
 import resource, sys, torch
-from minirlhf.config import keep_freed_memory
+from minirlhf.flags import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for turn in range(12):

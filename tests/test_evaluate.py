@@ -12,7 +12,7 @@ import train_reward
 from minirlhf import evaluate
 from minirlhf.checkpoint import load_model
 from minirlhf.compare import Referee, best_of_n, closing_table, fenced, summarise
-from minirlhf.config import RewardConfig, read_config
+from minirlhf.config import RewardConfig
 from minirlhf.data import PreferenceGroup, encode_prompts
 from minirlhf.environment import (
     Prompts,
@@ -25,6 +25,7 @@ from minirlhf.environment import (
     unfinished,
 )
 from minirlhf.evaluate import calibration_error, evaluate_reward_model, interval, probe_table, standard_error
+from minirlhf.flags import read_config
 from minirlhf.model import ModelConfig, Transformer, sequence_scores
 from minirlhf.task import load_splits
 from minirlhf.tokenizer import fingerprint, load_tokenizer

@@ -15,8 +15,9 @@ from tiny import refused
 
 import train_policy
 import train_reward
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, given_flags
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
 from minirlhf.environment import Prompts, load_environment, sample_responses, true_worth
+from minirlhf.flags import given_flags
 from minirlhf.lab import common, ladder, overoptimization, variance
 from minirlhf.lab import overoptimization_fit as fits
 from minirlhf.lab.overoptimization_page import neighbours

@@ -9,8 +9,8 @@ import torch
 from tiny import random_model
 
 from minirlhf.advantages import gae
-from minirlhf.config import UserError, keep_freed_memory
 from minirlhf.data import pad_left
+from minirlhf.flags import UserError, keep_freed_memory
 from minirlhf.generate import generate
 from minirlhf.kernels import discounted_returns, token_logprobs
 from minirlhf.lab import bench, bench_cases, bench_machine, bench_naive, bench_peers

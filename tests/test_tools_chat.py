@@ -12,8 +12,9 @@ import tiny
 import torch
 from tiny import refused
 
-from minirlhf.config import run_script, sealed
+from minirlhf.config import run_script
 from minirlhf.environment import model_scorer, sample_responses
+from minirlhf.flags import sealed
 from minirlhf.seeding import row_uniforms
 from minirlhf.tools import chat
 from minirlhf.tools.chat import ChatConfig, apply_template, stream, template_of

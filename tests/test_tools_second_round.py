@@ -9,9 +9,10 @@ import tiny
 import torch
 from tiny import assert_same_weights, refused
 
-from minirlhf.config import RewardConfig, read_config
+from minirlhf.config import RewardConfig
 from minirlhf.data import read_preferences, unique_prompts
 from minirlhf.environment import sample_responses
+from minirlhf.flags import read_config
 from minirlhf.lab import second_round
 from minirlhf.lab.second_round import ARMS, RoundConfig
 from minirlhf.records import PreferencePair

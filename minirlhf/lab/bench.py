@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from minirlhf.config import DEVICES, UserError, check_ranges, keep_freed_memory, setting
+from minirlhf.config import DEVICES, UserError
 from minirlhf.device import pick_device
+from minirlhf.flags import check_ranges, keep_freed_memory, setting
 from minirlhf.lab import bench_cases as cases
 from minirlhf.lab import bench_peers
 from minirlhf.lab.bench_cases import SHAPES, Case, Shape, shape

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, fail, flag, read_config, run_script
+from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
+from minirlhf.flags import fail, flag, read_config
 from minirlhf.log import Progress, rounded
 from minirlhf.run import FREE
 from minirlhf.task import HELPDESK

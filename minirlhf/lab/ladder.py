@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, nearest, setting
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
+from minirlhf.flags import check_ranges, nearest, setting
 from minirlhf.lab.common import STYLES, Job, markdown_table, mean_spread, read_rows, run_jobs, run_lab, save_picture, train_subset
 from minirlhf.ladder import LADDER
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import parallel
-from minirlhf.config import PRESETS, PolicyConfig, RewardConfig, UserError, check_ranges, setting
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
+from minirlhf.flags import check_ranges, setting
 from minirlhf.lab.common import ROOT, markdown_table, run_lab
 from minirlhf.ladder import LADDER, advantages_and_returns
 from minirlhf.model import ModelConfig, Transformer
@@ -68,8 +69,8 @@ class Work(NamedTuple):
 
 
 def hh_gpt2(size: str) -> Work:
-    policy = dataclasses.replace(PolicyConfig(), **PRESETS["hh-gpt2"][PolicyConfig])
-    reward = dataclasses.replace(RewardConfig(), **PRESETS["hh-gpt2"][RewardConfig])
+    policy = dataclasses.replace(PolicyConfig(), **PolicyConfig.presets["hh-gpt2"])
+    reward = dataclasses.replace(RewardConfig(), **RewardConfig.presets["hh-gpt2"])
     return Work(*GPT2[size], 50257, reward.max_prompt_length, reward.max_response_length, policy.batch_size,
                 policy.minibatch_size, policy.micro_batch_size, policy.ppo_epochs)
 

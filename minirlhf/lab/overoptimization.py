@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 
 from minirlhf.checkpoint import load_model, save_model, write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, check_ranges, read_config, setting
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
 from minirlhf.environment import Environment, Prompts, Samples, load_environment, model_scorer, sample_responses, true_worth
+from minirlhf.flags import check_ranges, read_config, setting
 from minirlhf.lab.common import Job, Rows, need_files, run_jobs, run_lab, save_picture, train_subset
 from minirlhf.lab.overoptimization_fit import Study
 from minirlhf.lab.overoptimization_page import describe, draw_penalties, draw_scores

@@ -17,11 +17,12 @@ from pathlib import Path
 import train_policy
 import train_reward
 from minirlhf.checkpoint import load_model, write_atomically
-from minirlhf.config import DEVICES, RewardConfig, UserError, check_ranges, run_script, setting
+from minirlhf.config import DEVICES, RewardConfig, UserError, run_script
 from minirlhf.data import encode_preferences, encode_prompts, unique_prompts
 from minirlhf.device import pick_device
 from minirlhf.environment import Prompts
 from minirlhf.evaluate import evaluate_reward_model, probe_table
+from minirlhf.flags import check_ranges, setting
 from minirlhf.log import rounded
 from minirlhf.records import PreferencePair
 from minirlhf.seeding import derive_seed

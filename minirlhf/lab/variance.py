@@ -19,8 +19,9 @@ from torch import Tensor
 
 from minirlhf.advantages import full_return, reward_to_go
 from minirlhf.checkpoint import load_model, save_model, write_atomically
-from minirlhf.config import PolicyConfig, UserError, check_ranges, setting
+from minirlhf.config import PolicyConfig, UserError
 from minirlhf.environment import Environment, Samples, load_environment, next_prompts, sample_responses, true_worth
+from minirlhf.flags import check_ranges, setting
 from minirlhf.lab.common import Rows, need_files, run_lab, save_picture
 from minirlhf.lab.variance_page import describe, draw_values, draw_variances
 from minirlhf.ladder import LADDER, Rung, advantages_and_returns, explained_variance, minibatch_loss

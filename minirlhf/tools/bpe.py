@@ -15,7 +15,7 @@ from pathlib import Path
 
 import regex  # the standard re lacks \p{L}; tiktoken itself requires this package, so it is always there
 
-from minirlhf.config import UserError, fail
+from minirlhf.flags import UserError, fail
 from minirlhf.tokenizer import GPT2_PATTERN
 
 

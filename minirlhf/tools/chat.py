@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minirlhf.config import DEVICES, UserError, check_ranges, run_script, setting
+from minirlhf.config import DEVICES, UserError, run_script
 from minirlhf.data import encode_prompts
 from minirlhf.device import pick_device
 from minirlhf.environment import Samples, Scorer, function_scorer, model_scorer, true_worth
+from minirlhf.flags import check_ranges, setting
 from minirlhf.generate import sample_tokens
 from minirlhf.log import rounded
 from minirlhf.model import KVCache, Transformer

@@ -14,10 +14,11 @@ import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minirlhf.config import DEVICES, RewardConfig, UserError, check_ranges, flag, run_script, setting
+from minirlhf.config import DEVICES, RewardConfig, UserError, run_script
 from minirlhf.data import encode_prompts, unique_prompts
 from minirlhf.device import pick_device
 from minirlhf.environment import Prompts, model_scorer, next_prompts, sample_responses
+from minirlhf.flags import check_ranges, flag, setting
 from minirlhf.log import Progress
 from minirlhf.records import read_prompts
 from minirlhf.seeding import derive_seed

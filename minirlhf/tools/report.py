@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.checkpoint import write_atomically
-from minirlhf.config import UserError, fail
+from minirlhf.flags import UserError, fail
 from minirlhf.tools.charts import COLOURS, Panel, draw, load_pyplot, number, panels
 from minirlhf.tools.page import STYLE, sample_blocks, table, text
 

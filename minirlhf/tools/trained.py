@@ -9,8 +9,9 @@ import tiktoken
 import torch
 
 from minirlhf.checkpoint import load_model
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, read_config
+from minirlhf.config import PolicyConfig, RewardConfig, UserError
 from minirlhf.environment import Sampling
+from minirlhf.flags import read_config
 from minirlhf.model import Transformer
 from minirlhf.task import load_task
 from minirlhf.tokenizer import fingerprint, load_tokenizer
