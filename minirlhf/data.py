@@ -8,7 +8,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from minirlhf.config import UserError
+from minirlhf.flags import UserError
 from minirlhf.records import PreferencePair as PreferencePair
 from minirlhf.records import read_preferences as read_preferences  # with "as": this page offers it too
 from minirlhf.seeding import derive_seed, generator
@@ -16,13 +16,14 @@ from minirlhf.seeding import derive_seed, generator
 CHUNK = 2**16  # characters encoded at a time
 MAX_GROUP = 16  # responses; a file with one prompt throughout must not become one batch
 SORTED_WINDOW = 16  # batches: see epoch_batches
+Ids = tuple[int, ...]
 
 
 class PreferenceGroup(NamedTuple):
     """A prompt and its distinct responses as ids, and which was preferred to which."""
 
-    prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]  # with EOS at the end unless cut
+    prompt: Ids
+    responses: tuple[Ids, ...]  # with EOS at the end unless cut
     pairs: tuple[tuple[int, int, float, float], ...]  # (winner, loser, margin or 0, weight); indices into responses
 
 
@@ -45,9 +46,8 @@ def unique_prompts(pairs: list[PreferencePair]) -> list[str]:
     return list(dict.fromkeys(pair.prompt for pair in pairs))
 
 
-def split_holdout(
-    pairs: list[PreferencePair], fraction: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
+def split_holdout(pairs: list[PreferencePair], fraction: float,
+                  seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """(train, held out): `fraction` of the prompts, rounded, is held out with all its pairs; neither side is empty.
 
     By prompt, so that no held-out figure is about a prompt that was trained on. Which prompts depends on the seed and
@@ -65,9 +65,8 @@ def split_holdout(
 # ---- ids: from text to groups ----------------------------------------------------------------------------------
 
 
-def encode_preferences(
-    pairs: list[PreferencePair], enc: tiktoken.Encoding, max_prompt_length: int, max_response_length: int
-) -> tuple[list[PreferenceGroup], dict[str, int]]:
+def encode_preferences(pairs: list[PreferencePair], enc: tiktoken.Encoding, max_prompt_length: int,
+                       max_response_length: int) -> tuple[list[PreferenceGroup], dict[str, int]]:
     """Groups of the pairs that follow each other with the same prompt, each distinct response encoded once; counts.
 
     Prompt and response are encoded separately, so that a response has the same ids here and when the policy samples
@@ -81,32 +80,31 @@ def encode_preferences(
     """
     if min(max_prompt_length, max_response_length) < 1:
         raise ValueError(f"lengths must be at least 1, are {max_prompt_length} and {max_response_length}")
-    groups, counts = [], dict.fromkeys(("read", "kept", "empty", "identical", "prompts_cut", "responses_cut"), 0)
-    for prompt, run in groupby(pairs, key=lambda pair: pair.prompt):
-        run = list(run)
-        answered = [pair for pair in run if pair.chosen.strip() and pair.rejected.strip()]
-        texts = {text for pair in answered for text in (pair.chosen, pair.rejected)}
+    answered = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
+    groups: list[PreferenceGroup] = []
+    prompts_cut = 0
+    for prompt, run in groupby(answered, key=lambda pair: pair.prompt):
+        neighbours = list(run)
+        texts = {text for pair in neighbours for text in (pair.chosen, pair.rejected)}
         encoded = {text: _encode_response(enc, text, max_response_length) for text in texts}
-        kept = [pair for pair in answered if encoded[pair.chosen] != encoded[pair.rejected]]
-        counts["read"] += len(run)
-        counts["empty"] += len(run) - len(answered)
-        counts["identical"] += len(answered) - len(kept)
-        counts["kept"] += len(kept)
+        kept = [pair for pair in neighbours if encoded[pair.chosen] != encoded[pair.rejected]]
         if kept:
             prompt_ids, was_cut = _encode_prompt(enc, prompt, max_prompt_length)
-            counts["prompts_cut"] += was_cut
+            prompts_cut += was_cut
             groups += _groups(prompt_ids, encoded, kept)
-    counts["responses_cut"] = sum(ids[-1] != enc.eot_token for group in groups for ids in group.responses)
+    n_kept = sum(len(group.pairs) for group in groups)
+    counts = dict(read=len(pairs), kept=n_kept, empty=len(pairs) - len(answered), identical=len(answered) - n_kept,
+                  prompts_cut=prompts_cut,
+                  responses_cut=sum(ids[-1] != enc.eot_token for group in groups for ids in group.responses))
     if not groups:
         raise UserError(f"no usable pair: {describe_counts(counts)}; check the data, or raise the maximum lengths")
     return groups, counts
 
 
-def _groups(
-    prompt: tuple[int, ...], encoded: dict[str, tuple[int, ...]], pairs: list[PreferencePair]
-) -> Iterator[PreferenceGroup]:
+def _groups(prompt: Ids, encoded: dict[str, Ids], pairs: list[PreferencePair]) -> Iterator[PreferenceGroup]:
     """The pairs of one prompt, in one group unless it has more than MAX_GROUP distinct responses."""
-    rows, indices = {}, []
+    rows: dict[Ids, int] = {}
+    indices: list[tuple[int, int, float, float]] = []
     for pair in pairs:
         both = encoded[pair.chosen], encoded[pair.rejected]
         if len(rows.keys() | set(both)) > MAX_GROUP:
@@ -123,23 +121,19 @@ def describe_counts(counts: dict[str, int]) -> str:
     >>> describe_counts({"read": 9, "kept": 6, "empty": 1, "identical": 2, "prompts_cut": 3, "responses_cut": 4})
     'kept 6 of 9 pairs (dropped: 1 with a blank response, 2 identical after cutting); cut 3 prompts and 4 responses'
     """
-    return (
-        "kept {kept} of {read} pairs (dropped: {empty} with a blank response, {identical} identical after cutting); "
-        "cut {prompts_cut} prompts and {responses_cut} responses"
-    ).format(**counts)
+    return ("kept {kept} of {read} pairs (dropped: {empty} with a blank response, {identical} identical after cutting); "
+            "cut {prompts_cut} prompts and {responses_cut} responses").format(**counts)
 
 
-def encode_prompts(
-    prompts: list[str], enc: tiktoken.Encoding, max_prompt_length: int
-) -> tuple[list[list[int]], int]:
+def encode_prompts(prompts: list[str], enc: tiktoken.Encoding, max_prompt_length: int) -> tuple[list[list[int]], int]:
     """The ids of each prompt, cut as in `encode_preferences`, and how many were cut."""
     encoded = [_encode_prompt(enc, prompt, max_prompt_length) for prompt in prompts]
     return [list(ids) for ids, _ in encoded], sum(was_cut for _, was_cut in encoded)
 
 
-def _encode_prompt(enc: tiktoken.Encoding, text: str, max_length: int) -> tuple[tuple[int, ...], bool]:
+def _encode_prompt(enc: tiktoken.Encoding, text: str, max_length: int) -> tuple[Ids, bool]:
     """The last `max_length` ids of `text`, or a single EOS if it has none; and whether it had more."""
-    ids = []
+    ids: list[int] = []
     for start in reversed(range(0, len(text), CHUNK)):  # in chunks: see _encode_response
         ids = enc.encode_ordinary(text[start:start + CHUNK]) + ids
         if len(ids) > max_length:
@@ -147,13 +141,13 @@ def _encode_prompt(enc: tiktoken.Encoding, text: str, max_length: int) -> tuple[
     return tuple(ids[-max_length:]) or (enc.eot_token,), len(ids) > max_length
 
 
-def _encode_response(enc: tiktoken.Encoding, text: str, max_length: int) -> tuple[int, ...]:
+def _encode_response(enc: tiktoken.Encoding, text: str, max_length: int) -> Ids:
     """The ids of `text` and EOS; the first `max_length` of its ids if they are more.
 
     In chunks, because nobody should wait for the ids of megabytes that are cut away, and because tiktoken's regular
     expressions overflow their stack on a million blanks in a row. Text within one chunk gets tiktoken's own ids.
     """
-    ids = []
+    ids: list[int] = []
     for start in range(0, len(text), CHUNK):
         ids += enc.encode_ordinary(text[start:start + CHUNK])
         if len(ids) >= max_length:
@@ -166,33 +160,30 @@ def _encode_response(enc: tiktoken.Encoding, text: str, max_length: int) -> tupl
 
 def collate_preferences(groups: list[PreferenceGroup], pad: int) -> PreferenceBatch:
     """One row for each response of each group, prompt and response joined; pairs point at rows."""
-    sequences, pairs = [], []
+    sequences: list[Ids] = []
+    pairs: list[tuple[int, int, float, float]] = []
     for group in groups:
         first = len(sequences)
         pairs += [(first + winner, first + loser, margin, weight) for winner, loser, margin, weight in group.pairs]
         sequences += [group.prompt + response for response in group.responses]
-    ids, attention_mask = pad_right(sequences, pad)
-    chosen, rejected, margin, weight = zip(*pairs)
-    return PreferenceBatch(
-        ids, attention_mask, torch.tensor(chosen), torch.tensor(rejected),
-        torch.tensor(margin, dtype=torch.float32), torch.tensor(weight, dtype=torch.float32),
-    )
+    chosen, rejected, margin, weight = map(torch.tensor, zip(*pairs))
+    return PreferenceBatch(*pad_right(sequences, pad), chosen, rejected, margin.float(), weight.float())
 
 
-def pad_right(sequences: list[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def pad_right(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """ids [N, T] int64 with `pad` behind the shorter sequences, and the mask [N, T] bool of real tokens.
 
     >>> pad_right([[1, 2], [3]], pad=9)[0].tolist(), pad_left([[1, 2], [3]], pad=9)[0].tolist()
     ([[1, 2], [3, 9]], [[1, 2], [9, 3]])
     """
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = torch.arange(lengths.max()) < lengths[:, None]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.full(mask.shape, pad)
     ids[mask] = torch.tensor([token for sequence in sequences for token in sequence])
     return ids, mask
 
 
-def pad_left(sequences: list[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """As `pad_right`, with the padding in front: all sequences end in the last column."""
     ids, mask = pad_right([sequence[::-1] for sequence in sequences], pad)
     return ids.flip(1), mask.flip(1)

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minirlhf.config import UserError
+from minirlhf.flags import UserError
+from minirlhf.json_files import unique_keys
 from minirlhf.model import ModelConfig, Transformer
 
 MAX_HEADER = 2**20  # bytes; GPT-2 XL's has 60,000
@@ -156,13 +157,6 @@ def read_entry(name: str, entry: object) -> tuple[int, int, str, str, list[int]]
     except (KeyError, TypeError, ValueError):
         pass
     raise ValueError(f"{name[:80]!r}: its entry {entry!r:.80} is malformed, empty, or of another type than {', '.join(DTYPES)}")
-
-
-def unique_keys(items: list[tuple[str, object]]) -> dict:
-    found = dict(items)
-    if len(found) < len(items):
-        raise ValueError("its header names one thing twice")
-    return found
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf import data
+from minirlhf import data, json_files
 from minirlhf import records as record_files
 from minirlhf.config import UserError
 from minirlhf.data import (
@@ -177,7 +177,7 @@ def test_arrays_larger_than_any_chunk_are_read_whole_and_in_order(tmp_path, monk
     records = [{"prompt": f"{i} " + "x" * (i * 37 % 500), "chosen": '"]},[{', "rejected": "\\"} for i in range(200)]
     path = write(tmp_path, records, container)
     for chunk in (1, 7, 64, 2**16):
-        monkeypatch.setattr(record_files, "CHUNK", chunk)
+        monkeypatch.setattr(json_files, "CHUNK", chunk)
         assert [pair.prompt for pair in read_preferences(path)] == [record["prompt"] for record in records]
 
 
@@ -185,7 +185,7 @@ def test_arrays_larger_than_any_chunk_are_read_whole_and_in_order(tmp_path, monk
 
 GOOD = json.dumps(RECORDS["strings"])
 BAD_LINES = {
-    "not json": (b'{"prompt": "p", "chosen": "c"', r"not JSON \(Expecting"),
+    "not json": (b'{"prompt": "p", "chosen": "c"', r"not strict JSON \(Expecting"),
     "not an object": (b'"text"', "a JSON str, not an object"),
     "missing key": (b'{"prompt": "p", "chosen": "c"}', 'the key "rejected" is missing'),
     "wrong type": (b'{"prompt": "p", "chosen": "c", "rejected": 3}', '"rejected" holds a JSON int where text is due'),
@@ -193,15 +193,15 @@ BAD_LINES = {
     "invalid utf-8": (b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}', '"prompt" is not valid UTF-8'),
     "surrogate": (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', '"chosen" is not valid UTF-8'),
     "nul": (b'{"prompt": "p", "chosen": "a\\u0000", "rejected": "r"}', '"chosen" holds a NUL'),
-    "raw nul": (b'{"prompt": "p\0", "chosen": "a", "rejected": "r"}', "not JSON"),
+    "raw nul": (b'{"prompt": "p\0", "chosen": "a", "rejected": "r"}', "not strict JSON"),
     "deep": (b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
     "key twice": (b'{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}', "one key twice"),
-    "digits": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": ' + b"9" * 9999 + b"}", "not JSON .Exceeds"),
+    "digits": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": ' + b"9" * 9999 + b"}", "not strict JSON .Exceeds"),
     "too long": (b'{"prompt": "' + b"x" * 2**24 + b'", "chosen": "c", "rejected": "r"}', "longer than 16777216"),
     **{
         f"margin {value}": (GOOD.replace("}", f', "margin": {value}}}').encode(), message)
         for value, message in [
-            ("NaN", "NaN is no JSON number"), ("-Infinity", "-Infinity is no"), ("1e999", '"margin" must be'),
+            ("NaN", "not strict JSON .NaN is no JSON number"), ("-Infinity", "-Infinity is no"), ("1e999", '"margin" must be'),
             ("1e300", '"margin" must be'), ("1" + "0" * 400, '"margin" must be'), ("true", '"margin" must be'),
             ('"1"', '"margin" must be'), ("[1, 2]", '"margin" must be'), ("{}", '"margin" must be'),
         ]
@@ -223,14 +223,14 @@ def test_bad_line_is_named_or_counted(tmp_path, kind):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"preferences": [[0, 2]]}, "must name two of the 2 responses"),
-    ({"preferences": [[-1, 0]]}, "must name two"),
-    ({"preferences": [[10**30, 0]]}, "must name two"),
-    ({"preferences": [[1, 1]]}, "must name two"),
-    ({"preferences": [[0, 1, 1]]}, "must be two integers"),
-    ({"preferences": [[True, False]]}, "must be two integers"),
-    ({"preferences": [[0.0, 1.0]]}, "must be two integers"),
-    ({"preferences": ["01"]}, "must be two integers"),
+    ({"preferences": [[0, 2]]}, "two of the 2 responses, counted from 0"),
+    ({"preferences": [[-1, 0]]}, "two of the 2 responses"),
+    ({"preferences": [[10**30, 0]]}, "two of the 2 responses"),
+    ({"preferences": [[1, 1]]}, "two of the 2 responses"),
+    ({"preferences": [[0, 1, 1]]}, "two of the 2 responses"),
+    ({"preferences": [[True, False]]}, "two of the 2 responses"),
+    ({"preferences": [[0.0, 1.0]]}, "two of the 2 responses"),
+    ({"preferences": ["01"]}, "two of the 2 responses"),
     ({"preferences": []}, '"preferences" a list of'),
     ({"preferences": None}, '"preferences" a list of'),
     ({"responses": "ab"}, '"responses" must be a list'),

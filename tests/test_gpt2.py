@@ -329,7 +329,7 @@ BROKEN = {
         b"\0" * 9, headed("{"), headed(b"\xff\xfe{}"), headed("{}", length=3), headed("[" * 100_000), headed('{"a": ' * 100_000),
         headed('{"a": ' + "9" * 5000 + "}")],
     "header is no JSON object": [headed("[]"), headed("null"), headed("3")],
-    "names one thing twice": [headed('{"wte.weight": ' + ONE + ', "wte.weight": ' + ONE + "}")],
+    "an object holds one key twice": [headed('{"wte.weight": ' + ONE + ', "wte.weight": ' + ONE + "}")],
     "belong to no tensor": [headed("{}"), WHOLE + b"\0"],
     "overlap others, leave a gap, or are not there": [
         WHOLE[:-1], headed('{"wte.weight": ' + ONE + "}", b"\0" * 7), headed('{"a": ' + ONE + ', "b": ' + ONE + "}"),

@@ -254,11 +254,11 @@ def test_a_reward_that_cannot_be_found_is_one_line(reward, words, reward_run, tm
 
 @pytest.mark.parametrize("content, words", [
     (None, "cannot be read (No such file"), (b"", "no usable record"), (b"\n\n", "no usable record"),
-    (b"nonsense\n", ":1: the record is not JSON"),
+    (b"nonsense\n", ":1: the record is not strict JSON"),
     (b'{"prompt": "a", "chosen": "b"}\n', ':1: the key "rejected" is missing'), (b"\x1f\x8b\x08 torn", ":1: "),
     (b'{"prompt": "a:", "chosen": "b", "rejected": "b"}\n{"prompt": "b:", "chosen": "b", "rejected": "b"}\n', "no usable pair"),
     (b'{"prompt": "a:", "chosen": "b", "rejected": "c"}\n', "too few to hold some out"),
-    (b'{"prompt": "\x1b[31m", "chosen": 3, "rejected": "c"}\n', ":1: the record is not JSON"),
+    (b'{"prompt": "\x1b[31m", "chosen": 3, "rejected": "c"}\n', ":1: the record is not strict JSON"),
 ])
 def test_bad_data_is_one_line_and_nothing_is_made(content, words, inputs, tmp_path, capsys):
     """Found before the folder is made: the same command can be given again once the file is mended."""
