@@ -11,11 +11,11 @@ and values lie side by side in that order, each split into heads, as in model.py
 
 import json
 import math
-import mmap
-import os
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,12 +35,10 @@ BLOCK = {"ln_1": "ln_1", "attention_in": "attn.c_attn", "attention_out": "attn.c
 def checkpoint_file(path: Path) -> Path:
     """The file that --init means: itself, or the first of the known names in a folder. Raises UserError."""
     names = ("model.safetensors", "pytorch_model.bin", "base.pt")
-    if not path.is_dir():
-        return path
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"--init {path}: the folder holds none of {', '.join(names)}; name a file")
+    files = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--init {path}: the folder holds none of {', '.join(names)}; name a file")
+    return files[0]
 
 
 def load_gpt2(path: Path, vocab_size: int, table_rows: int) -> Transformer:
@@ -125,14 +123,12 @@ def shape_of(tensors: dict[str, Tensor], name: str, ndim: int) -> tuple[int, ...
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, mapped into memory. Raises OSError, ValueError or RecursionError."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = file.seek(0, os.SEEK_END) - 8 - length  # bytes of numbers
-        if length > MAX_HEADER or size < 1:
-            raise ValueError(f"it states a header of {length} bytes: torn, or another format")
-        file.seek(8)
-        header = json.loads(file.read(length), object_pairs_hook=unique_keys)
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    content = np.memmap(path, mode="c")
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    size = len(content) - 8 - length  # bytes of numbers
+    if length > MAX_HEADER or size < 1:
+        raise ValueError(f"it states a header of {length} bytes: torn, or another format")
+    header = json.loads(content[8:8 + length].tobytes(), object_pairs_hook=unique_keys)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
@@ -147,7 +143,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_entry(name: str, entry: object) -> tuple[int, int, str, str, list[int]]:
+def read_entry(name: str, entry: Any) -> tuple[int, int, str, str, list[int]]:
     """(first byte, byte after the last, name, dtype, shape) of a tensor by its entry in the header. Raises ValueError."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]

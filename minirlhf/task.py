@@ -8,18 +8,18 @@ A run on other data has none of them, and nothing in training asks for them.
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from minirlhf.config import RewardConfig, UserError
+from minirlhf.config import DATA, RewardConfig, UserError
 from minirlhf.data import split_holdout
 from minirlhf.records import PreferencePair, read_records
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-HELPDESK = {split: str(DATA / name) for split, name in (
-    ("train", "helpdesk-train.jsonl.gz"), ("heldout", "helpdesk-validation.jsonl"), ("test", "helpdesk-test.jsonl"))}
+HELPDESK = dict(train=str(DATA / "helpdesk-train.jsonl.gz"), heldout=str(DATA / "helpdesk-validation.jsonl"),
+                test=str(DATA / "helpdesk-test.jsonl"))
 
 
 class Splits(NamedTuple):
@@ -32,21 +32,17 @@ class Splits(NamedTuple):
 
 def load_splits(config: RewardConfig) -> Splits:
     """Read the files that a reward run's settings name. Raises UserError for the first problem."""
-    embedded = not config.data
-    train_files = config.data or (HELPDESK["train"],)
-    heldout_files = config.heldout_data or ((HELPDESK["heldout"],) if embedded else ())
-    test_files = config.test_data or ((HELPDESK["test"],) if embedded else ())
-    pairs, bad = read_records(train_files, config.skip_bad_lines)
-    if heldout_files:
-        heldout, more = read_records(heldout_files, config.skip_bad_lines)
-        bad += more
-    else:
-        pairs, heldout = split_holdout(pairs, config.holdout, config.seed)
-    test, more = read_records(test_files, config.skip_bad_lines) if test_files else (heldout, 0)
-    return Splits(pairs, heldout, test, bad + more, file_hashes((*train_files, *heldout_files, *test_files)))
+    files: list[tuple[str, ...]] = [config.data, config.heldout_data, config.test_data]
+    if not config.data:
+        files = [named or (shipped,) for named, shipped in zip(files, HELPDESK.values())]
+    found = [read_records(paths, config.skip_bad_lines) for paths in files]
+    train, heldout, test = (pairs for pairs, _ in found)
+    if not heldout:
+        train, heldout = split_holdout(train, config.holdout, config.seed)
+    return Splits(train, heldout, test or heldout, sum(bad for _, bad in found), file_hashes(chain(*files)))
 
 
-def file_hashes(paths) -> dict[str, str]:
+def file_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
     """path -> sha256 of its content, by which a resumed run knows that it reads what it read before."""
     return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
@@ -60,6 +56,7 @@ def load_task(config: RewardConfig) -> ModuleType | None:
 
 
 def import_module(name: str, flag: str) -> ModuleType:
+    """A module by its name, the user's own included. Raises UserError that names the flag."""
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module of the user's own, in the folder the script was started from
     try:

@@ -11,16 +11,16 @@ that never sees a gradient for stopping never learns to stop.
 """
 
 import base64
-import difflib
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import tiktoken
 
-from minirlhf.config import UserError
+from minirlhf.config import DATA
+from minirlhf.flags import UserError, nearest
 
-HELPDESK_RANKS = Path(__file__).parent.parent / "data" / "helpdesk.tiktoken"
+HELPDESK_RANKS = DATA / "helpdesk.tiktoken"
 EOS_TEXT = "<|endoftext|>"
 MAX_RANK_FILE_BYTES = 64 * 2**20  # the largest public rank file is under 4 MB
 # GPT-2's split into pieces, which no merge crosses: contractions, words, numbers and punctuation with the blank
@@ -35,28 +35,26 @@ def load_tokenizer(name: str = "helpdesk") -> tiktoken.Encoding:
     its special tokens only EOS is kept, and holes between its ranks are closed, so that ids are 0 ... n - 1.
     Raises UserError for a name that nobody knows, a download that fails and a malformed rank file.
     """
-    if name == "helpdesk":
-        return _encoding(name, GPT2_PATTERN, _read_ranks(HELPDESK_RANKS))
-    if name.endswith(".tiktoken"):
-        return _encoding(name, GPT2_PATTERN, _read_ranks(Path(name)))
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, ["helpdesk", *known]) or ["helpdesk", *known]
-        raise UserError(f"tokenizer {name!r} is not known; try {', '.join(nearest)} or a path that ends in .tiktoken")
-    try:
-        original = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or a damaged download
-        raise UserError(
-            f"tokenizer {name!r} is not cached and cannot be downloaded ({type(error).__name__}); connect to the "
-            "network once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer helpdesk"
-        ) from error
-    tokens = sorted(original._mergeable_ranks, key=original._mergeable_ranks.__getitem__)
-    return _encoding(name, original._pat_str, tokens)
-
-
-def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    path = HELPDESK_RANKS if name == "helpdesk" else Path(name)
+    if path.suffix == ".tiktoken":
+        pattern, tokens = GPT2_PATTERN, _read_ranks(path)
+    else:
+        original = _published(name)
+        pattern, tokens = original._pat_str, sorted(original._mergeable_ranks, key=original._mergeable_ranks.__getitem__)
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(tokens)})
+
+
+def _published(name: str) -> tiktoken.Encoding:
+    """An encoding of tiktoken's, as it is published."""
+    known = ["helpdesk", *tiktoken.list_encoding_names()]
+    if name not in known:
+        raise UserError(f"tokenizer {name!r} is neither a .tiktoken file nor known{nearest(name, known)}")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or a damaged download
+        raise UserError(f"tokenizer {name!r} is not cached and cannot be downloaded ({type(error).__name__}); connect to the "
+                        "network once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer helpdesk") from error
 
 
 def _read_ranks(path: Path) -> list[bytes]:
@@ -68,17 +66,17 @@ def _read_ranks(path: Path) -> list[bytes]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a rank file or a name") from error
     if len(content) > MAX_RANK_FILE_BYTES:
         raise UserError(f"{path}: is larger than {MAX_RANK_FILE_BYTES} bytes; give a rank file of tiktoken's format")
-    tokens = {}  # a dict keeps the order and finds repeats
+    tokens: dict[bytes, int] = {}  # a dict keeps the order and finds repeats
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             base64_token, rank = line.split()
-            token, rank = base64.b64decode(base64_token, validate=True), int(rank)
+            token, stated = base64.b64decode(base64_token, validate=True), int(rank)
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not 'BASE64 RANK'; give a rank file of tiktoken's format") from error
-        if rank != len(tokens) or token in tokens:
+        if stated != len(tokens) or token in tokens:
             problem = "repeats an earlier token" if token in tokens else f"should hold rank {len(tokens)}"
             raise UserError(f"{path}:{number}: {problem}; ranks run from 0 without holes, one token each")
-        tokens[token] = rank
+        tokens[token] = stated
     missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
     if missing:
         raise UserError(f"{path}: has no token for {len(missing)} of the 256 bytes (the first is {missing[0]:#04x}); "

@@ -322,8 +322,9 @@ ONE = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 
 
 BROKEN = {
+    "empty file": [b""],
     "states a header of": [
-        b"", b"\0" * 7, WHOLE[:100], WHOLE[1:], headed("{}", b""), headed("{}", length=2 ** 63), headed("{}", length=2 ** 64 - 1),
+        b"\0" * 7, WHOLE[:100], WHOLE[1:], headed("{}", b""), headed("{}", length=2 ** 63), headed("{}", length=2 ** 64 - 1),
         headed(" " * MAX_HEADER + "{}")],
     "Expecting|decode|Extra data|recursion|4300 digits": [
         b"\0" * 9, headed("{"), headed(b"\xff\xfe{}"), headed("{}", length=3), headed("[" * 100_000), headed('{"a": ' * 100_000),

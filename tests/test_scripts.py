@@ -273,7 +273,7 @@ def test_bad_data_is_one_line_and_nothing_is_made(content, words, inputs, tmp_pa
 
 @pytest.mark.parametrize("changes, words", [
     (dict(data=("{tmp}",)), "Is a directory"), (dict(tokenizer="{tmp}/none.tiktoken"), "No such file"),
-    (dict(tokenizer="helpdesc"), "try helpdesk"), (dict(init="{tmp}/base.pt"), "No such file"),
+    (dict(tokenizer="helpdesc"), "did you mean helpdesk"), (dict(init="{tmp}/base.pt"), "No such file"),
     (dict(init="{inputs}/pairs.jsonl"), "not a checkpoint"),
     (dict(init="{reward_run}/reward.pt"), "holds a reward model, not a base model"),
     (dict(init="{reward_run}/base.pt", tokenizer="helpdesk", max_prompt_length=4), "another tokenizer"),

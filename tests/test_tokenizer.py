@@ -113,9 +113,9 @@ def test_holes_and_other_special_tokens_of_a_named_encoding_are_closed(monkeypat
 
 
 def test_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"'gtp2' is not known; try gpt2"):
+    with pytest.raises(UserError, match=r"'gtp2' is neither a .tiktoken file nor known; did you mean gpt2\?"):
         load_tokenizer("gtp2")
-    with pytest.raises(UserError, match=r"'helpdsk' is not known; try helpdesk"):
+    with pytest.raises(UserError, match=r"'helpdsk' is neither a .tiktoken file nor known; did you mean helpdesk\?"):
         load_tokenizer("helpdsk")
 
 
