@@ -64,8 +64,10 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse's own, but for the usage that it would print, all of it, before the one line that matters."""
+
     def error(self, message: str) -> typing.NoReturn:
-        """argparse's own prints the whole usage before the one line that matters."""
+        """Raises UserError."""
         raise UserError(f"{message}; --help lists every flag")
 
 
@@ -73,8 +75,8 @@ def given_flags(config_class, arguments: list[str]) -> dict:
     """What the command line names, and only that: settings by field name, and "preset". Raises UserError for unknown flags."""
     parser = Parser(description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if hasattr(config_class, "presets"):
-        presets = ", ".join(config_class.presets)
-        parser.add_argument("--preset", metavar="NAME", help=f"settings that lie under the flags: {presets}")
+        text = f"settings that lie under the flags: {', '.join(config_class.presets)}"
+        parser.add_argument("--preset", choices=config_class.presets, metavar="NAME", help=text)
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         wanted, text = types[field.name], f"{field.metadata['reason']} (default: {field.default!r})".replace("%", "%%")
@@ -117,10 +119,11 @@ def sealed(settings: dict, facts: dict) -> dict:
 
 
 def digest(content) -> str:
+    """SHA-256 of what is written as JSON."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def run_script(main: Callable, config_class: type, arguments: list[str] | None = None) -> None:
+def run_script(main: Callable, config_class, arguments: list[str] | None = None) -> None:
     """Parse flags, call main(config), and turn what a person can mend into one line and exit status 2.
 
     Under the flags lie the settings of --preset; with --resume, in their place, those in the run folder.
@@ -128,11 +131,7 @@ def run_script(main: Callable, config_class: type, arguments: list[str] | None =
     try:
         start()
         given = given_flags(config_class, sys.argv[1:] if arguments is None else arguments)
-        presets = getattr(config_class, "presets", {"helpdesk": {}})  # tools have no others
-        preset = given.pop("preset", "helpdesk")
-        if preset not in presets:
-            raise UserError(f"--preset {preset!r} is not known{nearest(preset, presets)}")
-        under = presets[preset]
+        under = config_class.presets[given.pop("preset", "helpdesk")] if hasattr(config_class, "presets") else {}
         if given.get("resume"):
             if not given.get("out"):
                 raise UserError("--resume needs --out: the folder of the run to go on with")

@@ -23,6 +23,8 @@ HELPDESK = dict(train=str(DATA / "helpdesk-train.jsonl.gz"), heldout=str(DATA / 
 
 
 class Splits(NamedTuple):
+    """What a reward run reads, no prompt of it on two sides unless the files say so."""
+
     train: list[PreferencePair]
     heldout: list[PreferencePair]  # choices are made on these
     test: list[PreferencePair]  # reports are made on these; the held-out pairs again when there is no other file
