@@ -46,8 +46,7 @@ def unique_prompts(pairs: list[PreferencePair]) -> list[str]:
     return list(dict.fromkeys(pair.prompt for pair in pairs))
 
 
-def split_holdout(pairs: list[PreferencePair], fraction: float,
-                  seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
+def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """(train, held out): `fraction` of the prompts, rounded, is held out with all its pairs; neither side is empty.
 
     By prompt, so that no held-out figure is about a prompt that was trained on. Which prompts depends on the seed and

@@ -51,7 +51,7 @@ def load_gpt2(path: Path, vocab_size: int, table_rows: int) -> Transformer:
     try:
         tensors = plain_names(read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path))
         if tensors and "wte.weight" not in tensors:
-            raise UserError(f"{path}: another family's weights (it has no wte.weight, but {min(tensors, default='')[:80]!r}); "
+            raise UserError(f"{path}: another family's weights (it has no wte.weight, but {min(tensors)[:80]!r}); "
                             "--init takes GPT-2's and this project's own")
         (rows, width), (context, _) = shape_of(tensors, "wte.weight", 2), shape_of(tensors, "wpe.weight", 2)
         shape_of(tensors, "h.0.ln_1.weight", 1)

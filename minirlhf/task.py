@@ -23,7 +23,7 @@ HELPDESK = dict(train=str(DATA / "helpdesk-train.jsonl.gz"), heldout=str(DATA / 
 
 
 class Splits(NamedTuple):
-    """What a reward run reads, no prompt of it on two sides unless the files say so."""
+    """What a reward run reads, in three parts; which files, and what was wrong with them."""
 
     train: list[PreferencePair]
     heldout: list[PreferencePair]  # choices are made on these

@@ -187,6 +187,7 @@ GOOD = json.dumps(RECORDS["strings"])
 BAD_LINES = {
     "not json": (b'{"prompt": "p", "chosen": "c"', r"not strict JSON \(Expecting"),
     "not an object": (b'"text"', "a JSON str, not an object"),
+    "a list, which on the first line would be an array": (b"[1, 2]", "a JSON list, not an object"),
     "missing key": (b'{"prompt": "p", "chosen": "c"}', 'the key "rejected" is missing'),
     "wrong type": (b'{"prompt": "p", "chosen": "c", "rejected": 3}', '"rejected" holds a JSON int where text is due'),
     "mixed shapes": (json.dumps(RECORDS["ranked"]).encode(), "holds ranked responses, the earlier ones prompt, chosen"),
@@ -297,7 +298,7 @@ def test_torn_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("text, line, n_kept", [
-    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[\n\n{good},\n]", 4, 1),
+    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[{good},{good}\n{good}]", 1, 1), ("[\n\n{good},\n]", 4, 1),
     ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1),
     ("[{good}] [", 1, 1), ("[]", 1, 0), ("[", 1, 0),
     ("[{indented}\n,\n{bad}]", 7, 1),
