@@ -1,6 +1,7 @@
 """Preference data: every shape in use is read, every mistake is named, nothing is dropped or cut in silence."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import random
@@ -12,7 +13,7 @@ import torch
 
 from minirlhf import data, json_files
 from minirlhf import records as record_files
-from minirlhf.config import UserError
+from minirlhf.config import RewardConfig, UserError
 from minirlhf.data import (
     PreferenceGroup,
     PreferencePair,
@@ -28,6 +29,7 @@ from minirlhf.data import (
     unique_prompts,
 )
 from minirlhf.records import read_prompts, read_records
+from minirlhf.task import load_splits
 from minirlhf.tokenizer import decode, load_tokenizer, pad_id
 
 
@@ -298,8 +300,8 @@ def test_torn_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("text, line, n_kept", [
-    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[{good},{good}\n{good}]", 1, 1), ("[\n\n{good},\n]", 4, 1),
-    ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1),
+    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[\n\n{good},\n]", 4, 1),
+    ("[{good},{good}\n{good}]", 1, 1), ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1),
     ("[{good}] [", 1, 1), ("[]", 1, 0), ("[", 1, 0),
     ("[{indented}\n,\n{bad}]", 7, 1),
 ])
@@ -359,6 +361,26 @@ def test_neither_side_of_a_split_is_empty():
         split_holdout(pairs_of("aaa"), 0.5, seed=0)
     with pytest.raises(ValueError, match="fraction"):
         split_holdout(pairs_of("ab"), 1.0, seed=0)
+
+
+def test_each_part_is_read_from_the_files_named_for_it(tmp_path):
+    """A report on the held-out pairs, on which choices were made, flatters."""
+    def named(name):
+        records = [RECORDS["strings"] | {"prompt": f"{name} {i}"} for i in range(4)]
+        return write_raw(tmp_path, "\n".join(map(json.dumps, records)), name)
+
+    def prompts(*parts):
+        return [set(unique_prompts(part)) for part in parts]
+
+    files = {name: named(name) for name in ("train", "more", "heldout", "test")}
+    train, heldout, test = ({f"{name} {i}" for i in range(4)} for name in ("train", "heldout", "test"))
+    config = RewardConfig(data=(files["train"], files["more"]), heldout_data=(files["heldout"],), test_data=(files["test"],))
+    splits = load_splits(config)
+    assert prompts(*splits[:3]) == [train | {f"more {i}" for i in range(4)}, heldout, test]
+    assert list(splits.hashes) == list(files.values()) and len(set(splits.hashes.values())) == 4
+    assert prompts(*load_splits(dataclasses.replace(config, test_data=()))[1:3]) == [heldout, heldout]
+    splits = load_splits(RewardConfig(data=(files["train"],), test_data=(files["test"],), holdout=0.25))
+    assert prompts(splits.train + splits.heldout, splits.test) == [train, test] and len(splits.heldout) == 1
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------
