@@ -16,7 +16,7 @@ from torch import Tensor
 from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step, write_atomically
 from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
-from minirlhf.device import mixed_precision, pick_device
+from minirlhf.device import mixed_precision, pick_device, prepare_training
 from minirlhf.environment import (
     Environment,
     Samples,
@@ -31,7 +31,7 @@ from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
 from minirlhf.model import Transformer
 from minirlhf.optim import make_optimizer, step_optimizer
-from minirlhf.parallel import gathered, is_main, micro_batches, shard, share, summed, whole
+from minirlhf.parallel import gathered, is_main, micro_batches, share, summed, whole
 from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.seeding import generator
@@ -54,10 +54,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
     # The policy starts as a copy of the base model, which stays behind as the frozen reference.
     policy = copy.deepcopy(world.base).requires_grad_(True)
-    if config.compile:
-        policy.compile_blocks()
-    if config.shard:
-        shard(policy, device)
+    prepare_training(policy, config, device)
     optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
     found = newest_checkpoint(run.folder / "checkpoints", "policy", run.id)
     done, meta = restore(found, policy, optimizer), found[0] if found else {}

@@ -22,7 +22,7 @@ from minirlhf.data import (
     pad_right,
     unique_prompts,
 )
-from minirlhf.device import mixed_precision, pick_device
+from minirlhf.device import mixed_precision, pick_device, prepare_training
 from minirlhf.environment import Sampling, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
@@ -30,7 +30,7 @@ from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
 from minirlhf.model import in_full_precision, last_token_scores, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
-from minirlhf.parallel import is_main, micro_batches, shard, share, summed, whole
+from minirlhf.parallel import is_main, micro_batches, share, summed, whole
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.start import base_file, earlier_reward_model, starting_model
 from minirlhf.task import file_hashes, load_splits, load_task
@@ -77,10 +77,7 @@ def batch_reader(lengths, batch_size, seed):
 def train_stage(stage, model, total, peak_lr, batch, backward, run, config, metrics, stop, found):
     """`total` optimiser steps, less those of the checkpoint found; backward(batch(step)) adds up the gradient of one batch
     and returns its figures, loss first."""
-    if config.compile:
-        model.compile_blocks()
-    if config.shard:
-        shard(model, model.wte.weight.device)
+    prepare_training(model, config, model.wte.weight.device)
     optimizer = make_optimizer(model, peak_lr, config.weight_decay)
     done = restore(found, model, optimizer)
     progress = Progress(stage, total, done)

@@ -1,10 +1,11 @@
-"""Where to compute, and how precisely: --device, --deterministic, --bf16."""
+"""Where to compute, and how: --device, --deterministic, --bf16, --compile, --shard."""
 
 import os
 
 import torch
 
 from minirlhf.config import UserError
+from minirlhf.parallel import shard
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
@@ -30,3 +31,11 @@ def mixed_precision(device: torch.device, bf16: bool) -> torch.autocast:
     if bf16 and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
         raise UserError("--bf16: needs macOS 14 or newer on this device; leave the flag out, or --device cpu")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def prepare_training(model, config, device: torch.device) -> None:
+    """Compile the blocks of a Transformer and split it over the processes, as far as --compile and --shard ask for it."""
+    if config.compile:
+        model.compile_blocks()
+    if config.shard:
+        shard(model, device)

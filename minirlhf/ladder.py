@@ -16,6 +16,8 @@ from minirlhf.rollout import Rollout, evaluate_actions
 
 
 class Rung(NamedTuple):
+    """One row of the ladder. What two neighbours do not share is the lesson."""
+
     advantages: Callable[[Rollout, PolicyConfig], Tensor]  # [B, R]
     loss: Callable[[Tensor, Rollout, Tensor, PolicyConfig, float, float], Tensor]  # of the new log-probs
     learns_value: bool = False  # trains the value head

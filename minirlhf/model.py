@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    """Sizes; a checkpoint carries them."""
+
     vocab_size: int  # rows of the softmax: the text vocabulary and EOS
     table_rows: int  # rows of the embedding table: PAD too, rounded up so that matrix kernels meet no ragged edge
     n_layer: int

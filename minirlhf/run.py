@@ -63,6 +63,7 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
 
 
 def fresh_folder(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2, ... that is not taken."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")
     taken = {path.name for path in Path("runs").glob("*")}
     number = next(n for n in range(1, len(taken) + 2) if f"{name}-{n}" not in taken)
@@ -117,6 +118,7 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame) -> None:
+        """The signal handler."""
         self.number = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
