@@ -20,10 +20,10 @@ from minirlhf.config import PolicyConfig, UserError
 
 # 16 responses over 3 processes are 5, 5 and 6; minibatches of 6, 6 and 4; and what has a state or a global mean is there.
 POLICIES = dict(
-    ppo=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=2, ent_coef=0.01, kl_target=6.5),
+    ppo=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=2, ent_coef=0.01, kl_target=4.5),
     rloo=dict(algorithm="rloo", micro_batch_size=3, kl_target=1.5),
     grpo=dict(algorithm="grpo", minibatch_size=6, kl_target=1.2),
-    sharded=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=1, shard=True, kl_target=2.5),
+    sharded=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=1, shard=True, kl_target=4.5),
 )
 # 14 prompts in batches of 4, 4, 4 and 2: of three processes one has no prompt in the last. 20 texts over 3 likewise.
 REWARDS = dict(reward=dict(micro_batch_size=1, centering=0.1), sharded_reward=dict(micro_batch_size=1, shard=True))
