@@ -21,7 +21,7 @@ def full_return(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """G_t = sum_{t' >= t} gamma^(t' - t) r_t': an action cannot change the rewards before it.
 
-    Unbiased at gamma = 1, with less variance than the full return. At gamma < 1 the true gradient of E[R(tau)] has a
+    Unbiased at gamma = 1, and as a rule of less variance than the full return. At gamma < 1 the true gradient of E[R(tau)] has a
     factor gamma^t in front, which is left out here, as everywhere in practice: biased.
     """
     return discounted_returns(rewards, mask, gamma)

@@ -64,7 +64,7 @@ def collect_rollout(policy: Transformer, ref_model: Transformer, prompt_ids: Ten
     """Measure sampled responses under policy and reference, and turn scores [B] into per-token rewards.
 
     The log-probabilities come from the same code path as the learner's, not from the decoding cache: at the first update
-    the importance ratio is then exactly 1.
+    the importance ratio is then 1 but for rounding.
     """
     sampled = (prompt_ids, prompt_mask, response_ids, response_mask)
     parts = []
