@@ -35,8 +35,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tenso
 
 @contextlib.contextmanager
 def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within, a large model on a processor multiplies by copies of its matrices in oneDNN's own order, made for about `rows`
-    tokens at a time. Yields hidden [B, D] -> logits [B, V].
+    """Within, a large model on a processor, neither compiled nor rounded, multiplies by copies of its matrices in oneDNN's own
+    order, made for about `rows` tokens at a time. Yields hidden [B, D] -> logits [B, V].
 
     Few rows take as long as it takes to read the weights, and in that order they are read about twice as fast (8 rows: layers
     of GPT-2 small 1.8 times, its head 2.7 times), which repays the copy within a few tokens. Matrices that sit in the
@@ -45,7 +45,8 @@ def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor],
     weight = model.wte.weight
     large = weight.device.type == "cpu" and weight.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) >= 2**22
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not large or not there or torch.is_autocast_enabled("cpu"):
+    compiled = any("before" in vars(block) for block in model.blocks)  # its compiler cannot read the copies
+    if not large or not there or compiled or torch.is_autocast_enabled("cpu"):
         yield lambda hidden: hidden @ model.lm_weight.T
         return
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, torch.nn.Linear)]

@@ -74,6 +74,19 @@ def test_a_large_model_decodes_the_same_with_weights_in_the_order_that_a_process
     assert "forward" not in vars(model.blocks[0].mlp_in)
 
 
+@pytest.mark.parametrize("compiler", [pytest.param(torch.compile, marks=pytest.mark.slow), lambda part, dynamic: part])
+def test_a_large_compiled_model_decodes_with_its_own_weights(compiler, monkeypatch):
+    """The compiler fails on packed copies, with a traceback, and after train_reward.py has done all its steps."""
+    monkeypatch.setattr(torch, "compile", compiler)
+    plain, compiled = (Transformer(ModelConfig(50257, 50304, 1, 2, 96, context=8)) for _ in range(2))
+    compiled.compile_blocks()
+    with weights_packed(compiled, 2):
+        assert not any("forward" in vars(layer) for layer in compiled.modules())
+    prompts = pad_left([[5, 6, 7], [8, 9]], 50257)
+    ours, theirs = (generate(model, *prompts, 5, 50256, 50257)[0] for model in (plain, compiled))
+    assert torch.equal(ours, theirs)
+
+
 # ---- generate equals the plain loop ----------------------------------------------------------------------------------
 
 
