@@ -50,13 +50,13 @@ def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor],
         yield lambda hidden: hidden @ model.lm_weight.T
         return
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, torch.nn.Linear)]
-    for layer in layers:
-        vars(layer)["forward"] = packed(layer.weight, layer.bias, rows)  # hides the method of the class
     try:
+        for layer in layers:
+            vars(layer)["forward"] = packed(layer.weight, layer.bias, rows)  # hides the method of the class
         yield packed(model.lm_weight, None, rows)
     finally:
         for layer in layers:
-            del vars(layer)["forward"]
+            vars(layer).pop("forward", None)  # not all have one where memory ran out
 
 
 def packed(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:

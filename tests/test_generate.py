@@ -7,7 +7,7 @@ import torch
 from tiny import random_model
 
 from minirlhf.data import pad_left
-from minirlhf.generate import filter_logits, generate, sample_tokens, weights_packed
+from minirlhf.generate import filter_logits, generate, packed, sample_tokens, weights_packed
 from minirlhf.model import KVCache, ModelConfig, Transformer
 from minirlhf.rollout import evaluate_actions
 from minirlhf.seeding import row_uniforms
@@ -72,6 +72,23 @@ def test_a_large_model_decodes_the_same_with_weights_in_the_order_that_a_process
         parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(logits(), plain(), rtol=0, atol=1e-4)
     assert "forward" not in vars(model.blocks[0].mlp_in)
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 6, 9])
+def test_no_packed_weights_are_left_over_where_memory_runs_out(fails_at, monkeypatch):
+    """A layer that went on multiplying by its copy would get no gradient, and say the same after every update."""
+    model, count = Transformer(ModelConfig(50257, 50304, 2, 2, 96, context=8)), iter(range(1, 100))
+
+    def pack(*arguments):
+        if next(count) == fails_at:
+            raise MemoryError
+        return packed(*arguments)
+
+    monkeypatch.setattr("minirlhf.generate.packed", pack)
+    if torch.backends.mkldnn.is_available():
+        with pytest.raises(MemoryError):
+            generate(model, *pad_left([[5, 6]], 50257), 2, 50256, 50257)
+    assert not any("forward" in vars(layer) for layer in model.modules())
 
 
 @pytest.mark.parametrize("compiler", [pytest.param(torch.compile, marks=pytest.mark.slow), lambda part, dynamic: part])
