@@ -6,6 +6,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 from tiny import ROOT
 
 # What one training step and its data pass through; gpt2.py, which reads somebody else's files, is held to all but the count.
@@ -91,3 +92,12 @@ def test_the_policy_loop_is_short_and_its_stages_are_numbered():
     assert loop.end_lineno - loop.lineno + 1 < 60
     body = "\n".join(text.splitlines()[loop.lineno - 1:loop.end_lineno])
     assert [body.count(f"# {number}. ") for number in range(1, 7)] == [1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.id)
+def test_each_mutant_finds_its_text_and_its_test(mutant):
+    """A line that was reworded leaves a fault that nobody tries any more."""
+    assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    file, _, name = mutant.test.partition("::")
+    path = ROOT / "tests" / f"test_{file}.py"
+    assert f"test_{name.partition('[')[0]}" in [function for function, _, _ in functions(path)]
