@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -143,6 +144,24 @@ def test_shares_and_micro_batches_hold_every_row_once_and_are_as_many_everywhere
         seen, numbers = seen + sum(pieces, []), numbers | {len(pieces)}
         assert length < count or all(pieces)
     assert seen == list(range(length)) and len(numbers) == 1
+
+
+def test_gathered_rows_end_and_begin_in_the_columns_of_those_of_one_process(monkeypatch):
+    """The runs above have prompts of one length. A prompt filled up on the right has a gap before its response."""
+    class Rows(NamedTuple):
+        texts: list[str]
+        prompt_ids: torch.Tensor
+        response_mask: torch.Tensor
+        scores: torch.Tensor
+
+    parts = [Rows(["a"], torch.tensor([[1, 2]]), torch.ones(1, 1, dtype=torch.bool), torch.tensor([0.5])),
+             Rows(["b", "c"], torch.tensor([[3], [4]]), torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.5, 2.5]))]
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), parts))
+    found = parallel.gathered(parts[0])
+    assert found.texts == ["a", "b", "c"] and found.scores.tolist() == [0.5, 1.5, 2.5]
+    assert found.prompt_ids.tolist() == [[1, 2], [0, 3], [0, 4]]
+    assert found.response_mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
 
 
 def test_more_processes_than_rows_are_refused_in_one_line(monkeypatch):
