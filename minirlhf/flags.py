@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minirlhf.log import printable
-from minirlhf.parallel import first_to_tell, lost_peer, start, stop
+from minirlhf.parallel import first_to_tell, lost_peer, processes, start, stop
 
 
 class UserError(Exception):
@@ -165,7 +165,8 @@ def memory_advice(config) -> str:
     """Which flag to change, and to what, when a run found no memory."""
     if not hasattr(config, "micro_batch_size"):
         return "out of memory; stop other programs, or use a smaller model"
-    size = config.micro_batch_size or getattr(config, "minibatch_size", config.batch_size)
+    most = -(-getattr(config, "minibatch_size", config.batch_size) // processes())  # that fall to one process
+    size = min(config.micro_batch_size or most, most)
     if size > 1:
         return f"out of memory; try --micro-batch-size {size // 2}: fewer texts a forward pass, the same gradient"
     return f"out of memory even with one text at a time; try --batch-size {max(1, config.batch_size // 2)} or a smaller model"

@@ -9,6 +9,7 @@ from tiny import policy_config, random_model, reward_config, weights, write_inpu
 
 import train_policy
 import train_reward
+from minirlhf import flags
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
 from minirlhf.data import pad_left, pad_right
 from minirlhf.device import mixed_precision
@@ -108,6 +109,15 @@ def test_out_of_memory_names_the_flag_and_its_new_value(error, config_class, set
         run_script(main, config_class, [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "out of memory" in said and advice in said
+
+
+@pytest.mark.parametrize("config, count, advice", [
+    (PolicyConfig(micro_batch_size=16), 8, "--micro-batch-size 4:"), (PolicyConfig(), 3, "--micro-batch-size 11:"),
+    (PolicyConfig(micro_batch_size=128), 1, "--micro-batch-size 32:"), (RewardConfig(), 8, "--batch-size 4")])
+def test_the_advice_is_below_what_a_process_takes_now(config, count, advice, monkeypatch):
+    """Eight processes share a minibatch of 64: --micro-batch-size 8 is what each does already."""
+    monkeypatch.setattr(flags, "processes", lambda: count)
+    assert advice in flags.memory_advice(config)
 
 
 def test_any_other_runtime_error_keeps_its_traceback():
