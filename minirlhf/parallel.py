@@ -3,8 +3,9 @@
 Every process holds the same settings and computes the same plan; what is sampled, scored and differentiated is split by rows,
 and what was measured on them is put together again before it is used. One process alone finds all of this a no-op.
 
-Gradients are summed by one explicit all-reduce. DistributedDataParallel hooks a model's forward(), where it averages; the
-losses here read the embedding and the heads beside it, leave one head without gradient, and divide by the whole batch.
+Gradients are summed by explicit all-reduces before each step, or, sharded, by FSDP during each backward pass.
+DistributedDataParallel hooks a model's forward(), where it averages; the losses here read the embedding and the heads beside it,
+leave one head without gradient, and divide by the whole batch.
 """
 
 import datetime
