@@ -101,8 +101,9 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         if config.kl_target:
             kl_coef = adapt_kl_coef(kl_coef, row["kl"], config.kl_target, config.kl_horizon, config.batch_size)
         if due(step + 1, config.iterations, config.eval_every):
-            actor = whole(policy)
+            actor = whole(policy)  # every process takes part
             row |= evaluation(referee, referee.judge(actor)) if referee else {}
+            del actor  # where the policy is sharded, a copy as large as the model
             clock.phase("evaluate")
         metrics.write(dict(step=step + 1, samples=(step + 1) * config.batch_size, **row, **clock.phases,
                            tokens_per_second=row["tokens"] / clock.total()))

@@ -1,10 +1,13 @@
 """Several processes train the model that one would have trained: same seed, same batches, same weights."""
 
+import copy
 import dataclasses
+import gc
 import json
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,6 +177,25 @@ def test_more_processes_than_rows_are_refused_in_one_line(monkeypatch):
 def test_sharding_alone_is_refused_in_one_line(reward_run, tmp_path, capsys):
     line = refused(capsys, train_policy.main, PolicyConfig, as_flags(policy_config(reward_run, tmp_path / "run", shard=True)))
     assert "--shard" in line and "torchrun" in line and "--no-shard" in line
+
+
+def test_no_gathered_copy_of_the_policy_outlives_its_use(reward_run, tmp_path, monkeypatch):
+    """One kept since the last evaluation takes, in every process, more than sharding the weights has saved."""
+    copies, alive = weakref.WeakSet(), []
+
+    def gathered_copy(model):
+        copies.add(copied := copy.deepcopy(model))
+        return copied
+
+    def update(*arguments, really=train_policy.update):
+        gc.collect()
+        alive.append(len(copies))
+        return really(*arguments)
+
+    monkeypatch.setattr(train_policy, "whole", gathered_copy)
+    monkeypatch.setattr(train_policy, "update", update)
+    train_policy.main(policy_config(reward_run, tmp_path / "run", iterations=3, eval_every=1))
+    assert alive == [0, 0, 0]
 
 
 # ---- runs that end early ---------------------------------------------------------------------------------------------
