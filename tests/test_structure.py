@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def test_imports_point_one_way():
         before = ORDER[:ORDER.index(own)]
         late = [name for name in imported(path) if name not in before and not name.endswith("_triton")]
         assert late == [], f"{own} imports {late}"
+
+
+def test_the_readme_names_the_files_in_this_order():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Reading order\n")[2].partition("A file imports")[0]
+    assert re.findall(r"`(\w+)/?`", text) == [name for name in ORDER if "." not in name and not name.startswith("train_")]
 
 
 @EACH_FILE
