@@ -167,6 +167,18 @@ def test_gathered_rows_end_and_begin_in_the_columns_of_those_of_one_process(monk
     assert found.response_mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
 
 
+def test_a_signal_that_reached_one_process_alone_stops_all(monkeypatch):
+    """Each must hear of the largest number brought, 0 being no signal."""
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    kinds = {parallel.dist.ReduceOp.MAX: max, parallel.dist.ReduceOp.MIN: min, parallel.dist.ReduceOp.SUM: lambda a, b: a + b}
+    for mine, other in ((0, 2), (2, 0), (15, 2), (0, 0)):
+        def all_reduce(box, kind=parallel.dist.ReduceOp.SUM, other=other):
+            box.fill_(kinds[kind](int(box), other))
+
+        monkeypatch.setattr(parallel.dist, "all_reduce", all_reduce)
+        assert parallel.agreed(mine) == max(mine, other)
+
+
 def test_more_processes_than_rows_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(run_module, "processes", lambda: 3)
     run_module.check_processes(PolicyConfig(), torch.device("cpu"), 3, "the smallest minibatch")

@@ -32,3 +32,17 @@ def test_decay_shrinks_matrices_and_nothing_else():
         matrix = move.dim() == 2 and not name.startswith(("wte", "wpe"))
         expected = plain[name] - (1e-3 * 0.5 * before[name] if matrix else 0.0)
         torch.testing.assert_close(move, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit, share", [(0.0, 1.0), (1e6, 1.0), (1.0, None)])
+def test_the_norm_is_clipped_for_the_step_and_told_from_before(limit, share):
+    """0: never. Adam's first moment is a tenth of the gradient that it was given."""
+    model = random_model()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    whole = sum(p.numel() for p in model.parameters()) ** 0.5
+    optimizer = make_optimizer(model, 1e-3)
+    assert step_optimizer(model, optimizer, 1e-3, limit) == pytest.approx(whole)
+    for state in optimizer.state.values():
+        moment = torch.full_like(state["exp_avg"], 0.1 * (share or limit / whole))
+        torch.testing.assert_close(state["exp_avg"], moment, rtol=1e-4, atol=0)
