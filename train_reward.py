@@ -30,7 +30,7 @@ from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
 from minirlhf.model import in_full_precision, last_token_scores, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
-from minirlhf.parallel import is_main, micro_batches, share, summed, whole
+from minirlhf.parallel import is_main, micro_batches, summed, whole
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.start import base_file, earlier_reward_model, starting_model
 from minirlhf.task import file_hashes, load_splits, load_task
@@ -110,13 +110,15 @@ def warm_up(model, groups, run, config, pad, metrics, stop, found):
     device = model.wte.weight.device
 
     def backward(chosen):
-        mine, targets = share(chosen), sum(len(text) - 1 for text in chosen)
-        ids, mask = (tensor.to(device) for tensor in pad_right(mine or chosen[:1], pad))
-        weight = sum(len(text) - 1 for text in mine) / targets  # none for a process that no text is left for
-        with mixed_precision(device, config.bf16):
-            loss = weight * language_model_loss(model, ids, mask)
-        loss.backward()
-        return dict(loss=summed(loss.detach()).item())
+        targets, total = sum(len(text) - 1 for text in chosen), torch.zeros((), device=device)
+        for some in micro_batches(chosen, config.micro_batch_size):
+            ids, mask = (tensor.to(device) for tensor in pad_right(some or chosen[:1], pad))
+            weight = sum(len(text) - 1 for text in some) / targets  # none for a process that no text is left for
+            with mixed_precision(device, config.bf16):
+                loss = weight * language_model_loss(model, ids, mask)
+            loss.backward()
+            total += loss.detach()
+        return dict(loss=summed(total).item())
 
     train_stage("warmup", model, warmup_steps(config), config.warmup_lr, lambda step: [texts[i] for i in batch(step)], backward,
                 run, config, metrics, stop, found)

@@ -39,7 +39,7 @@ class RewardConfig:
     verdict_coef: float = setting(1.0, "weight of the same loss on the sum of every token's verdict; halves the steps needed", 0)
     weight_decay: float = setting(0.01, "of the matrices, not of the biases, gains or embeddings", 0)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped here; logged before clipping", 0)
-    micro_batch_size: int = setting(0, "prompts per forward pass; 0: the whole batch. Less memory, the same gradient", 0)
+    micro_batch_size: int = setting(0, "prompts or texts per forward pass; 0: the whole batch. Less memory, the same gradient", 0)
     normalise_prompts: int = setting(512, "base-policy samples over which scores are made mean 0, deviation 1", 2)
     task: str = setting("auto", "module that knows the truth of the task (gold, probes); auto: the help desk's for its files")
     out: str = setting("", "run folder; empty: a fresh one under runs/")

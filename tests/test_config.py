@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import contents, policy_config, refused, reward_config, rows, write_inputs
 
 import train_policy
@@ -21,6 +22,7 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
 from minirlhf.flags import flag, given_flags, read_config, sealed
 from minirlhf.ladder import pick_rung
+from minirlhf.model import Transformer
 
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}
 FIELDS = [(config_class, field) for config_class in SCRIPTS for field in dataclasses.fields(config_class)]
@@ -385,12 +387,21 @@ def test_the_same_settings_give_the_same_run(workshop, reward_run, tmp_path, mon
 
 
 @pytest.mark.parametrize("config_class, name", [(RewardConfig, "reward_metrics.jsonl"), (PolicyConfig, "policy_metrics.jsonl")])
-def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_run, tmp_path):
+def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_run, tmp_path, monkeypatch):
     """A mean of the means of ragged micro-batches is another gradient: the last, smallest one would count too much."""
-    found = []
+    found, trained_on, forward = [], [], Transformer.forward
+
+    def listening(model, ids, *rest):
+        trained_on.append(len(ids) if torch.is_grad_enabled() else 0)
+        return forward(model, ids, *rest)
+
+    monkeypatch.setattr(Transformer, "forward", listening)
     for size in (0, 1, 3):
         out = tmp_path / str(size)
+        trained_on.clear()
         SCRIPTS[config_class](small(config_class, workshop, reward_run, out=str(out), micro_batch_size=size))
+        rows_each = 3 if config_class is RewardConfig else 1  # a prompt of its data has three responses
+        assert not size or max(trained_on) <= size * rows_each
         found.append([row for row in rows(out / name) if "grad_norm" in row])
     for other in found[1:]:
         for ours, theirs in zip(found[0], other, strict=True):
