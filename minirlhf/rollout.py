@@ -12,7 +12,8 @@ from minirlhf.model import Transformer, in_full_precision
 
 
 class Rollout(NamedTuple):
-    """B responses of at most R tokens. Column t of every [B, R] tensor belongs to action a_t; all are 0 past the mask."""
+    """B responses of at most R tokens. Column t of every [B, R] tensor belongs to action a_t; all but the
+    ids are 0 past the mask."""
 
     prompt_ids: Tensor  # [B, P] left-padded
     prompt_mask: Tensor  # [B, P] bool
