@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -264,7 +265,17 @@ def launch(words: list[str], folder: Path) -> tuple[int, str]:
         here = f"localhost:{free.getsockname()[1]}"
     words = [str(tiny.ROOT / word) if word.endswith(".py") else word.replace("FIRST-MACHINE:29400", here) for word in words]
     words[words.index("--nproc-per-node") + 1] = str(2 // machines)
-    launchers = [subprocess.Popen(tiny.python("-m", "torch.distributed.run", *words), env=tiny.environment(), text=True,
-                                  cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(machines)]
-    said = "".join(launcher.communicate(timeout=240)[0] for launcher in launchers)
-    return max(abs(launcher.returncode) for launcher in launchers), said
+    files = [folder / f"launcher-{number}.txt" for number in range(machines)]
+    launchers = [subprocess.Popen(tiny.python("-m", "torch.distributed.run", *words), env=tiny.environment(), cwd=folder,
+                                  stdout=file.open("w"), stderr=subprocess.STDOUT) for file in files]
+    deadline = time.monotonic() + 120
+    while all(launcher.poll() is None for launcher in launchers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ended = [launcher for launcher in launchers if launcher.poll() is not None]
+    for launcher in launchers:  # torch's agents wait for each other at the end, where the one that hosts their store may be gone
+        try:
+            launcher.wait(20)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+    said = "".join(file.read_text() for file in files)
+    return max([abs(launcher.returncode) for launcher in ended], default=1), said
