@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minirlhf.log import printable
-from minirlhf.parallel import first_to_tell, lost_peer, processes, start, stop
+from minirlhf.parallel import first_to_tell, leave, lost_peer, processes, start, stop
 
 
 class UserError(Exception):
@@ -141,15 +141,15 @@ def run_script(main: Callable, config_class, arguments: list[str] | None = None)
         main(config)
         stop()
     except UserError as error:
-        sys.exit(fail(str(error), 2))
+        leave(fail(str(error), 2))
     except (MemoryError, RuntimeError) as error:
         if lost_peer(error):
-            sys.exit(fail("another process of this run was lost; its own lines say why, --resume goes on", 1))
+            leave(fail("another process of this run was lost; its own lines say why, --resume goes on", 1))
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        sys.exit(fail(memory_advice(config), 2))
+        leave(fail(memory_advice(config), 2))
     except OSError as error:
-        sys.exit(fail(f"{error.filename or 'output'}: {error.strerror}; the files written before are intact", 2))
+        leave(fail(f"{error.filename or 'output'}: {error.strerror}; the files written before are intact", 2))
 
 
 def keep_freed_memory() -> None:

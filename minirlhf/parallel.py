@@ -8,10 +8,11 @@ DistributedDataParallel hooks a model's forward(), where it averages; the losses
 leave one head without gradient, and divide by the whole batch.
 """
 
+import atexit
 import datetime
 import os
 import sys
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,8 +39,21 @@ def start() -> None:
 
 
 def stop() -> None:
+    """The end of a process that has done its work, where it is one of several."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        leave(0)
+
+
+def leave(status: int) -> NoReturn:
+    """End with this status. One of several processes ends at once: torn down in the order that the interpreter picks, torch's
+    threads now and then abort a process ("terminate called without an active exception"), whose status is then lost."""
+    if STORE:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def rank() -> int:

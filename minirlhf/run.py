@@ -19,7 +19,7 @@ import torch
 
 from minirlhf.checkpoint import write_atomically
 from minirlhf.flags import UserError, digest, fail, read_config, sealed
-from minirlhf.parallel import agreed, from_main, is_main, processes, rank, told
+from minirlhf.parallel import agreed, from_main, is_main, leave, processes, rank, told
 
 SCHEDULE = ("iterations", "epochs")  # a resumed run may go on for longer than it was first told
 FREE = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl", "shard")  # change no figure
@@ -146,7 +146,7 @@ class StopSignal:
     def leave(self) -> NoReturn:
         launcher = f"torchrun --standalone --nproc-per-node {processes()}" if processes() > 1 else "python"
         command = f"{launcher} {self.script} --out {shlex.quote(str(self.folder))} --resume"
-        sys.exit(fail(f"stopped; go on with: {command}" if self.folder else "stopped; nothing was begun", 128 + self.number))
+        leave(fail(f"stopped; go on with: {command}" if self.folder else "stopped; nothing was begun", 128 + self.number))
 
 
 def check_finite(value: float, what: str) -> None:
