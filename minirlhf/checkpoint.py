@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.flags import UserError
 from minirlhf.log import printable
 from minirlhf.model import ModelConfig, Transformer
 from minirlhf.parallel import is_main, split_like, whole_states

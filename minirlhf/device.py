@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.flags import UserError
 from minirlhf.parallel import shard
 
 

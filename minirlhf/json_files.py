@@ -1,5 +1,6 @@
 """JSON objects out of a file that may be torn or hostile: one per line, or in one array, plain or as .gz."""
 
+import functools
 import gzip
 import json
 import re
@@ -39,11 +40,14 @@ def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
 def _sources(file: TextIO) -> Iterator[tuple[int, str]]:
     """(line number, JSON text) of each record. Never holds more than one record and the chunk being read."""
     begun = False
-    for line, source in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), ""), start=1):
-        if not begun and source.lstrip().startswith("["):
-            yield from _array_items(file, line, source.lstrip())
+    for line, source in enumerate(iter(functools.partial(file.readline, MAX_RECORD + 1), ""), start=1):
+        if source == "\n":  # a file may hold millions
+            continue
+        text = source.lstrip()
+        if not begun and text.startswith("["):
+            yield from _array_items(file, line, text)
             return
-        if source.strip():
+        if text:
             begun = True
             yield line, source
         while source and not source.endswith("\n"):  # the rest of an over-long line

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from minirlhf.config import UserError
+from minirlhf.flags import UserError
 from minirlhf.parallel import sum_gradients, whole_tensor
 
 

@@ -1,6 +1,5 @@
 """Prompts in, an immutable Rollout out: what the policy said, how likely it was, what it was worth."""
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -68,11 +67,10 @@ def collect_rollout(policy: Transformer, ref_model: Transformer, prompt_ids: Ten
     the importance ratio is then 1 but for rounding.
     """
     sampled = (prompt_ids, prompt_mask, response_ids, response_mask)
-    parts = []
-    pieces = [tensor.split(micro_batch_size or len(scores)) for tensor in sampled]
-    for some in zip(*pieces, itertools.repeat(temperature)):
-        logprobs, values, _ = evaluate_actions(policy, *some)
-        ref_logprobs, _, _ = evaluate_actions(ref_model, *some)
+    parts, size = [], micro_batch_size or len(scores)
+    for some in zip(prompt_ids.split(size), prompt_mask.split(size), response_ids.split(size), response_mask.split(size)):
+        logprobs, values, _ = evaluate_actions(policy, *some, temperature)
+        ref_logprobs, _, _ = evaluate_actions(ref_model, *some, temperature)
         parts.append((logprobs, ref_logprobs, values))
     logprobs, ref_logprobs, values = (torch.cat(column) for column in zip(*parts))
     rewards = token_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)

@@ -47,7 +47,7 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("logits-late", ROLLOUT, "model(ids, mask)[:, first:]", "model(ids, mask).roll(1, 1)[:, first:]", OWN_ACTION),
     ("value-of-next-state", ROLLOUT, "(model.value_head, states)", "(model.value_head, states.roll(-1, 0))", OWN_ACTION),
     ("padding-attended-to", ROLLOUT, "model(ids, mask)", "model(ids, torch.ones_like(mask))", OWN_ACTION),
-    ("reference-at-temperature-1", ROLLOUT, "(ref_model, *some)", "(ref_model, *some[:4], 1.0)",
+    ("reference-at-temperature-1", ROLLOUT, "(ref_model, *some, temperature)", "(ref_model, *some, 1.0)",
      "rollout::temperature_divides_the_logits_of_policy_and_reference_alike"),
     ("logprob-detached", ROLLOUT, "return tuple(blank.masked_scatter(response_mask, x)",
      "return tuple(blank.masked_scatter(response_mask, x.detach())", STOPPING),

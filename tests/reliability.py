@@ -471,7 +471,7 @@ def fuzz(count: int, seed: int, home: Path) -> str:
         encoding, outcomes, slowest = byte_tokenizer(str(home)), Counter(), 0.0
         for number in range(first, last):
             rng, start = random.Random(f"{seed} {number}"), time.process_time()
-            signal.setitimer(signal.ITIMER_PROF, 30)  # of its own time: other processes are none of its fault
+            signal.setitimer(signal.ITIMER_PROF, 10)  # of its own time: other processes are none of its fault
             name, content = huge(rng) if number % 50 == 0 else mutated_file(rng)
             path = home / name
             path.write_bytes(content)

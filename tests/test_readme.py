@@ -271,11 +271,11 @@ def launch(words: list[str], folder: Path) -> tuple[int, str]:
     deadline = time.monotonic() + 120
     while all(launcher.poll() is None for launcher in launchers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    ended = [launcher for launcher in launchers if launcher.poll() is not None]
+    statuses = []
     for launcher in launchers:  # torch's agents wait for each other at the end, where the one that hosts their store may be gone
         try:
-            launcher.wait(20)
+            statuses.append(abs(launcher.wait(20)))
         except subprocess.TimeoutExpired:
             launcher.kill()
-    said = "".join(file.read_text() for file in files)
-    return max([abs(launcher.returncode) for launcher in ended], default=1), said
+            launcher.wait()
+    return max(statuses, default=1), "".join(file.read_text() for file in files)
