@@ -54,7 +54,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
     # The policy starts as a copy of the base model, which stays behind as the frozen reference.
     policy = copy.deepcopy(world.base).requires_grad_(True)
-    prepare_training(policy, config, device)
+    learner = prepare_training(policy, config, device, ["value_head"] if rung.learns_value else [])
     optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
     found = newest_checkpoint(run.folder / "checkpoints", "policy", run.id)
     done, meta = restore(found, policy, optimizer), found[0] if found else {}
@@ -92,7 +92,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         batch = samples._asdict() | rollout._asdict()
         batch |= dict(advantages=advantages, minibatches=minibatches(config, rung, step, config.batch_size))
         with batch_kept(run.folder, "policy", step + 1, batch):
-            figures = update(policy, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
+            figures = update(learner, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
                              world.sampling.max_response_length, step)
         clock.phase("update")
 
@@ -148,7 +148,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
     for number, minibatch in enumerate(minibatches(config, rung, step, len(lengths)), start=1):
         tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
         total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
-        for rows in micro_batches(minibatch.to(advantages.device), config.micro_batch_size):
+        for rows in micro_batches(minibatch.to(advantages.device), config.micro_batch_size, policy):
             with mixed_precision(advantages.device, config.bf16):
                 loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
                                                kl_coef, denominator, tokens)

@@ -74,10 +74,10 @@ def batch_reader(lengths, batch_size, seed):
     return per_epoch, lambda step: epoch(step // per_epoch)[step % per_epoch]
 
 
-def train_stage(stage, model, total, peak_lr, batch, backward, run, config, metrics, stop, found):
-    """`total` optimiser steps, less those of the checkpoint found; backward(batch(step)) adds up the gradient of one batch
-    and returns its figures, loss first."""
-    prepare_training(model, config, model.wte.weight.device)
+def train_stage(stage, model, heads, total, peak_lr, batch, backward, run, config, metrics, stop, found):
+    """`total` optimiser steps, less those of the checkpoint found; backward(learner, batch(step)) adds up the gradient of
+    one batch in the trunk and in these heads, and returns its figures, loss first."""
+    learner = prepare_training(model, config, model.wte.weight.device, heads)
     optimizer = make_optimizer(model, peak_lr, config.weight_decay)
     done = restore(found, model, optimizer)
     progress = Progress(stage, total, done)
@@ -85,7 +85,7 @@ def train_stage(stage, model, total, peak_lr, batch, backward, run, config, metr
         clock = Clock()
         lr, items = peak_lr * trapezoid(step, total), batch(step)
         with batch_kept(run.folder, stage, step + 1, items):
-            figures = backward(items)
+            figures = backward(learner, items)
             check_finite(figures["loss"], "loss")
             grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
         metrics.write(dict(stage=stage, step=step + 1, **figures, grad_norm=grad_norm, lr=lr, seconds=clock.total()))
@@ -109,39 +109,40 @@ def warm_up(model, groups, run, config, pad, metrics, stop, found):
     _, batch = batch_reader([len(text) for text in texts], config.warmup_batch_size, config.seed)
     device = model.wte.weight.device
 
-    def backward(chosen):
+    def backward(learner, chosen):
         targets, total = sum(len(text) - 1 for text in chosen), torch.zeros((), device=device)
-        for some in micro_batches(chosen, config.micro_batch_size):
+        for some in micro_batches(chosen, config.micro_batch_size, learner):
             ids, mask = (tensor.to(device) for tensor in pad_right(some or chosen[:1], pad))
             weight = sum(len(text) - 1 for text in some) / targets  # none for a process that no text is left for
             with mixed_precision(device, config.bf16):
-                loss = weight * language_model_loss(model, ids, mask)
+                loss = weight * language_model_loss(learner, ids, mask)
             loss.backward()
             total += loss.detach()
         return dict(loss=summed(total).item())
 
-    train_stage("warmup", model, warmup_steps(config), config.warmup_lr, lambda step: [texts[i] for i in batch(step)], backward,
-                run, config, metrics, stop, found)
+    train_stage("warmup", model, [], warmup_steps(config), config.warmup_lr, lambda step: [texts[i] for i in batch(step)],
+                backward, run, config, metrics, stop, found)
 
 
 def learn_preferences(model, groups, run, config, pad, metrics, stop, found):
     """Stage 2: the reward model."""
     lengths = [max(map(len, group.responses)) for group in groups]
     per_epoch, batch = batch_reader(lengths, config.batch_size, config.seed)
+    heads = ["reward_head", "value_head"] if config.verdict_coef else ["reward_head"]
 
-    def backward(chosen):
+    def backward(learner, chosen):
         total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
         sums = dict(loss=0.0, accuracy=0.0)
-        for some in micro_batches(chosen, config.micro_batch_size):
+        for some in micro_batches(chosen, config.micro_batch_size, learner):
             weight = total_weight if some else math.inf  # no pairs are left for this process: a pass that weighs nothing
             with mixed_precision(model.wte.weight.device, config.bf16):
-                loss, figures = pair_loss(model, some or chosen[:1], pad, config, weight)
+                loss, figures = pair_loss(learner, some or chosen[:1], pad, config, weight)
             loss.backward()
             sums = {key: sums[key] + figures[key] for key in sums}
         return {key: summed(value).item() for key, value in sums.items()}
 
-    train_stage("reward", model, per_epoch * config.epochs, config.lr, lambda step: [groups[i] for i in batch(step)], backward,
-                run, config, metrics, stop, found)
+    train_stage("reward", model, heads, per_epoch * config.epochs, config.lr, lambda step: [groups[i] for i in batch(step)],
+                backward, run, config, metrics, stop, found)
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """Where to compute, and how: --device, --deterministic, --bf16, --compile, --shard."""
 
 import os
+from collections.abc import Collection
 
 import torch
 
 from minirlhf.flags import UserError
-from minirlhf.parallel import shard
+from minirlhf.parallel import processes, replicate, shard
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
@@ -33,9 +34,13 @@ def mixed_precision(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def prepare_training(model, config, device: torch.device) -> None:
-    """Compile the blocks of a Transformer and split it over the processes, as far as --compile and --shard ask for it."""
+def prepare_training(model, config, device: torch.device, heads: Collection[str]):
+    """Of a Transformer, what the passes of its training call: the model itself, compiled and sharded as --compile and --shard
+    ask for it, or this process's replica. heads: the scalar heads that the loss reaches; the others keep their weights."""
+    for name in ("reward_head", "value_head"):
+        getattr(model, name).requires_grad_(name in heads)
     if config.compile:
         model.compile_blocks()
     if config.shard:
         shard(model, device)
+    return model if config.shard or processes() == 1 else replicate(model)

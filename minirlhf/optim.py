@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minirlhf.flags import UserError
-from minirlhf.parallel import sum_gradients, whole_tensor
+from minirlhf.parallel import whole_tensor
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, value_lr_scale: float = 1.0) -> torch.optim.AdamW:
@@ -27,11 +27,10 @@ def trapezoid(step: int, total: int, rise: float = 0.05) -> float:
 
 
 def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, which: str = "") -> float:
-    """Sum the accumulated gradient over the processes, clip it, take one step, clear it. Returns the norm before clipping.
+    """Clip the accumulated gradient, take one step, clear it. Returns the norm before clipping.
 
     Raises UserError, before any weight has changed, when the norm is not finite; which: how it calls the gradient.
     """
-    sum_gradients(model)
     norm = float(whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)))
     if not math.isfinite(norm):
         raise UserError(f"the gradient{which} is not finite (norm {norm}); try a smaller --lr")

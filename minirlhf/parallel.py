@@ -3,23 +3,24 @@
 Every process holds the same settings and computes the same plan; what is sampled, scored and differentiated is split by rows,
 and what was measured on them is put together again before it is used. One process alone finds all of this a no-op.
 
-Gradients are summed by explicit all-reduces before each step, or, sharded, by FSDP during each backward pass.
-DistributedDataParallel hooks a model's forward(), where it averages; the losses here read the embedding and the heads beside it,
-leave one head without gradient, and divide by the whole batch.
+Gradients are summed during the backward pass, by DistributedDataParallel or, sharded, by FSDP2. Neither may average them: the
+losses divide by the whole batch already.
 """
 
 import atexit
+import contextlib
 import datetime
 import os
 import sys
+from collections.abc import Iterator
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 M = TypeVar("M", bound=nn.Module)
-LARGE = 2**20  # gradients of so many numbers are summed where they lie, without a copy
 STORE: list[dist.Store] = []  # the one key-value store of the run, once there are several processes
 
 
@@ -101,12 +102,16 @@ def share(rows):
     return piece(rows, rank(), processes())
 
 
-def micro_batches(rows, size: int) -> list:
-    """This process's share, at most `size` rows at a time (0: all). As many pieces on every process, since sharded forward
-    passes wait for each other; so one process may get two rows where size is 1."""
+def micro_batches(rows, size: int, learner: nn.Module) -> Iterator:
+    """This process's share, at most `size` rows at a time (0: all), each for one forward and backward pass of the learner;
+    replicas exchange gradients in the last. As many pieces on every process, since sharded passes wait for each other; so one
+    process may get two rows where size is 1."""
     fewest, most = len(rows) // processes(), -(-len(rows) // processes())
     count = max(1, min(fewest, -(-most // (size or most))))
-    return [piece(share(rows), index, count) for index in range(count)]
+    for index in range(count):
+        waits = isinstance(learner, Replica) and index + 1 < count
+        with learner.no_sync() if waits else contextlib.nullcontext():
+            yield piece(share(rows), index, count)
 
 
 def gathered(batch):
@@ -156,17 +161,23 @@ def from_main(value):
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Add up what the processes found on their shares. The sharded ones have been: FSDP does it during backward."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None and not sharded(p)]
-    if processes() == 1 or not grads:
-        return
-    small = [grad for grad in grads if grad.numel() < LARGE]  # as one: each call waits for the network anew
-    together = torch.cat([grad.flatten() for grad in small])
-    for x in [together, *(grad for grad in grads if grad.numel() >= LARGE)]:
-        dist.all_reduce(x)
-    for grad, total in zip(small, together.split([grad.numel() for grad in small])):
-        grad.copy_(total.view_as(grad))
+class Replica(DistributedDataParallel):
+    """One process's copy of a model. What the losses read beside forward(), embedding and heads, is the model's own."""
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def replicate(model: nn.Module) -> Replica:
+    """The model, for passes whose gradients are summed over the processes while they are found. Every weight that requires a
+    gradient must get one in each pass."""
+    replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replica.register_comm_hook(None, lambda _, bucket: dist.all_reduce(
+        bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0]))  # a sum: by itself it takes the mean
+    return replica
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 POLICY, RESUMED = "train_policy.py", "resume::a_policy_run_stopped_after_any_step_goes_on_bit_for_bit[2]"
 ADVANTAGES, LADDER, LOSSES, ROLLOUT = (f"minirlhf/{name}.py" for name in ("advantages", "ladder", "losses", "rollout"))
+PARALLEL, SIDE_BY_SIDE = "minirlhf/parallel.py", "distributed::the_policy_is_the_one_that_a_single_process_trains[2-ppo]"
 OWN_ACTION, STOPPING = "rollout::each_column_belongs_to_its_own_action", "rollout::the_decision_to_stop_is_learned"
 STEP = "exact::expected_optimiser_step_is_along_the_policy_gradient"
 
@@ -103,6 +104,10 @@ MUTANTS = [Mutant(*fields) for fields in [
      "generate::the_same_seed_samples_the_same_whatever_the_batch_and_the_order"),
     ("score-at-last-column", "minirlhf/model.py", "last = (attention_mask * order).argmax(dim=1)",
      "last = order[-1].expand(len(hidden))", "model::score_is_read_at_the_last_real_token_under_any_padding"),
+
+    # Several processes.
+    ("gradients-averaged", PARALLEL, "done.value()[0])", "done.value()[0] / processes())", SIDE_BY_SIDE),
+    ("gradients-summed-every-micro-batch", PARALLEL, "isinstance(learner, Replica) and index", "False and index", SIDE_BY_SIDE),
 ]]
 
 

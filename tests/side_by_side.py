@@ -51,7 +51,6 @@ def kills_one(prompts: list[str], responses: list[str]) -> list[float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.fsync = lambda file: None  # most of the time on a busy disk, and nobody pulls the plug here
-    parallel.LARGE = 256  # so that a tiny model has gradients of both kinds
     parallel.start()
     for run in json.loads(Path(sys.argv[1]).read_text()):
         in_float64(*run)

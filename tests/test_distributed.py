@@ -141,7 +141,7 @@ def test_shares_and_micro_batches_hold_every_row_once_and_are_as_many_everywhere
     seen, numbers = [], set()
     for rank in range(count):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        pieces = parallel.micro_batches(list(range(length)), size)
+        pieces = list(parallel.micro_batches(list(range(length)), size, torch.nn.Module()))
         assert sum(pieces, []) == parallel.share(list(range(length)))
         assert size < 2 or max(map(len, pieces)) <= size
         seen, numbers = seen + sum(pieces, []), numbers | {len(pieces)}

@@ -20,6 +20,7 @@ import torch
 
 from minirlhf import parallel
 from minirlhf.config import PolicyConfig, RewardConfig, UserError
+from minirlhf.device import prepare_training
 from minirlhf.flags import check_ranges, setting
 from minirlhf.lab.common import ROOT, markdown_table, run_lab
 from minirlhf.ladder import LADDER, advantages_and_returns
@@ -90,16 +91,19 @@ def memory(w: Work, count: int, shard: bool) -> dict[str, float]:
     rows = -(-w.batch // count)
     some = min(w.micro or w.minibatch, -(-w.minibatch // count)) * (w.prompt + w.response)
     part = dict(weights=p / parts, gradients=p / parts, adam=2 * p / parts, frozen=2 * p)
-    # sharded: the tables and two blocks, with their gradients, stand whole during the update; a copy of all while sampling
-    part["whole"] = 2 * outside + 4 * block if shard and count > 1 else 0
+    # sharded: whole during the update are the tables with their gradients, and of blocks the one at work, the next one, the
+    # gradients of the one at work, and what lies ready to be gathered and summed; while sampling, a copy of all
+    part["whole"] = 2 * outside + 6 * block if shard and count > 1 else 0
     part["activations"] = 4 * some * w.width * (17 * w.layers + 4)
+    part["backward"] = 4 * some * w.width * 12  # gradients in one block: of the residual stream, and of twice 4 D in its MLP
     part["head"] = 4 * w.sizes.table_rows * w.width  # float32 sums of the tied table's gradient, in the head's backward pass
     part["cache"] = 4 * 2 * w.layers * w.width * (w.prompt + w.response) * rows
     passing = 4 * 11 * w.width * rows * (w.prompt + w.response)
-    kept = part["weights"] + part["adam"] + part["frozen"]
+    replicas = count > 1 and not shard  # their gradients lie in the buckets of the exchange, for as long as the run lasts
+    kept = part["weights"] + part["adam"] + part["frozen"] + (part["gradients"] if replicas else 0)
     copy = p if shard and count > 1 else 0
     # of a single micro-batch gradients grow while activations go; of several they are there already
-    both = (part["gradients"], part["activations"])
+    both = (0 if replicas else part["gradients"], part["activations"] + part["backward"])
     several = w.micro and -(-w.minibatch // count) > w.micro
     part["update"] = kept + (sum(both) if several else max(both)) + part["whole"] + part["head"]
     part["sample"] = kept + copy + part["cache"] + 4 * 11 * w.width * rows * w.prompt
@@ -176,8 +180,7 @@ def prepared(w: Work, shard: bool):
     policy, base, reward = (Transformer(w.sizes, seed) for seed in range(3))
     for frozen in (base, reward):
         frozen.requires_grad_(False)
-    if shard:
-        parallel.shard(policy, torch.device("cpu"))
+    learner = prepare_training(policy, config, torch.device("cpu"), ["value_head"])
     optimizer = make_optimizer(policy, 1e-4)
     generator = torch.Generator().manual_seed(0)
     prompts, responses = (torch.randint(w.vocab, (w.batch, n), generator=generator) for n in (w.prompt, w.response))
@@ -186,7 +189,10 @@ def prepared(w: Work, shard: bool):
     rung = LADDER["ppo"]
     advantages, returns = advantages_and_returns(rung, rollout, config)
 
-    return lambda: update(policy, optimizer, rung, rollout, advantages, returns, config, 0.1, 1e-4, w.response, 0)
+    def step(beside=(base, reward)):  # they lie in memory during an update, as in a run
+        return update(learner, optimizer, rung, rollout, advantages, returns, config, 0.1, 1e-4, w.response, 0)
+
+    return step
 
 
 def measure(w: Work, shard: bool) -> dict[str, float]:
@@ -202,7 +208,6 @@ def measure(w: Work, shard: bool) -> dict[str, float]:
     for _ in range(20):
         a @ a
     rate = 20 * 2 * 1024**3 / (time.perf_counter() - start)
-    parallel.stop()
     return dict(bytes=peak - empty, seconds=taken, rate=rate)
 
 
@@ -248,5 +253,6 @@ if __name__ == "__main__":
         found = measure(CHECKS[name], shard == "1")
         if int(os.environ.get("RANK", 0)) == 0:
             Path(out).write_text(json.dumps(found))
+        parallel.stop()
     else:
         run_lab(main, MemoryConfig)
