@@ -109,8 +109,8 @@ def micro_batches(rows, size: int, learner: nn.Module) -> Iterator:
     fewest, most = len(rows) // processes(), -(-len(rows) // processes())
     count = max(1, min(fewest, -(-most // (size or most))))
     for index in range(count):
-        waits = isinstance(learner, Replica) and index + 1 < count
-        with learner.no_sync() if waits else contextlib.nullcontext():
+        last = index + 1 == count
+        with learner.no_sync() if isinstance(learner, Replica) and not last else contextlib.nullcontext():
             yield piece(share(rows), index, count)
 
 

@@ -107,7 +107,7 @@ MUTANTS = [Mutant(*fields) for fields in [
 
     # Several processes.
     ("gradients-averaged", PARALLEL, "done.value()[0])", "done.value()[0] / processes())", SIDE_BY_SIDE),
-    ("gradients-summed-every-micro-batch", PARALLEL, "isinstance(learner, Replica) and index", "False and index", SIDE_BY_SIDE),
+    ("gradients-summed-every-micro-batch", PARALLEL, "isinstance(learner, Replica) and not last", "False", SIDE_BY_SIDE),
 ]]
 
 
