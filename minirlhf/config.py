@@ -12,7 +12,23 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
+class RunConfig:
+    """What both scripts take: where and how to run, whatever is learnt."""
+
+    out: str = setting("", "run folder; empty: a fresh one under runs/")
+    seed: int = setting(0, "every random choice derives from it", 0)
+    bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
+    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
+    shard: bool = setting(False, "under torchrun: split weights, gradients and Adam's state over the processes (FSDP2)")
+    device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
+    deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
+    resume: bool = setting(False, "go on with the run in --out")
+    keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
+    tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig(RunConfig):
     """Warm up a base language model (or take --init), then learn a reward model from preference pairs."""
 
     data: tuple[str, ...] = setting((), "preference files to learn from; empty: the embedded help desk")
@@ -42,17 +58,7 @@ class RewardConfig:
     micro_batch_size: int = setting(0, "prompts or texts per forward pass; 0: the whole batch. Less memory, the same gradient", 0)
     normalise_prompts: int = setting(512, "base-policy samples over which scores are made mean 0, deviation 1", 2)
     task: str = setting("auto", "module that knows the truth of the task (gold, probes); auto: the help desk's for its files")
-    out: str = setting("", "run folder; empty: a fresh one under runs/")
-    seed: int = setting(0, "every random choice derives from it", 0)
-    bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
-    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
-    shard: bool = setting(False, "under torchrun: split weights, gradients and Adam's state over the processes (FSDP2)")
-    device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
-    deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
-    resume: bool = setting(False, "go on with the run in --out")
     save_every: int = setting(200, "steps between checkpoints", 1)
-    keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
-    tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
 
     presets: ClassVar[dict[str, dict]] = {  # --preset NAME: what lies under the flags; what it does not name keeps its default
         "helpdesk": {},  # the defaults were found on its validation prompts
@@ -82,7 +88,7 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(RunConfig):
     """Train a language model as a policy against a reward model (or any function of prompt and response)."""
 
     reward_run: str = setting("", "folder that train_reward.py made; empty: the newest finished one under runs/")
@@ -118,17 +124,7 @@ class PolicyConfig:
     eval_prompts: int = setting(256, "validation prompts per evaluation", 1)
     test_prompts: int = setting(512, "test prompts of the closing table, if there are as many; fewer say little", 1)
     best_of_n: int = setting(128, "test prompts of the best-of-n rows; 0: leave them out", 0)
-    out: str = setting("", "run folder; empty: a fresh one under runs/")
-    seed: int = setting(0, "every random choice derives from it", 0)
-    bf16: bool = setting(False, "round the operands of matrix products to bfloat16: twice as fast or more on a GPU")
-    compile: bool = setting(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU")
-    shard: bool = setting(False, "under torchrun: split weights, gradients and Adam's state over the processes (FSDP2)")
-    device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
-    deterministic: bool = setting(False, "no CUDA kernel whose sums vary: resumes bit for bit there too, more slowly")
-    resume: bool = setting(False, "go on with the run in --out")
     save_every: int = setting(10, "iterations between checkpoints", 1)
-    keep_checkpoints: int = setting(2, "so many of the newest are kept while the run lasts", 1)
-    tensorboard: bool = setting(False, "write event files too, if tensorboard is installed")
 
     presets: ClassVar[dict[str, dict]] = {
         "helpdesk": {},
