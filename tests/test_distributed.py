@@ -30,7 +30,8 @@ POLICIES = dict(
     sharded=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=1, shard=True, kl_target=4.5),
 )
 # 14 prompts in batches of 4, 4, 4 and 2: of three processes one has no prompt in the last. 20 texts over 3 likewise.
-REWARDS = dict(reward=dict(micro_batch_size=1, centering=0.1), sharded_reward=dict(micro_batch_size=1, shard=True))
+REWARDS = dict(reward=dict(micro_batch_size=1, centering=0.1), sharded_reward=dict(micro_batch_size=1, shard=True),
+               no_verdicts=dict(verdict_coef=0.0, epochs=1))
 
 
 def settings_of(name, inputs, reward_run, folder, **changes):
