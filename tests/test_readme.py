@@ -4,6 +4,7 @@ A command that is not in COMMANDS fails the test, and so does an entry that the 
 """
 
 import gzip
+import http.server
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -46,8 +48,8 @@ class Elsewhere(NamedTuple):
     step: str = ""
 
 
-class Parsed(NamedTuple):
-    """Only looked at: it fetches from the network."""
+class Fetched(NamedTuple):
+    """Run against a server on this machine in the place of the one it names."""
 
 
 SHAPE = " --n-layer 1 --n-head 2 --d-model 16 --warmup-sequences 64 --normalise-prompts 8 --device cpu"
@@ -70,7 +72,7 @@ COMMANDS = {
     "python steps.py --algorithm steps": Elsewhere(test="test_tools_own_algorithm.py"),
     "python steps.py --algorithm steps --reward steps:short_and_sorry": Elsewhere(test="test_tools_own_algorithm.py"),
     "curl -L --create-dirs -o gpt2/model.safetensors "
-    "https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors": Parsed(),
+    "https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors": Fetched(),
     # training
     "python train_reward.py": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 0)),
     "train_reward.py --seed 2": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 2)),
@@ -201,13 +203,28 @@ def test_what_is_run_elsewhere_is_run_there(command):
         assert any(re.search(rf"\" \d+ {re.escape(how.step)}$", line) for line in steps)
 
 
-def test_what_is_fetched_is_what_the_next_command_reads():
-    """Only parsed: over https, into the file that --init finds in the folder it is given."""
-    (command,) = [command for command, how in COMMANDS.items() if isinstance(how, Parsed)]
-    program, *flags, url = shlex.split(command)
-    assert program == "curl" and flags[:3] == ["-L", "--create-dirs", "-o"] and len(flags) == 4
-    assert url.startswith("https://huggingface.co/openai-community/") and url.endswith("/" + Path(flags[3]).name)
-    assert any(f"--init {Path(flags[3]).parent} " in other for other in COMMANDS) and Path(flags[3]).name == "model.safetensors"
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Sends whoever asks on to another address, as the real one does, and answers there."""
+
+    def do_GET(self):
+        there = self.path.startswith("/store")
+        self.send_response(200 if there else 302)
+        self.send_header(*("Content-Length", "7") if there else ("Location", "/store" + self.path))
+        self.end_headers()
+        self.wfile.write(b"weights" if there else b"")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_what_is_fetched_lies_where_the_next_command_reads_it(tmp_path):
+    (command,) = [command for command, how in COMMANDS.items() if isinstance(how, Fetched)]
+    assert shlex.split(command)[-1].startswith("https://huggingface.co/openai-community/")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        local = command.replace("https://huggingface.co", f"http://127.0.0.1:{server.server_port}")
+        subprocess.run([*shlex.split(local), "--noproxy", "*", "--silent", "--fail"], cwd=tmp_path, check=True, timeout=60)
+        server.shutdown()
+    (init,) = {re.search(r"--init (\S+)", other)[1] for other in COMMANDS if "--init " in other}
+    assert (tmp_path / init / "model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] if how.slow else [])
