@@ -174,7 +174,7 @@ class Replica(DistributedDataParallel):
 def replicate(model: nn.Module) -> Replica:
     """The model, for passes whose gradients are summed over the processes while they are found. Every weight that requires a
     gradient must get one in each pass."""
-    replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replica = Replica(model, gradient_as_bucket_view=True)
     replica.register_comm_hook(None, lambda _, bucket: dist.all_reduce(
         bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0]))  # a sum: by itself it takes the mean
     return replica

@@ -261,7 +261,7 @@ def test_a_run_of_one_process_goes_on_sharded_over_three(inputs, reward_run, tmp
 
 @pytest.mark.parametrize("reward, said", [
     ("fails_in_one", "error: policy step 1: the reward function fails_in_one raised ValueError: no idea; study "),
-    pytest.param("fails_in_all", "error: the reward function fails_in_all raised ValueError: no idea", marks=pytest.mark.slow),
+    pytest.param("fails_in_all", "the reward function fails_in_all raised ValueError: no idea", marks=pytest.mark.slow),
     pytest.param("kills_one", "error: another process of this run was lost", marks=pytest.mark.slow),
 ])
 def test_one_process_that_ends_ends_all_with_one_line(reward, said, reward_run, tmp_path):
@@ -270,7 +270,8 @@ def test_one_process_that_ends_ends_all_with_one_line(reward, said, reward_run, 
     start = time.monotonic()
     ended = run(torchrun(2, ROOT / "train_policy.py", *as_flags(config)))
     assert time.monotonic() - start < 120 and ended.returncode != 0  # on one busy core, where starting takes most of it
-    assert len(own_words(ended.stderr)) == 1 and own_words(ended.stderr)[0].startswith(said), ended.stderr
+    assert len(own_words(ended.stderr)) == 1 and said in own_words(ended.stderr)[0], ended.stderr
+    assert "Warning" not in ended.stderr
     assert 'train_policy.py", line' not in ended.stderr  # no traceback but the agent's own
     if "study" in said:
         assert Path(own_words(ended.stderr)[0].partition("study ")[2].partition(";")[0]).exists()
