@@ -41,7 +41,7 @@ def language_model_loss(model, ids, mask):
     """Mean -log p(next token) in nats over every real token after the first, prompt and response alike: the reply has to
     copy from the prompt, and a model that has learnt to predict prompts has learnt to read them."""
     hidden, targets = model(ids[:, :-1], mask[:, :-1]), mask[:, 1:]
-    return -token_logprobs(hidden[targets], model.lm_weight, ids[:, 1:][targets]).mean()
+    return -token_logprobs(hidden[targets], model.wte.weight, ids[:, 1:][targets], vocab_size=model.config.vocab_size).mean()
 
 
 def pair_loss(model, groups, pad, config, total_weight):

@@ -40,7 +40,8 @@ def evaluate_actions(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor
     ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)  # the last action is nobody's state
     mask = torch.cat([prompt_mask, response_mask[:, :-1]], dim=1)
     states = model(ids, mask)[:, first:][response_mask]  # [N, D], N = tokens sampled
-    logprob = token_logprobs(states, model.lm_weight, response_ids[response_mask], temperature, entropy)
+    logprob = token_logprobs(states, model.wte.weight, response_ids[response_mask], temperature, entropy,
+                             vocab_size=model.config.vocab_size)
     logprob, token_entropy = logprob if entropy else (logprob, torch.zeros_like(logprob))
     value = in_full_precision(model.value_head, states).to(logprob.dtype)
     blank = logprob.new_zeros(response_mask.shape)

@@ -98,12 +98,13 @@ def test_each_result_may_be_the_only_one_that_is_differentiated():
         torch.testing.assert_close(got, want)
 
 
-def test_weight_may_be_a_slice_and_operands_may_be_strided(small_tiles):
-    """The padded rows of an embedding table are no part of the softmax, and receive no gradient."""
+@pytest.mark.parametrize("sliced", [True, False])
+def test_weight_may_be_longer_than_the_vocabulary_and_operands_strided(sliced, small_tiles):
+    """The padded rows of an embedding table are no part of the softmax, and receive no gradient, whoever leaves them out."""
     hidden, table, targets, upstream = example(12, 6, 40, torch.float64)
     targets = targets.clamp(max=32)
     strided = hidden.detach().T.contiguous().T.requires_grad_()
-    logp = token_logprobs(strided, table[:33], targets)
+    logp = token_logprobs(strided, table[:33], targets) if sliced else token_logprobs(strided, table, targets, vocab_size=33)
     want = reference_logprobs(hidden, table[:33], targets, 1)[0]
     torch.testing.assert_close(logp, want)
     gradients = torch.autograd.grad(logp, (strided, table), upstream[0])
@@ -223,6 +224,9 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0,
     (dict(temperature=-1), "temperature .*-1"),
     (dict(temperature=math.nan), "temperature .*nan"),
     (dict(impl="cuda"), "impl .*cuda"),
+    (dict(vocab_size=0), "vocab_size must be from 1 to 5, .*got 0"),
+    (dict(vocab_size=6), "vocab_size must be from 1 to 5, .*got 6"),
+    (dict(vocab_size=int(TARGETS.max())), r"targets must lie in \[0, "),
 ])
 def test_bad_input_to_token_logprobs_is_named(changed, message):
     with pytest.raises(ValueError, match=message):

@@ -19,13 +19,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not im
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
-def token_logprobs(hidden, weight, targets, temperature=1.0, entropy=False, impl="auto"):
+def token_logprobs(hidden, weight, targets, temperature=1.0, entropy=False, impl="auto", vocab_size=None):
     """Log-prob of each target token under softmax(hidden @ weight.T / temperature), and the entropy of that softmax.
 
     z = hidden @ weight.T / temperature,  logp_i = z[i, targets_i] - log sum_v exp z[i, v]        (nats)
     H_i = -sum_v p[i, v] log p[i, v],  p = softmax(z)                                              (nats)
 
-    hidden [N, D], weight [V, D] (a slice of a larger table will do), targets [N] int64 in [0, V); temperature > 0.
+    hidden [N, D], weight [V, D], targets [N] int64 in [0, V); temperature > 0. With vocab_size, V is that and weight may
+    have more rows, which take no part: autograd would answer a slice of the table with one more gradient of its size.
     Returns logp [N], or (logp [N], H [N]) with entropy=True: float64 for float64 inputs, float32 for all others.
 
     Differentiable, once, in hidden and weight, for any upstream gradient of either result; nothing is approximated.
@@ -43,12 +44,13 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, entropy=False, impl
     >>> round(math.exp(logp), 4), round(math.exp(h), 4)
     (0.25, 4.0)
     """
-    dtype = _check(hidden, weight, targets, temperature)
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    dtype = _check(hidden, weight, targets, temperature, vocab_size)
     statistics, logit_gradients = _statistics, _logit_gradients
     if use_triton(impl, hidden, dtype):
         from minirlhf.kernels.logprob_triton import logit_gradients, statistics
     logp, entropies = _TokenLogprobs.apply(
-        hidden, weight, targets, 1 / temperature, entropy, dtype, statistics, logit_gradients)
+        hidden, weight, targets, vocab_size, 1 / temperature, entropy, dtype, statistics, logit_gradients)
     return (logp, entropies) if entropy else logp
 
 
@@ -84,7 +86,7 @@ def require(conditions, message):
         raise ValueError(message)
 
 
-def _check(hidden, weight, targets, temperature):
+def _check(hidden, weight, targets, temperature, vocab_size):
     """Raise ValueError for a bad argument; return the dtype in which hidden and weight are multiplied."""
     for name, x, shape in (("hidden", hidden, "[N, D]"), ("weight", weight, "[V, D]")):
         if x.ndim != 2 or x.numel() == 0 or not x.is_floating_point():
@@ -99,8 +101,10 @@ def _check(hidden, weight, targets, temperature):
     autocast = torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype)
     if weight.dtype != hidden.dtype and not autocast:
         raise ValueError(f"weight must have hidden's dtype {hidden.dtype} outside autocast, got {describe(weight)}")
-    in_range = (targets >= 0) & (targets < len(weight))
-    require(in_range, f"targets must lie in [0, {len(weight)}), the rows of weight; got {describe(targets)}")
+    if not 0 < vocab_size <= len(weight):
+        raise ValueError(f"vocab_size must be from 1 to {len(weight)}, the rows of weight, got {vocab_size}")
+    in_range = (targets >= 0) & (targets < vocab_size)
+    require(in_range, f"targets must lie in [0, {vocab_size}), the rows of weight; got {describe(targets)}")
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
@@ -111,15 +115,15 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inv_temperature, entropy, dtype, statistics, logit_gradients):
-        operands = hidden.to(dtype), weight.to(dtype)
+    def forward(ctx, hidden, weight, targets, vocab_size, inv_temperature, entropy, dtype, statistics, logit_gradients):
+        operands = hidden.to(dtype), weight[:vocab_size].to(dtype)
         target_logit, lse_parts, entropy_parts = statistics(*operands, targets, inv_temperature, entropy)
         lse = lse_parts.logsumexp(0)
         # Shannon's grouping rule: the entropy of the choice of a slab, plus the mean of the entropies inside the slabs.
         log_share = lse_parts - lse
         entropies = (log_share.exp() * (entropy_parts - log_share)).sum(0) if entropy else None
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
-        ctx.settings = inv_temperature, dtype, logit_gradients
+        ctx.settings = vocab_size, inv_temperature, dtype, logit_gradients
         ctx.set_materialize_grads(False)  # so an entropy that is only logged costs nothing in backward
         return target_logit - lse, entropies
 
@@ -131,17 +135,17 @@ class _TokenLogprobs(torch.autograd.Function):
         Written as dz = g onehot + p (constant + slope log p), where all three coefficients belong to a row.
         """
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
-        inv_temperature, dtype, logit_gradients = ctx.settings
+        vocab_size, inv_temperature, dtype, logit_gradients = ctx.settings
         g = torch.zeros_like(lse) if grad_logp is None else grad_logp.contiguous()  # that of a sum arrives expanded
         constant, slope = (-g, None) if grad_entropy is None else (-g - grad_entropy * entropies, -grad_entropy)
         per_row = targets, lse, g, constant, slope
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w = hidden.to(dtype), weight[:vocab_size].to(dtype)
         for rows, columns, dz in logit_gradients(h, w, inv_temperature, *per_row):
             _add_product(d_hidden[rows], dz, w[columns], inv_temperature)
             _add_product(d_weight[columns], dz.T, h[rows], inv_temperature)
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), *[None] * 7
 
 
 def _add_product(out, a, b, scale):
