@@ -36,8 +36,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     """Generalised advantage estimates: Q(s_t, a_t) - V(s_t), with bias traded for variance.
 
     A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)   (Schulman et al. 2016, eq. 16)
-    V past the last sampled token is 0: a response is over when it ends or is cut, and nothing is bootstrapped,
-    because a cut response is scored as the finished article it was used as. lam = 1 is reward-to-go minus V.
+    V past the last sampled token is 0: a response is over when it ends or is cut, and nothing is bootstrapped, because
+    what is never written earns nothing; a cut one's score has the missing-EOS penalty subtracted. lam = 1 is reward-to-go minus V.
     """
     values = torch.where(mask, values, 0.0)
     delta = rewards - values  # beyond the mask the scan reads none of it

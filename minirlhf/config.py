@@ -103,7 +103,7 @@ class PolicyConfig(RunConfig):
     micro_batch_size: int = setting(0, "responses per forward pass; 0: the whole minibatch. Less memory, the same gradient", 0)
     lr: float = setting(5e-4, "Adam step; larger ones blew up", 0)
     lr_decay: bool = setting(True, "linear to 0 over the run (Huang et al. 2024, detail 7)")
-    kl_coef: float = setting(0.025, "nats of divergence that cost one standard deviation of score, inverted", 0)
+    kl_coef: float = setting(0.025, "price of a nat of divergence from the base model, in standard deviations of the score", 0)
     kl_target: float = setting(0.0, "adapt kl_coef to hold the KL at this many nats; 0: keep it fixed", 0)
     kl_horizon: int = setting(10_000, "responses over which the adaptive coefficient moves (Ziegler et al. 2019)", 1)
     gamma: float = setting(1.0, "no discount: a reply is short, and its score counts in full for every token", 0, 1)
@@ -139,5 +139,7 @@ class PolicyConfig(RunConfig):
     }
 
     def check(self) -> None:
-        """Raises UserError for the first setting that is wrong."""
+        """Raises UserError for the first setting that is wrong, or that contradicts another."""
         check_ranges(self)
+        if self.kl_target and not self.kl_coef:
+            raise UserError("--kl-target adapts --kl-coef by factors, and 0 stays 0; leave out --kl-coef 0, or the target")

@@ -136,7 +136,7 @@ def newest_reward_run(runs: Path) -> Path:
 
 
 def model_scorer(reward_model: Transformer, missing_eos_penalty: float) -> Scorer:
-    """The reward model's score; the penalty is taken off replies cut by length, which it has never seen and cannot judge."""
+    """The reward model's score; the penalty is subtracted for replies cut by length, which it was trained on rarely if at all."""
     @torch.no_grad()
     def scorer(samples: Samples) -> Tensor:
         ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)

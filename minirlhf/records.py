@@ -55,9 +55,9 @@ def read_records(paths: Sequence[str], skip_bad_lines: bool = False) -> tuple[li
     return [pair for pairs, _ in found for pair in pairs], sum(n_bad for _, n_bad in found)
 
 
-def read_prompts(path: str, skip_bad_lines: bool = False) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """The distinct prompts, in order, of a preference file or of a file of {"prompt": ...} records."""
-    return list(dict.fromkeys(_read(path, skip_bad_lines, _prompts)[0]))
+    return list(dict.fromkeys(_read(path, False, _prompts)[0]))
 
 
 def _read(path: str, skip_bad_lines: bool, convert: Callable[[dict], tuple[str, list]]) -> tuple[list, int]:
@@ -76,7 +76,8 @@ def _read(path: str, skip_bad_lines: bool, convert: Callable[[dict], tuple[str, 
         except BadRecord as problem:
             n_bad += 1
             if not skip_bad_lines:
-                raise UserError(f"{path}:{line}: {problem} (or pass --skip-bad-lines)") from None
+                hint = "" if convert is _prompts else " (or pass --skip-bad-lines)"  # there is no such flag beside --prompts
+                raise UserError(f"{path}:{line}: {problem}{hint}") from None
             if n_bad > max(MAX_BAD_RECORDS, len(items)):
                 raise UserError(f"{path}:{line}: more records are bad than usable, the last because {problem}") from None
     if not items:

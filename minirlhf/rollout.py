@@ -21,7 +21,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # [B, R] log pi(a_t | s_t) when sampled, nats
     ref_logprobs: Tensor  # [B, R] the same under the frozen reference
     values: Tensor  # [B, R] V(s_t), before a_t
-    scores: Tensor  # [B] the reward model's scalar, missing-EOS penalty taken off
+    scores: Tensor  # [B] the reward model's scalar, missing-EOS penalty subtracted
     rewards: Tensor  # [B, R] per token: -kl_coef * KL term, and the score on the last token
 
     def rows(self, index: Tensor) -> "Rollout":

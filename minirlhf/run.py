@@ -112,7 +112,8 @@ class StopSignal:
     def __init__(self, script: str):
         self.number, self.stepping = 0, False
         self.stopping = 0  # the number on which all processes have agreed
-        self.script = script
+        by_name = sys.argv[0].endswith(".py") and sys.modules["__main__"].__spec__ is None  # neither pytest nor python -m
+        self.script = shlex.quote(sys.argv[0]) if by_name else script  # a user's own may bring the algorithm
         self.folder: Path | None = None  # the run's, as soon as it has one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)

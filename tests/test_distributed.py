@@ -225,8 +225,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(inputs, reward_r
     changes = dict(iterations=25, save_every=100)
     begun = settings_of("sharded", inputs, reward_run, tmp_path, **changes)
     (tmp_path / "runs.json").write_text(json.dumps([begun]))
-    process = subprocess.Popen(torchrun(2, ROOT / "tests" / "side_by_side.py", tmp_path / "runs.json"), env=environment(),
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    script = ROOT / "tests" / "side_by_side.py"  # as a script of the user's own, which may have brought the algorithm
+    process = subprocess.Popen(torchrun(2, script, tmp_path / "runs.json"), env=environment(), cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "sharded" / "policy_metrics.jsonl"
     deadline = time.monotonic() + 240
     while (not metrics.exists() or metrics.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
@@ -235,7 +236,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(inputs, reward_r
     _, errors = process.communicate(timeout=120)
     folder = tmp_path / "sharded"
     assert process.returncode != 0 and own_words(errors) == [
-        f"error: stopped; go on with: torchrun --standalone --nproc-per-node 2 train_policy.py --out {folder} --resume"], errors
+        f"error: stopped; go on with: torchrun --standalone --nproc-per-node 2 {script} --out {folder} --resume"], errors
     assert errors.count("stopping after this step") == 1
     done = len(rows(metrics)) - 1
     assert 2 <= done < 25 and [path.name for path in (folder / "checkpoints").iterdir()] == [f"policy-{done:08d}.pt"]

@@ -292,7 +292,7 @@ def test_real_processes_that_die_and_are_told_to_stop_go_on_bit_for_bit(reward_r
     second = python(script, "--out", "run", "--resume")
     assert second.returncode == 143, second.stderr
     assert second.stderr.splitlines() == ["", "stopping after this step (once more: at once)",
-                                          "error: stopped; go on with: python train_policy.py --out run --resume"]
+                                          f"error: stopped; go on with: python {script} --out run --resume"]  # from here
     third = python(script, *shlex.split(second.stderr.splitlines()[-1].partition("train_policy.py ")[2]))
     assert (third.returncode, third.stderr) == (0, "")
     monkeypatch.chdir(tmp_path)

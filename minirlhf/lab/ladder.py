@@ -115,7 +115,7 @@ def draw(axes, policies: dict[str, list[Job]]) -> None:
     jobs = next(iter(policies.values()))
     results = [closing_row(job.folder) for job in jobs]
     for name, jobs in policies.items():
-        colour, line, marker = STYLES[list(LADDER).index(name)]
+        colour, line, marker = STYLES[list(LADDER).index(name) % len(STYLES)]  # of the reader's own rungs, an eighth
         curves = [learning_curve(job.folder) for job in jobs]
         samples, gold = curves[0][0], np.array([gold for _, gold in curves])
         axes.plot(samples, gold.mean(0), color=colour, linestyle=line, marker=marker, markersize=5, linewidth=1.6, label=name)
