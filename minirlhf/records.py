@@ -55,9 +55,9 @@ def read_records(paths: Sequence[str], skip_bad_lines: bool = False) -> tuple[li
     return [pair for pairs, _ in found for pair in pairs], sum(n_bad for _, n_bad in found)
 
 
-def read_prompts(path: str) -> list[str]:
+def read_prompts(path: str, skip_bad_lines: bool = False) -> list[str]:
     """The distinct prompts, in order, of a preference file or of a file of {"prompt": ...} records."""
-    return list(dict.fromkeys(_read(path, False, _prompts)[0]))
+    return list(dict.fromkeys(_read(path, skip_bad_lines, _prompts)[0]))
 
 
 def _read(path: str, skip_bad_lines: bool, convert: Callable[[dict], tuple[str, list]]) -> tuple[list, int]:

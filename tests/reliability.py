@@ -1,4 +1,4 @@
-"""Nothing lost, nobody fooled: processes are killed, files damaged, writes made to fail, and the outcome compared.
+"""Crashes, damaged files, hostile input: processes are killed, files damaged, writes made to fail, and the outcome compared.
 
     python -m tests.reliability kill|corrupt|fault|tmpfs|fuzz|soak|cost|brief [--count N] [--seed N]
 

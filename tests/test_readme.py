@@ -71,6 +71,7 @@ COMMANDS = {
     "python -m tests.reliability": Elsewhere(step="python -m tests.reliability brief"),
     "python steps.py --algorithm steps": Elsewhere(test="test_tools_own_algorithm.py"),
     "python steps.py --algorithm steps --reward steps:short_and_sorry": Elsewhere(test="test_tools_own_algorithm.py"),
+    "python steps.py --out runs/NAME --resume": Elsewhere(test="test_tools_own_algorithm.py"),
     "curl -L --create-dirs -o gpt2/model.safetensors "
     "https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors": Fetched(),
     # training

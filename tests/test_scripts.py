@@ -480,6 +480,18 @@ def test_a_row_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
         metrics.write(dict(step=1))
 
 
+def test_tensorboard_shows_the_figures_of_the_metrics_file(reward_run, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train_policy.main(policy_config(reward_run, tmp_path / "run", tensorboard=True, iterations=2))
+    (file,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    found = events.EventAccumulator(str(file.parent))
+    found.Reload()
+    written = rows(tmp_path / "run" / "policy_metrics.jsonl")[1:]
+    for name in ("score", "kl", "loss"):
+        assert [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars(name)] == [
+            (row["step"], row[name]) for row in written]
+
+
 def test_a_missing_tensorboard_is_a_line_and_no_error(reward_run, tmp_path, monkeypatch, capsys):
     """It is optional: the metrics are in the jsonl file anyway."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -50,6 +50,10 @@ def test_every_command_line_of_the_section_runs(section, reward_run, tmp_path):
         assert "algorithm: steps" in done.stdout and ("reward: short_and_sorry" in done.stdout) == (number == 1)
         assert json.loads((out / "config.json").read_text())["settings"]["algorithm"] == "steps"
         assert (out / "policy.pt").exists() and len((out / "policy_metrics.jsonl").read_text().splitlines()) == 3
+    (out / "policy.pt").unlink()
+    done = subprocess.run(tiny.python("steps.py", "--out", out.name, "--resume"), cwd=tmp_path, env=tiny.environment(), text=True,
+                          capture_output=True, timeout=240)
+    assert done.returncode == 0 and (out / "policy.pt").exists(), done.stderr
 
 
 def test_each_function_of_the_section_is_short(section):
