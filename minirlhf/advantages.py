@@ -37,7 +37,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)   (Schulman et al. 2016, eq. 16)
     V past the last sampled token is 0: a response is over when it ends or is cut, and nothing is bootstrapped, because
-    what is never written earns nothing; a cut one's score has the missing-EOS penalty subtracted. lam = 1 is reward-to-go minus V.
+    what is never written earns nothing; a cut one's score has the missing-EOS penalty subtracted.
+    lam = 1 is reward-to-go minus V.
     """
     values = torch.where(mask, values, 0.0)
     delta = rewards - values  # beyond the mask the scan reads none of it

@@ -66,9 +66,9 @@ class RewardConfig(RunConfig):
             tokenizer="gpt2",
             n_layer=12, n_head=12, d_model=768,  # the same shape without --init; random weights want --warmup-lr 6e-4
             max_prompt_length=256, max_response_length=128,  # whole: 95% of prompts, 97% of replies in 420 of its pairs
-            holdout=0.02,  # of 160,000 pairs that is plenty
+            holdout=0.02,  # of tens of thousands of pairs that is plenty
             skip_bad_lines=True,  # in some pairs the two dialogues share no beginning
-            warmup_init=True, warmup_sequences=32_768, warmup_lr=5e-5,  # a tenth of its texts, in small steps
+            warmup_init=True, warmup_sequences=32_768, warmup_lr=5e-5,  # some of its texts, in small steps
             lr=1e-5,  # of the order of Stiennon et al. (2020), 1.5e-5
             batch_size=32, micro_batch_size=8,  # HH has one pair a prompt, and 64 rows of 384 tokens are too many at a time
             verdict_coef=0.0,  # found to help where responses are short and alike; not known for dialogue

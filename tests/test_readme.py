@@ -91,7 +91,8 @@ COMMANDS = {
     "--test-data harmless-base/test.jsonl.gz": Run(HH, REWARD_MADE.format("data", 0)),
     "python train_policy.py --preset hh-gpt2": Run(POLICY, POLICY_MADE.format("ppo", 0)),
     # several processes: two where the README says eight, and two launchers on this machine where it says two machines
-    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz":
+    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz "
+    "--test-data harmless-base/test.jsonl.gz":
         Run(HH, REWARD_MADE.format("data", 0), slow=True),
     "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2":
         Run(POLICY, POLICY_MADE.format("ppo", 0), slow=True),

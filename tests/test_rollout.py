@@ -138,7 +138,7 @@ def test_rewards_read_nothing_beyond_the_mask(garbage):
 
 
 def test_a_response_cut_by_length_pays_the_stated_penalty():
-    """The reward model has never seen unfinished text: unpenalised, rambling to the limit is free."""
+    """The reward model has seen unfinished text rarely if at all: unpenalised, rambling to the limit is free."""
     finished, responses = [True, False, True], ["a", "b", ""]
     ids, mask = torch.tensor([[1, 2], [1, 2], [1, 2]]), torch.ones(3, 2, dtype=torch.bool)
     samples = Samples(["p"] * 3, responses, finished, ids, mask, ids, mask)
