@@ -47,7 +47,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def leave_one_out(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """RLOO: total return minus the mean of its siblings' (Ahmadian et al. 2024); siblings are consecutive rows.
+    """RLOO: total return, undiscounted, minus the mean of its siblings' (Ahmadian et al. 2024); siblings are consecutive rows.
 
     A baseline without a value network: the siblings know nothing of this response, so the estimate stays unbiased.
     """
@@ -58,8 +58,8 @@ def leave_one_out(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
 
 
 def group_normalised(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """GRPO: (score - mean) / deviation within the group (Shao et al. 2024). Biased: the division reweights prompts,
-    and the response's own score is part of its baseline. Equal scores give 0."""
+    """GRPO: (score - mean) / deviation within the group (Shao et al. 2024). Biased: the deviation reweights
+    prompts and depends on the action (the own score in the mean only scales all weights alike). Equal scores give 0."""
     groups = scores.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask

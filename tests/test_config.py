@@ -66,6 +66,7 @@ def test_a_wrong_setting_fails_before_any_work(config_class, tmp_path, monkeypat
 
 @pytest.mark.parametrize("config, problem", [
     (RewardConfig(d_model=100, n_head=3), "--n-head 3 does not divide --d-model 100"),
+    (PolicyConfig(kl_coef=0.0, kl_target=6.0), "--kl-target adapts --kl-coef by factors, and 0 stays 0"),
     (RewardConfig(init="base.pt", init_reward="reward.pt"), "--init-reward brings the base.pt beside it; leave out --init"),
 ])
 def test_settings_that_contradict_each_other_are_refused(config, problem):

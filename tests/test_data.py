@@ -169,8 +169,9 @@ def test_several_files_may_have_several_shapes(tmp_path):
 def test_prompts_alone(tmp_path):
     path = write(tmp_path, [{"prompt": "b"}, {"prompt": "a"}, {"prompt": [user("Hi")]}, {"prompt": "b"}])
     assert read_prompts(path) == ["b", "a", "\n\nHuman: Hi\n\nAssistant:"]
-    with pytest.raises(UserError, match='raw.jsonl:2: the key "prompt" is missing'):
+    with pytest.raises(UserError, match='raw.jsonl:2: the key "prompt" is missing') as error:
         read_prompts(write_raw(tmp_path, '{"prompt": "a"}\n{"text": "b"}'))
+    assert "--skip-bad-lines" not in str(error.value)  # a flag of the other script
 
 
 @pytest.mark.parametrize("container", ["array.json", "indented.json"])
