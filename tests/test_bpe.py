@@ -9,9 +9,10 @@ import pytest
 import regex
 import tiktoken
 
-from minirlhf.helpdesk import PHRASES, SPLITS, prompts_of
+from minirlhf.helpdesk import PHRASES
 from minirlhf.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
 from minirlhf.tools.bpe import main, merge, train_ranks, write_ranks
+from minirlhf.tools.helpdesk_data import SPLITS, prompts_of
 
 CORPUS = ["the cat sat on the mat; the rat ate the fat cat", "aaaa aaa aa", "banana bandana", "été été, 日本 日本", "it's 2024"]
 

@@ -18,7 +18,6 @@ from minirlhf.helpdesk import (
     ITEMS,
     PHRASES,
     SLOTS,
-    SPLITS,
     Context,
     best_response,
     gold,
@@ -26,11 +25,9 @@ from minirlhf.helpdesk import (
     parse_prompt,
     preference_probability,
     probes,
-    prompts_of,
-    sample_prompt,
-    sample_response,
     sentences,
 )
+from minirlhf.tools.helpdesk_data import GROUPS, MAX_WORDS, SPLITS, prompts_of, sample_prompt, sample_response, write_data
 
 DATA = Path(__file__).parent.parent / "data"
 BROKEN, OTHER = Context("blue", "kettle", "broken", "refund"), "repair"
@@ -206,7 +203,7 @@ def test_contexts_are_split_8_1_1_and_no_context_is_in_two_parts():
 
 def test_rebuilt_files_equal_the_shipped_ones(tmp_path):
     """If the generator and data/ drift apart, nobody can tell which task a published figure belongs to."""
-    helpdesk.write_data(tmp_path)
+    write_data(tmp_path)
     names = ["helpdesk-test.jsonl", "helpdesk-train.jsonl.gz", "helpdesk-validation.jsonl", "helpdesk.tiktoken"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in names:
@@ -218,7 +215,7 @@ def test_rebuilt_files_equal_the_shipped_ones(tmp_path):
     assert sum(path.stat().st_size for path in DATA.iterdir()) < 5_000_000
 
 
-@pytest.mark.parametrize("split, groups", helpdesk.GROUPS.items())
+@pytest.mark.parametrize("split, groups", GROUPS.items())
 def test_files_hold_groups_of_four_with_all_pairs_labelled_as_the_annotator_would(split, groups):
     """Labels drawn from another law than the one that the ceiling is computed from make the ceiling a lie."""
     rows, agreements, ceiling = shipped(split), [], []
@@ -227,7 +224,7 @@ def test_files_hold_groups_of_four_with_all_pairs_labelled_as_the_annotator_woul
         assert list(row) == ["prompt", "responses", "preferences"]
         assert len(set(row["responses"])) == 4
         assert all(text.startswith(" ") and not text.endswith(" ") for text in row["responses"])
-        assert max(len(text.split()) for text in row["responses"]) <= helpdesk.MAX_WORDS
+        assert max(len(text.split()) for text in row["responses"]) <= MAX_WORDS
         pairs = sorted(tuple(sorted(pair)) for pair in row["preferences"])
         assert pairs == list(itertools.combinations(range(4), 2))
         for winner, loser in row["preferences"]:
