@@ -240,7 +240,7 @@ def probes(prompt: str) -> dict[str, str]:
     return {defect: as_reply({**best, **change}.values()) for defect, change in changes.items()}
 
 
-# ---- the annotator -----------------------------------------------------------------------------------------------------
+# ---- the annotator ---------------------------------------------------------------------------------------------------
 
 def bradley_terry(gap: float) -> float:
     """P(the first is preferred) = sigmoid(gap / TAU), gap in units of gold   (Bradley and Terry 1952)."""

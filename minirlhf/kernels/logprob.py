@@ -104,7 +104,7 @@ def _check(hidden, weight, targets, temperature, vocab_size):
     if not 0 < vocab_size <= len(weight):
         raise ValueError(f"vocab_size must be from 1 to {len(weight)}, the rows of weight, got {vocab_size}")
     in_range = (targets >= 0) & (targets < vocab_size)
-    require(in_range, f"targets must lie in [0, {vocab_size}), the rows of weight; got {describe(targets)}")
+    require(in_range, f"targets must lie in [0, {vocab_size}), the vocabulary; got {describe(targets)}")
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
