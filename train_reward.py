@@ -23,12 +23,12 @@ from minirlhf.data import (
     unique_prompts,
 )
 from minirlhf.device import mixed_precision, pick_device, prepare_training
-from minirlhf.environment import Sampling, sample_responses
+from minirlhf.environment import Sampling, model_scorer, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
 from minirlhf.losses import preference_loss
-from minirlhf.model import in_full_precision, last_token_scores, sequence_scores
+from minirlhf.model import in_full_precision, last_token_scores
 from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
 from minirlhf.parallel import is_main, micro_batches, summed, whole
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
@@ -154,9 +154,7 @@ def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
         some = slice(start, start + 128)
         rows = list(range(len(prompts)))[some]
         samples = sample_responses(base, prompts[some], prompt_ids[some], sampling, "normalise", 0, rows)
-        ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)
-        mask = torch.cat([samples.prompt_mask, samples.response_mask], dim=1)
-        scores.append(sequence_scores(reward_model, ids, mask))
+        scores.append(model_scorer(reward_model, 0.0)(samples))
     scores = torch.cat(scores)
     reward_model.score_shift.copy_(scores.mean())
     reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))

@@ -8,13 +8,13 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minirlhf.packing import Packed, pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ModelConfig:
 
 
 class KVCache:
-    """What the decoder keeps of B rows of text: keys and values [L, B, H, columns, D / H].
+    """What the decoder keeps of B rows of text: keys and values, kv [L, 2, B, H, columns, D / H].
 
     Columns 0 .. P - 1 belong to the prompts, each from column 0 on; every token after them takes the next column in all
     rows. Attention does not ask for order (positions are in the keys), only `bias` for what is there: 0, or -inf. It reads all
@@ -39,8 +39,8 @@ class KVCache:
 
     def __init__(self, model: "Transformer", batch: int, columns: int):
         config, weight = model.config, model.wte.weight
-        shape = (config.n_layer, batch, config.n_head, columns, config.d_model // config.n_head)
-        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)  # -inf does not hide a nan
+        shape = (config.n_layer, 2, batch, config.n_head, columns, config.d_model // config.n_head)
+        self.kv = weight.new_zeros(shape)  # -inf does not hide a nan
         self.bias = weight.new_full((batch, config.n_head, 1, columns), float("-inf"))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)  # real tokens in each row
         self.columns = 0  # in use
@@ -55,10 +55,9 @@ class KVCache:
         """Room for one more token in every row."""
         self.lengths += 1
         self.columns += 1
-        if self.columns > self.keys.shape[3]:
+        if self.columns > self.kv.shape[4]:
             room = self.columns // 8 + 1
-            more = self.keys.new_zeros(*self.keys.shape[:3], room, self.keys.shape[4])
-            self.keys, self.values = (torch.cat([cached, more], dim=3) for cached in (self.keys, self.values))
+            self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:4], room, self.kv.shape[5])], dim=4)
             self.bias = F.pad(self.bias, (0, room), value=float("-inf"))
         self.bias[..., self.columns - 1] = 0.0
 
@@ -68,10 +67,9 @@ class KVCache:
         count = int(keep.sum())
         gaps, movers = (~keep[:count]).nonzero().squeeze(1), count + keep[count:].nonzero().squeeze(1)
         old = torch.arange(count, device=keep.device).index_copy_(0, gaps, movers)
-        for cached in (self.keys, self.values):
-            cached[:, gaps, :, : self.columns] = cached[:, movers, :, : self.columns]
+        self.kv[:, :, gaps, :, : self.columns] = self.kv[:, :, movers, :, : self.columns]
         self.bias[gaps] = self.bias[movers]
-        self.keys, self.values, self.bias = self.keys[:, :count], self.values[:, :count], self.bias[:count]
+        self.kv, self.bias = self.kv[:, :, :count], self.bias[:count]
         self.lengths = self.lengths[old]
         return old
 
@@ -89,9 +87,13 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """x [N, D], one row per token; attend maps their queries, keys and values [N, 3 D] to what each token read [N, D]."""
-        return self.after(x, attend(self.before(x)))
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor], read: Tensor | None = None) -> Tensor:
+        """x [N, D], one row per token; attend maps their queries, keys and values [N, 3 D] to what each token read [N, D].
+        read [M]: go on with these tokens alone."""
+        mixed = attend(self.before(x))
+        if read is not None:
+            x, mixed = F.embedding(read, x), F.embedding(read, mixed)
+        return self.after(x, mixed)
 
     def before(self, x: Tensor) -> Tensor:
         return self.attention_in(self.ln_1(x))
@@ -128,7 +130,6 @@ class Transformer(nn.Module):
         Token embeddings of deviation 0.1, with which small models learn to copy sooner. The reward and value heads start
         at 0, so that the first preference loss is ln 2 and the first values are 0.
         """
-        branches = math.sqrt(2 * self.config.n_layer)
         for name, weight in self.named_parameters():
             if name.endswith("bias") or name.startswith(("reward_head", "value_head")):
                 weight.zero_()
@@ -139,7 +140,7 @@ class Transformer(nn.Module):
             elif name == "wpe.weight":
                 weight.normal_(0.0, 0.02, generator=generator)
             else:
-                scale = branches if name.endswith("_out.weight") else 1.0
+                scale = (2 * self.config.n_layer) ** 0.5 if name.endswith("_out.weight") else 1.0
                 weight.normal_(0.0, weight.shape[1] ** -0.5 / scale, generator=generator)
 
     def compile_blocks(self) -> None:
@@ -153,21 +154,24 @@ class Transformer(nn.Module):
         """[V, D] the LM head, tied to the embedding. PAD and the rounding rows are left out: no softmax contains them."""
         return self.wte.weight[: self.config.vocab_size]
 
-    def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of ids [B, T], exact under left and right padding; fills an empty cache.
 
         attention_mask: bool [B, T], 1 on real tokens, which lie together in each row. Position ids count real tokens, so
         that a sequence has the same hidden states wherever its padding is. Those at padding are meaningless. Only real
         tokens are computed, and what rows in succession have in common only once.
+        wanted: bool [B, T], the real tokens whose states are going to be read; None is all of them. The last block, after
+        whose attention no token reads another, leaves out the rest, whose states are meaningless then.
         """
         if ids.shape[1] > self.config.context:
             raise ValueError(f"ids {tuple(ids.shape)}: longer than the context of {self.config.context}")
-        layout = pack(ids, attention_mask)
+        layout = pack(ids, attention_mask, wanted)
         x = self.wte(layout.ids) + self.wpe(layout.positions)
         if cache is not None:
             cache.start(attention_mask.sum(1), ids.shape[1])
         for layer, block in enumerate(self.blocks):
-            x = block(x, functools.partial(attend_packed, layout, self.config.n_head, cache, layer))
+            attend = functools.partial(attend_packed, layout, self.config.n_head, cache, layer)
+            x = block(x, attend, layout.read if layer + 1 == self.config.n_layer else None)
         return F.embedding(layout.out, self.ln_f(x))
 
     def decode(self, token: Tensor, cache: KVCache) -> Tensor:
@@ -179,54 +183,24 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-class Packed(NamedTuple):
-    """N tokens that stand for rows of text: no padding, and a beginning that successive rows share stands here once."""
-
-    ids: Tensor  # [N]
-    positions: Tensor  # [N] place of the token in its row
-    rows: Tensor  # [B, T] which token is where in each row, rows moved to the left; 0 past their ends
-    first: Tensor  # [N] where each token stands in rows, flattened
-    out: Tensor  # [B, T] which token is where in the rows as they were given
-
-
-def pack(ids: Tensor, attention_mask: Tensor) -> Packed:
-    """The tokens of ids [B, T] that have to be computed. A causal model gives a shared beginning the same hidden states in
-    every row, so siblings (responses to one prompt) pay for their prompt together. Work and memory: a few [B, T] integers."""
-    length = ids.shape[1]
-    order = torch.arange(length, device=ids.device)
-    padding = attention_mask.int().argmax(1, keepdim=True)  # left of the first real token
-    real = order < attention_mask.sum(1, keepdim=True)
-    aligned = ids.gather(1, (order + padding) % length)
-    same = torch.zeros_like(real)  # as in the row above, up to and with this column
-    same[1:] = ((aligned[1:] == aligned[:-1]) & real[1:] & real[:-1]).cumprod(1).bool()
-    own = real & ~same
-    row = torch.arange(len(ids), device=ids.device)[:, None]
-    source = torch.where(same, 0, row).cummax(0).values  # the row in which the token stands that this one is like
-    rows = (own.flatten().cumsum(0) - 1).view_as(own).gather(0, source)
-    rows = torch.where(real, rows, 0)
-    first = own.flatten().nonzero().squeeze(1)
-    return Packed(aligned.flatten()[first], first % length, rows, first, rows.gather(1, (order - padding) % length))
-
-
 def attend_packed(layout: Packed, n_head: int, cache: KVCache | None, layer: int, qkv: Tensor) -> Tensor:
     """[N, D] what each packed token reads in its row. Padding is to the right there, where no real token looks."""
-    batch, length = layout.rows.shape
-    query, key, value = F.embedding(layout.rows, qkv).view(batch, length, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    batch, columns = layout.rows.shape
+    qkv = F.embedding(layout.rows, qkv).view(batch, columns, 3, n_head, -1).permute(2, 0, 3, 1, 4)
     if cache is not None:
-        cache.keys[layer, :, :, :length], cache.values[layer, :, :, :length] = key, value
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return F.embedding(layout.first, mixed.transpose(1, 2).reshape(batch * length, -1))
+        cache.kv[layer, :, :, :, :columns] = qkv[1:, :, :, : cache.kv.shape[4]]
+    mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+    return F.embedding(layout.first, mixed.transpose(1, 2).reshape(batch * columns, -1))
 
 
 def attend_cached(cache: KVCache, layer: int, qkv: Tensor) -> Tensor:
     """[B, D] what the newest token of each row reads in the cache. With one query a row, two products in batch are faster
     than attention kernels, which are made for many."""
-    (_, batch, n_head, _, size), newest = cache.keys.shape, cache.columns - 1
-    query, key, value = qkv.view(batch, 3, n_head, size).unbind(1)
-    cache.keys[layer, :, :, newest], cache.values[layer, :, :, newest] = key, value
-    keys, values = (cached[layer].view(batch * n_head, -1, size) for cached in (cache.keys, cache.values))
-    bias = cache.bias.view(batch * n_head, 1, -1)
-    scores = torch.baddbmm(bias, query.reshape(-1, 1, size), keys.transpose(1, 2), alpha=size ** -0.5)
+    _, _, batch, n_head, _, size = cache.kv.shape
+    kv, qkv = cache.kv[layer], qkv.view(batch, 3, n_head, size).transpose(0, 1)
+    kv[:, :, :, cache.columns - 1] = qkv[1:]
+    keys, values = kv.view(2, batch * n_head, -1, size)
+    scores = torch.baddbmm(cache.bias.flatten(0, 1), qkv[0].reshape(-1, 1, size), keys.transpose(1, 2), alpha=size ** -0.5)
     return torch.bmm(scores.softmax(-1), values).view(batch, -1)
 
 
@@ -236,14 +210,18 @@ def in_full_precision(head: nn.Linear, hidden: Tensor) -> Tensor:
         return head(hidden).squeeze(-1)
 
 
+def last_tokens(attention_mask: Tensor) -> Tensor:
+    """Bool [B, T]: true on the last real token of each row, whatever the padding."""
+    order = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return order == (attention_mask * order).argmax(dim=1, keepdim=True)
+
+
 def last_token_scores(model: Transformer, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B] the reward head's normalised score, read from hidden [B, T, D] at the last real token, whatever the padding."""
-    order = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (attention_mask * order).argmax(dim=1)
-    raw = in_full_precision(model.reward_head, hidden[torch.arange(len(hidden), device=hidden.device), last])
+    """[B] the reward head's normalised score, read from hidden [B, T, D] at the last real token."""
+    raw = in_full_precision(model.reward_head, hidden[last_tokens(attention_mask)])
     return (raw.to(torch.promote_types(raw.dtype, torch.float32)) - model.score_shift) / model.score_scale
 
 
 def sequence_scores(model: Transformer, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B] the reward model's normalised score of each sequence of ids [B, T]."""
-    return last_token_scores(model, model(ids, attention_mask), attention_mask)
+    return last_token_scores(model, model(ids, attention_mask, wanted=last_tokens(attention_mask)), attention_mask)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.kernels import token_logprobs
@@ -29,17 +30,22 @@ class Rollout(NamedTuple):
         return Rollout(*(tensor[index] for tensor in self))
 
 
+def action_states(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
+                  response_mask: Tensor) -> Tensor:
+    """[N, D] what each sampled token was drawn from, row by row: for a_t the state at trunk position P - 1 + t, before it."""
+    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)  # the last action is nobody's state
+    mask = torch.cat([prompt_mask, response_mask[:, :-1]], dim=1)
+    drawn_from = F.pad(response_mask, (prompt_ids.shape[1] - 1, 0))
+    return model(ids, mask, wanted=drawn_from)[drawn_from]
+
+
 def evaluate_actions(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
                      response_mask: Tensor, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """log pi(a_t | s_t), V(s_t) and the entropy of pi(. | s_t), each [B, R] and 0 past the mask, from one pass of the trunk.
 
-    The logits for a_t, and V(s_t), come from trunk position P - 1 + t: the token before a_t. The temperature divides
-    the logits as it does in sampling. Entropy in nats; zeros unless asked for. Differentiable in the model.
+    The temperature divides the logits as it does in sampling. Entropy in nats; zeros unless asked for. Differentiable.
     """
-    first = prompt_ids.shape[1] - 1
-    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)  # the last action is nobody's state
-    mask = torch.cat([prompt_mask, response_mask[:, :-1]], dim=1)
-    states = model(ids, mask)[:, first:][response_mask]  # [N, D], N = tokens sampled
+    states = action_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
     logprob = token_logprobs(states, model.wte.weight, response_ids[response_mask], temperature, entropy,
                              vocab_size=model.config.vocab_size)
     logprob, token_entropy = logprob if entropy else (logprob, torch.zeros_like(logprob))
@@ -91,16 +97,13 @@ def sequence_kl(model: Transformer, ref_model: Transformer, rollout_inputs: tupl
 
     Same mean as the sampled k1 summed over tokens, less noise. chunk rows of the vocabulary table at a time.
     """
-    prompt_ids, prompt_mask, response_ids, response_mask = rollout_inputs
-    first = prompt_ids.shape[1] - 1
-    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    mask = torch.cat([prompt_mask, response_mask[:, :-1]], dim=1)
-    states = [m(ids, mask)[:, first:][response_mask] for m in (model, ref_model)]
+    response_mask = rollout_inputs[3]
+    states = [action_states(m, *rollout_inputs) for m in (model, ref_model)]
     kls = []
     for ours, theirs in zip(states[0].split(chunk), states[1].split(chunk)):
         exact = torch.promote_types(ours.dtype, torch.float32)
         log_pi = (ours @ model.lm_weight.T).to(exact).div(temperature).log_softmax(-1)
         log_ref = (theirs @ ref_model.lm_weight.T).to(exact).div(temperature).log_softmax(-1)
         kls.append((log_pi.exp() * (log_pi - log_ref)).sum(-1))
-    per_token = torch.zeros(response_mask.shape, device=ids.device, dtype=kls[0].dtype)
+    per_token = torch.zeros(response_mask.shape, device=response_mask.device, dtype=kls[0].dtype)
     return per_token.masked_scatter(response_mask, torch.cat(kls)).sum(1)

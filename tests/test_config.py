@@ -392,9 +392,9 @@ def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_
     """A mean of the means of ragged micro-batches is another gradient: the last, smallest one would count too much."""
     found, trained_on, forward = [], [], Transformer.forward
 
-    def listening(model, ids, *rest):
+    def listening(model, ids, *rest, **more):
         trained_on.append(len(ids) if torch.is_grad_enabled() else 0)
-        return forward(model, ids, *rest)
+        return forward(model, ids, *rest, **more)
 
     monkeypatch.setattr(Transformer, "forward", listening)
     for size in (0, 1, 3):

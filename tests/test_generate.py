@@ -53,7 +53,7 @@ def replies(model, prompts, **options):
 def test_a_large_model_decodes_the_same_with_weights_in_the_order_that_a_processor_likes():
     """The packed copies must be of this model's matrices and of the rows of its softmax, and must be gone afterwards: the
     weights change at the next update."""
-    model = Transformer(ModelConfig(50257, table_rows=50304, n_layer=2, n_head=2, d_model=96, context=8)).requires_grad_(False)
+    model = Transformer(ModelConfig(50257, table_rows=50304, n_layer=2, n_head=2, d_model=256, context=8)).requires_grad_(False)
     ids, mask = pad_left([[5, 6, 7], [8, 9]], 50257)
     one_more = torch.tensor([3, 4])
 

@@ -123,6 +123,44 @@ def test_padding_and_repeated_beginnings_are_not_computed(side):
     assert torch.equal(layout.ids[layout.out][mask], ids[mask])
 
 
+@pytest.mark.parametrize("side", [pad_left, pad_right])
+def test_states_that_nobody_wants_are_left_out_and_the_others_as_they_were(side):
+    """What the last block does not compute may be missing from no state that is read, and from no weight's gradient."""
+    model = random_model().double().requires_grad_(True)
+    _, ids, mask = siblings(side)
+    chosen = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+    computed = []
+    hook = model.blocks[-1].mlp_in.register_forward_hook(lambda layer, given, result: computed.append(len(result)))
+    found, expected = model(ids, mask, wanted=chosen)[chosen], model(ids, mask)[chosen]
+    hook.remove()
+    assert computed == [int(chosen.sum()), len(pack(ids, mask).ids)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = [torch.autograd.grad((states * weights).sum(), model.blocks.parameters()) for states in (found, expected)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("longest, columns", [(1, 1), (7, 7), (8, 16), (15, 16), (16, 16), (17, 17), (95, 96), (96, 96)])
+def test_rows_are_filled_up_where_that_makes_attention_faster(longest, columns):
+    """By columns that no real token reads: the states are those of the bare rows, wherever the longest row ends."""
+    model = Transformer(ModelConfig(11, 12, n_layer=2, n_head=2, d_model=16, context=100), seed=3).double()
+    sequences = [[1 + i % 9 for i in range(longest)], [4]]
+    ids, mask = pad_right([*sequences, [5] * longest], PAD)
+    assert pack(ids, mask).rows.shape == (3, columns)
+    for row, sequence in enumerate(sequences):
+        one = torch.tensor([sequence])
+        x = model.wte(one) + model.wpe(torch.arange(len(sequence)))
+        for block in model.blocks:
+            q, k, v = block.before(x).view(1, -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
+            future = torch.full((len(sequence), len(sequence)), float("-inf"), dtype=torch.float64).triu(1)
+            mixed = (q @ k.mT / 8**0.5 + future).softmax(-1) @ v
+            x = block.after(x, mixed.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(model(ids, mask)[row, : len(sequence)], model.ln_f(x)[0], rtol=0, atol=1e-12)
+    padded = torch.cat([torch.full((3, 40), PAD), ids], 1)  # 40 columns that no row has: nor has attention
+    assert pack(padded, padded != PAD).rows.shape == (3, columns)
+
+
 def test_hidden_states_do_not_depend_on_later_tokens():
     """A leak from the future makes every log-prob too good, and sampling can never match it."""
     model = random_model()

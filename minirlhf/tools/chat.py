@@ -19,7 +19,7 @@ from minirlhf.environment import Samples, Scorer, function_scorer, model_scorer,
 from minirlhf.flags import check_ranges, setting
 from minirlhf.generate import sample_tokens
 from minirlhf.log import rounded
-from minirlhf.model import KVCache, Transformer
+from minirlhf.model import KVCache, Transformer, last_tokens
 from minirlhf.records import ASSISTANT, HUMAN
 from minirlhf.seeding import row_uniforms
 from minirlhf.task import load_function
@@ -127,8 +127,8 @@ def stream(model: Transformer, prompt_ids: list[int], uniforms: Tensor | None, l
     """The tokens of one response, each handed out as soon as it is chosen: what generate() returns for a batch of one.
     uniforms: [limit]; None decodes greedily."""
     ids = torch.tensor([prompt_ids], device=model.wte.weight.device)
-    cache = KVCache(model, 1, len(prompt_ids))
-    hidden = model(ids, torch.ones_like(ids, dtype=torch.bool), cache)[:, -1]
+    mask, cache = torch.ones_like(ids, dtype=torch.bool), KVCache(model, 1, len(prompt_ids))
+    hidden = model(ids, mask, cache, wanted=last_tokens(mask))[:, -1]
     for t in range(limit):
         logits = hidden @ model.lm_weight.T
         token = logits.argmax(-1) if uniforms is None else sample_tokens(logits, uniforms[t:t + 1], temperature)
