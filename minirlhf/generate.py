@@ -39,10 +39,9 @@ def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor],
     """Within, a model on a processor, neither compiled nor rounded, multiplies by copies of its matrices, laid out for few
     tokens at a time, about `rows`. Yields hidden [B, D] -> logits [B, V]."""
     weight = model.wte.weight
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    compiled = any("before" in vars(block) for block in model.blocks)  # its compiler cannot read the copies
-    exact = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    usable = there and exact and not compiled
+    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    usable &= weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    usable &= not any("before" in vars(block) for block in model.blocks)  # a compiler cannot read the copies
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, torch.nn.Linear) and usable]
     try:
         for layer in layers:

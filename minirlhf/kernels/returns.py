@@ -60,7 +60,8 @@ def _scan(rewards, valid, gamma):
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     batch, length = rewards.shape
     triangle, to_next_block = _powers(float(gamma), dtype, rewards.device)
-    x = F.pad(torch.where(valid, rewards, 0).to(dtype), (0, -length % BLOCK))
+    x = torch.where(valid, rewards, 0).to(dtype)
+    x = F.pad(x, (0, -length % BLOCK)) if length % BLOCK else x  # pad copies
     x = (x.view(-1, BLOCK) @ triangle).view(batch, -1, BLOCK)
     for b in range(x.shape[1] - 2, -1, -1):
         x[:, b].addcmul_(x[:, b + 1, :1], to_next_block)
