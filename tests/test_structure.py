@@ -16,9 +16,9 @@ CORE = sorted(path for path in [*ROOT.glob("train_*.py"), *ROOT.glob("minirlhf/*
 # What one training step and its data pass through: all of that but settings, saved files and judging.
 STEP = [path for path in CORE if path.stem not in ("flags", "config", "checkpoint", "gpt2", "start", "evaluate", "compare")]
 # The order of reading: a module imports only what stands before it.
-ORDER = """seeding parallel log flags config device tokenizer json_files records data task packing model kernels.logprob kernels.returns
-kernels generate losses advantages rollout ladder optim evaluate checkpoint gpt2 start environment compare run train_reward
-train_policy""".split()
+ORDER = """seeding parallel log flags config device tokenizer json_files records data task packing model kernels.logprob
+kernels.returns kernels generate losses advantages rollout ladder optim evaluate checkpoint gpt2 start environment compare
+run train_reward train_policy""".split()
 EACH_FILE = pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
