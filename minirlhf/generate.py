@@ -71,8 +71,8 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
     prompt_ids, prompt_mask: [B, P], left-padded. uniforms: [B, max_response_length] in [0, 1), column t for action t;
     None decodes greedily. The mask is 1 on every sampled token including EOS. A row without EOS was cut by length.
     """
-    if top_k < 0 or not 0.0 < top_p <= 1.0 or temperature <= 0.0:
-        raise ValueError(f"top_k {top_k} must be >= 0, top_p {top_p} in (0, 1], temperature {temperature} > 0")
+    if top_k < 0 or not 0.0 < top_p <= 1.0 or temperature <= 0.0 or max_response_length < 1:
+        raise ValueError(f"top_k {top_k} must be >= 0, top_p {top_p} in (0, 1], {temperature=} and {max_response_length=} > 0")
     batch, device = len(prompt_ids), prompt_ids.device
     response = torch.full((batch, max_response_length), pad, device=device)
     rows = torch.arange(batch, device=device)  # which row of the result each row of the running batch is

@@ -46,7 +46,7 @@ class KVCache:
         self.columns = 0  # in use
 
     def start(self, lengths: Tensor, columns: int) -> None:
-        """Prompts of these lengths [B], the longest of them `columns`."""
+        """Prompts of these lengths [B], none longer than `columns`."""
         self.lengths, self.columns = lengths.clone(), columns
         real = torch.arange(columns, device=lengths.device) < lengths[:, None]
         self.bias[..., :columns].masked_fill_(real[:, None, None], 0.0)
@@ -160,8 +160,8 @@ class Transformer(nn.Module):
         attention_mask: bool [B, T], 1 on real tokens, which lie together in each row. Position ids count real tokens, so
         that a sequence has the same hidden states wherever its padding is. Those at padding are meaningless. Only real
         tokens are computed, and what rows in succession have in common only once.
-        wanted: bool [B, T], the real tokens whose states are going to be read; None is all of them. The last block, after
-        whose attention no token reads another, leaves out the rest, whose states are meaningless then.
+        wanted: bool [B, T], the real tokens whose states are going to be read, at least one; None is all of them. The last
+        block, after whose attention no token reads another, leaves out the rest, whose states are meaningless then.
         """
         if ids.shape[1] > self.config.context:
             raise ValueError(f"ids {tuple(ids.shape)}: longer than the context of {self.config.context}")
@@ -211,7 +211,7 @@ def in_full_precision(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def last_tokens(attention_mask: Tensor) -> Tensor:
-    """Bool [B, T]: true on the last real token of each row, whatever the padding."""
+    """Bool [B, T]: true on the last real token of each row (there is one), whatever the padding."""
     order = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return order == (attention_mask * order).argmax(dim=1, keepdim=True)
 

@@ -50,7 +50,19 @@ def replies(model, prompts, **options):
     return found
 
 
-def test_a_large_model_decodes_the_same_with_weights_in_the_order_that_a_processor_likes():
+@pytest.mark.parametrize("rows_of_weight, kind", [(256, "aten::addmm"), (1024, "mkldnn::_linear_pointwise")])
+def test_matrices_are_copied_in_the_order_that_is_read_fastest_at_their_size(rows_of_weight, kind):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN on this processor")
+    weight, bias, x = (torch.randn(*shape) for shape in ((rows_of_weight, 256), (rows_of_weight,), (8, 256)))
+    multiply = packed(weight, bias, 8)
+    with torch.profiler.profile() as profile:
+        found = multiply(x)
+    assert kind in {event.name for event in profile.events()}
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_decodes_the_same_with_copies_of_its_weights():
     """The packed copies must be of this model's matrices and of the rows of its softmax, and must be gone afterwards: the
     weights change at the next update."""
     model = Transformer(ModelConfig(50257, table_rows=50304, n_layer=2, n_head=2, d_model=256, context=8)).requires_grad_(False)
@@ -92,7 +104,7 @@ def test_no_packed_weights_are_left_over_where_memory_runs_out(fails_at, monkeyp
 
 
 @pytest.mark.parametrize("compiler", [pytest.param(torch.compile, marks=pytest.mark.slow), lambda part, dynamic: part])
-def test_a_large_compiled_model_decodes_with_its_own_weights(compiler, monkeypatch):
+def test_a_compiled_model_decodes_with_its_own_weights(compiler, monkeypatch):
     """The compiler fails on packed copies, with a traceback, and after train_reward.py has done all its steps."""
     monkeypatch.setattr(torch, "compile", compiler)
     plain, compiled = (Transformer(ModelConfig(50257, 50304, 1, 2, 96, context=8)) for _ in range(2))
@@ -182,11 +194,13 @@ def test_a_reply_may_end_with_its_first_token():
     assert response.tolist() == [[first]] * 3 and mask.tolist() == [[True]] * 3
 
 
-@pytest.mark.parametrize("options", [dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(temperature=0.0)])
+@pytest.mark.parametrize("options", [dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(temperature=0.0),
+                                     dict(max_response_length=0)])
 def test_impossible_settings_are_an_error_that_names_them(options):
     """temperature 0 divides by zero: NaN, and then token 0 for ever."""
     with pytest.raises(ValueError, match=next(iter(options))):
-        generate(random_model(), *pad_left([[1]], PAD), 2, EOS, PAD, uniforms=torch.zeros(1, 2), **options)
+        generate(random_model(), *pad_left([[1]], PAD), eos=EOS, pad=PAD, uniforms=torch.zeros(1, 2),
+                 **(dict(max_response_length=2) | options))
 
 
 # ---- inverse CDF -----------------------------------------------------------------------------------------------------

@@ -267,6 +267,13 @@ def test_return_of_a_setback_now_and_a_prize_later(gamma):
     assert math.isclose(returns[0, 8], 100) and not returns[0, 9:].any()
 
 
+@pytest.mark.parametrize("length", [32, 40])
+def test_rewards_and_mask_may_be_strided(length):
+    rewards, mask = torch.randn(length, 8)[:, ::2].T, (torch.arange(length)[:, None] < torch.tensor([length, 7, 1, 0])).T
+    want = discounted_returns(rewards.contiguous(), mask.contiguous(), 0.9)
+    assert not rewards.is_contiguous() and torch.equal(discounted_returns(rewards, mask, 0.9), want)
+
+
 def test_masks_of_any_type_give_the_same_returns_and_no_argument_is_changed():
     rewards, mask = torch.randn(4, 40), torch.arange(40) < torch.tensor([[40], [7], [1], [0]])
     before = rewards.clone()

@@ -62,7 +62,7 @@ def _scan(rewards, valid, gamma):
     triangle, to_next_block = _powers(float(gamma), dtype, rewards.device)
     x = torch.where(valid, rewards, 0).to(dtype)
     x = F.pad(x, (0, -length % BLOCK)) if length % BLOCK else x  # pad copies
-    x = (x.view(-1, BLOCK) @ triangle).view(batch, -1, BLOCK)
+    x = (x.reshape(-1, BLOCK) @ triangle).view(batch, -1, BLOCK)
     for b in range(x.shape[1] - 2, -1, -1):
         x[:, b].addcmul_(x[:, b + 1, :1], to_next_block)
     return x.view(batch, -1)[:, :length]
