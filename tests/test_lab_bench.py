@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import random_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from minirlhf.advantages import gae
 from minirlhf.data import pad_left
@@ -187,3 +188,13 @@ def test_every_part_runs_in_bfloat16(monkeypatch):
         monkeypatch.setattr(module, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
     rows = bench.main(BenchConfig(quick=True, device="cpu", growth=False))
     assert all(math.isfinite(row["seconds"]) for row in rows) and len(rows) == 14
+
+
+def test_the_arithmetic_counted_is_that_of_the_products_that_are_made():
+    """Torch's own counter, on a pass of which only some tokens' states are read; all tokens differ, so none is shared."""
+    model, ids = Transformer(TINY.config), torch.randperm(40).view(4, 10)
+    mask, wanted = torch.ones_like(ids, dtype=torch.bool), torch.arange(10).expand(4, 10) >= 7
+    with FlopCounterMode(display=False) as counter:
+        model(ids, mask, wanted=wanted)
+    linear = counter.get_flop_counts()["Global"][torch.ops.aten.addmm]
+    assert linear == bench_cases.trunk_flops(TINY.config, 40, 0, 12) < bench_cases.trunk_flops(TINY.config, 40, 0, 40)

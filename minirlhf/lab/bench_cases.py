@@ -95,9 +95,16 @@ def scan_cases(rows: int, columns: int, device: torch.device, peers) -> list[Cas
     ]
 
 
-def trunk_flops(config: ModelConfig, tokens: int, length: int) -> float:
-    """Of a forward pass over texts of this mean length: 24 D^2 a layer and token, and 2 D length of causal attention."""
-    return tokens * config.n_layer * (24 * config.d_model**2 + 2 * config.d_model * length)
+def trunk_flops(config: ModelConfig, tokens: int, length: int, read: int) -> float:
+    """Of a forward pass over texts of this mean length: 24 D^2 a layer and token, and 2 D length of causal attention. Where
+    only `read` tokens' states are read, the others need no more than 6 D^2 in the last layer, their keys, values and queries."""
+    whole = tokens * config.n_layer * (24 * config.d_model**2 + 2 * config.d_model * length)
+    return whole - 18 * config.d_model**2 * (tokens - read)
+
+
+def pass_flops(config: ModelConfig, tokens: int, length: int, sampled: int) -> float:
+    """Of a forward pass that asks for the logits of the tokens sampled."""
+    return trunk_flops(config, tokens, length, sampled) + 2.0 * sampled * config.d_model * config.vocab_size
 
 
 def prompts(s: Shape, device: torch.device, ragged: bool = False) -> tuple[Tensor, Tensor]:
@@ -140,7 +147,7 @@ def rollout_case(kind: str, model: Transformer, s: Shape, device: torch.device, 
         with half(device):
             naive.rollout_without_cache(model, ids, mask, s.response)
 
-    return Case(f"rollout, {kind}", tokens, trunk_flops(c, real, real / s.batch) + 2.0 * tokens * c.d_model * c.vocab_size,
+    return Case(f"rollout, {kind}", tokens, pass_flops(c, real, real / s.batch, tokens),
                 float(size) * (steps * weights + cache), ours, first if plain else None, s.response / 2,
                 peers.rollout(model, ids, mask, s.response, lengths if eos == EOS else None) if peers else {})
 
@@ -167,7 +174,7 @@ def reward_case(model: Transformer, s: Shape, device: torch.device, peers, pairs
         naive.reward_step(first, first_optimizer, ids, mask)
 
     weights = 4.0 * 7 * sum(p.numel() for p in model.parameters())  # AdamW reads four numbers a weight and writes three
-    flops = 3 * trunk_flops(s.config, sum(lengths), longest * 5 // 8)
+    flops = 3 * trunk_flops(s.config, sum(lengths), longest * 5 // 8, sum(lengths))
     return Case("reward-model step, ragged pairs", sum(lengths), flops, weights, ours, plain,
                 trainer=peers.reward_trainer(model, texts, device) if peers else None)
 
@@ -206,8 +213,8 @@ def iteration_case(algorithm: str, model: Transformer, s: Shape, device: torch.d
         return update(policy, optimizer, rung, rollout, *weights, config, config.kl_coef, 3e-6, s.response, 0)
 
     tokens, length = s.batch * s.response, s.prompt + s.response
-    read = tokens + s.batch * s.prompt // (config.group_size if rung.grouped else 1)
-    forward = trunk_flops(s.config, read, length) + 2.0 * tokens * s.config.d_model * s.config.vocab_size
+    real = tokens + s.batch * s.prompt // (config.group_size if rung.grouped else 1)
+    forward = pass_flops(s.config, real, length, tokens)
     passes = 3 + 3 * epochs + (algorithm == "ppo")  # sampling, policy, reference; the reward model; forward and backward
     sampling = rollout_case("fixed", model, s, device, None, False)
     return Case(f"{algorithm} iteration", tokens, passes * forward, sampling.bytes, ours,
@@ -226,7 +233,7 @@ def update_case(model: Transformer, s: Shape, device: torch.device, peers) -> Ca
                                   torch.randn(s.batch, device=device), 0.05, 1.0, 0)
     advantages, returns = advantages_and_returns(LADDER["ppo"], rollout, config)
     tokens, length = s.batch * (s.prompt + s.response), s.prompt + s.response
-    forward = trunk_flops(s.config, tokens, length) + 2.0 * s.batch * s.response * s.config.d_model * s.config.vocab_size
+    forward = pass_flops(s.config, tokens, length, s.batch * s.response)
     weights = 28.0 * sum(p.numel() for p in policy.parameters())
     what = policy, optimizer, LADDER["ppo"], rollout, advantages, returns, config, 0.05, 3e-6, s.response, 0
     return Case(f"policy update, {s.batch} x {length} tokens", tokens, 3 * forward, weights, lambda: update(*what),

@@ -124,17 +124,18 @@ def moved(w: Work, count: int, shard: bool) -> float:
 
 def flops(w: Work, count: int) -> dict[str, float]:
     """Per GPU and iteration, by phase; a multiply-add is two. Forward 2 per weight and token, backward 4; attention 2 T^2 D a
-    layer and row under the causal mask; the head only where tokens were sampled, and there once more in the backward pass."""
+    layer and row under the causal mask; the head only where tokens were sampled, and there once more in the backward pass. The
+    last layer goes on, after its attention, with the tokens alone whose states are read: those sampled, or the last."""
     rows, length = -(-w.batch // count), w.prompt + w.response
     body = 2 * 12 * w.width**2 * w.layers
     head = 2 * w.vocab * w.width
 
-    def forward(tokens: int) -> float:
-        return rows * (body * tokens + 2 * tokens**2 * w.width * w.layers)
+    def forward(tokens: int, read: int) -> float:
+        return rows * (body * tokens - 18 * w.width**2 * (tokens - read) + 2 * tokens**2 * w.width * w.layers)
 
-    return dict(prefill=forward(w.prompt), decode=rows * w.response * (body + head),
-                score=3 * forward(length) + 2 * rows * w.response * head,
-                update=w.epochs * (3 * forward(length) + 4 * rows * w.response * head))
+    return dict(prefill=forward(w.prompt, 1), decode=rows * w.response * (body + head),
+                score=2 * forward(length, w.response) + forward(length, 1) + 2 * rows * w.response * head,
+                update=w.epochs * (3 * forward(length, w.response) + 4 * rows * w.response * head))
 
 
 def seconds(w: Work, count: int, shard: bool, config: MemoryConfig) -> dict[str, float]:
