@@ -17,22 +17,14 @@ from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_ste
 from minirlhf.compare import Referee, closing_table
 from minirlhf.config import PolicyConfig, UserError, run_script
 from minirlhf.device import mixed_precision, pick_device, prepare_training
-from minirlhf.environment import (
-    Environment,
-    Samples,
-    load_environment,
-    newest_reward_run,
-    next_prompts,
-    sample_responses,
-    true_worth,
-)
+from minirlhf.environment import Environment, Samples, load_environment, newest_reward_run, next_prompts, sample_responses
 from minirlhf.ladder import Rung, advantages_and_returns, explained_variance, minibatch_loss, pick_rung
 from minirlhf.log import Metrics, Progress, rounded
 from minirlhf.losses import kl_k1, masked_mean
 from minirlhf.model import Transformer
 from minirlhf.optim import make_optimizer, step_optimizer
-from minirlhf.parallel import gathered, is_main, micro_batches, share, summed, whole
-from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout
+from minirlhf.parallel import gathered, is_main, micro_batches, processes, share, summed, whole
+from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout, evaluate_actions
 from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
 from minirlhf.seeding import generator
 from minirlhf.tokenizer import fingerprint
@@ -43,8 +35,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     takes the reward model's place. Raises UserError."""
     config.check()
     rung, device, stop = pick_rung(config), pick_device(config.device, config.deterministic), StopSignal("train_policy.py")
-    size = config.minibatch_size if rung.reuses_rollout else config.batch_size
-    check_processes(config, device, config.batch_size % size or min(size, config.batch_size), "the smallest minibatch")
+    check_processes(config, device, min(map(len, minibatches(config, rung, 0, config.batch_size))), "the smallest minibatch")
     if not config.reward_run:  # named in config.json, so that a resumed run does not take up a newer one
         config = dataclasses.replace(config, reward_run=str(newest_reward_run(Path("runs"))))
     world = load_environment(config, reward_function, device)
@@ -80,8 +71,9 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         # 2. Score each response; what it cost in KL, and what each token earned.
         with batch_kept(run.folder, "policy", step + 1, samples._asdict()), mixed_precision(device, config.bf16):
             scores = world.scorer(samples)
+            measured = learners_pass(learner, config, rung, samples[3:])
             rollout = collect_rollout(whole(policy), world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
-                                      config.temperature, config.micro_batch_size)
+                                      config.temperature, config.micro_batch_size, measured)
         samples, rollout = gathered(samples), gathered(rollout)
         clock.phase("score")
 
@@ -93,7 +85,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         batch |= dict(advantages=advantages, minibatches=minibatches(config, rung, step, config.batch_size))
         with batch_kept(run.folder, "policy", step + 1, batch):
             figures = update(learner, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
-                             world.sampling.max_response_length, step)
+                             world.sampling.max_response_length, step, measured)
         clock.phase("update")
 
         # 5. Tell, judge, save.
@@ -132,12 +124,22 @@ def minibatches(config: PolicyConfig, rung: Rung, step: int, count: int) -> Iter
             yield minibatch.sort().values  # siblings side by side share the work on their prompt
 
 
+def learners_pass(learner: Transformer, config: PolicyConfig, rung: Rung,
+                  sampled: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """evaluate_actions with its graph, where what was sampled serves for one step in one piece: the pass that measures it is
+    then the learner's too. None where the weights will have moved, or the rows are cut."""
+    cut = 0 < config.micro_batch_size < config.batch_size or processes() > 1
+    once = not cut and len(list(minibatches(config, rung, 0, config.batch_size))) == 1
+    return evaluate_actions(learner, *sampled, config.temperature, entropy=True) if once else None
+
+
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, rollout: Rollout, advantages: Tensor,
-           returns: Tensor, config: PolicyConfig, kl_coef: float, lr: float, max_response_length: int, step: int) -> dict:
+           returns: Tensor, config: PolicyConfig, kl_coef: float, lr: float, max_response_length: int, step: int,
+           measured: tuple[Tensor, Tensor, Tensor] | None = None) -> dict:
     """One optimiser step on the whole rollout, or, where the rung reuses it, one per minibatch for several epochs.
 
-    The gradient of a minibatch is the same however it is cut, into micro-batches or over processes. Returns means over all
-    tokens used.
+    The gradient of a minibatch is the same however it is cut, into micro-batches or over processes. measured: from
+    learners_pass. Returns means over all tokens used.
     """
     check_finite(float(rollout.scores.sum()), "sum of the scores")
     for name in ("logprobs", "ref_logprobs", "values"):
@@ -151,7 +153,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, ro
         for rows in micro_batches(minibatch.to(advantages.device), config.micro_batch_size, policy):
             with mixed_precision(advantages.device, config.bf16):
                 loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
-                                               kl_coef, denominator, tokens)
+                                               kl_coef, denominator, tokens, measured)
             loss.backward()
             total = total + loss.detach()
             sums = {key: value.detach() + sums.get(key, 0.0) for key, value in figures.items()}
@@ -173,7 +175,7 @@ def describe_rollout(rollout: Rollout, samples: Samples, returns: Tensor, world:
         total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(), return_mean=masked_mean(returns, mask),
         return_std=returns[mask].std(correction=0), length=mask.sum(1).float().mean(), tokens=mask.sum(),
         eos_rate=sum(samples.finished) / len(samples.finished))
-    if gold := true_worth(world.task, samples):
+    if gold := samples.gold(world.task):
         row["gold"] = sum(gold) / len(gold)
     return {key: float(value) for key, value in row.items()}
 

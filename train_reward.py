@@ -12,18 +12,9 @@ import torch
 
 from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step
 from minirlhf.config import RewardConfig, run_script
-from minirlhf.data import (
-    PreferenceBatch,
-    collate_preferences,
-    describe_counts,
-    encode_preferences,
-    encode_prompts,
-    epoch_batches,
-    pad_right,
-    unique_prompts,
-)
+from minirlhf.data import collate_preferences, describe_counts, encode_preferences, epoch_batches, pad_right, unique_prompts
 from minirlhf.device import mixed_precision, pick_device, prepare_training
-from minirlhf.environment import Sampling, model_scorer, sample_responses
+from minirlhf.environment import Sampling, encoded, model_scorer, sample_responses
 from minirlhf.evaluate import evaluate_reward_model, probe_table
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Metrics, Progress
@@ -40,8 +31,8 @@ from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id
 def language_model_loss(model, ids, mask):
     """Mean -log p(next token) in nats over every real token after the first, prompt and response alike: the reply has to
     copy from the prompt, and a model that has learnt to predict prompts has learnt to read them."""
-    hidden, targets = model(ids[:, :-1], mask[:, :-1]), mask[:, 1:]
-    return -token_logprobs(hidden[targets], model.wte.weight, ids[:, 1:][targets], vocab_size=model.config.vocab_size).mean()
+    (hidden, table), targets = model(ids[:, :-1], mask[:, :-1], with_table=True), mask[:, 1:]
+    return -token_logprobs(hidden[targets], table, ids[:, 1:][targets], vocab_size=model.config.vocab_size).mean()
 
 
 def pair_loss(model, groups, pad, config, total_weight):
@@ -51,7 +42,7 @@ def pair_loss(model, groups, pad, config, total_weight):
     its own through the value head, and their sum is held to the same preferences: a slip in the third word then has a short
     way to the loss, and what the words are worth adds up. Only training hears of the verdicts.
     """
-    batch = PreferenceBatch(*(tensor.to(model.wte.weight.device) for tensor in collate_preferences(groups, pad)))
+    batch = collate_preferences(groups, pad, model.wte.weight.device)
     hidden = model(batch.ids, batch.attention_mask)  # each response is read once, however many pairs it stands in
     scores = last_token_scores(model, hidden, batch.attention_mask)
     verdicts = torch.where(batch.attention_mask, in_full_precision(model.value_head, hidden), 0.0).sum(1)
@@ -98,9 +89,8 @@ def train_stage(stage, model, heads, total, peak_lr, batch, backward, run, confi
 
 def warmup_steps(config):
     """None for a base model brought along, unless --warmup-init asks for them."""
-    if base_file(config) and not (config.init and config.warmup_init):
-        return 0
-    return -(-config.warmup_sequences // config.warmup_batch_size)
+    brought = base_file(config) and not (config.init and config.warmup_init)
+    return 0 if brought else -(-config.warmup_sequences // config.warmup_batch_size)
 
 
 def warm_up(model, groups, run, config, pad, metrics, stop, found):
@@ -146,14 +136,13 @@ def learn_preferences(model, groups, run, config, pad, metrics, stop, found):
 
 
 @torch.no_grad()
-def normalise_scores(reward_model, base, prompts, prompt_ids, sampling):
+def normalise_scores(reward_model, base, prompts, sampling):
     """Stage 3: shift and scale scores so that the base model's own samples have mean 0 and deviation 1: the free constant
     of a preference loss is pinned, and kl_coef means the same whatever the reward model's temper."""
     scores = []
-    for start in range(0, len(prompts), 128):
-        some = slice(start, start + 128)
-        rows = list(range(len(prompts)))[some]
-        samples = sample_responses(base, prompts[some], prompt_ids[some], sampling, "normalise", 0, rows)
+    for start in range(0, len(prompts.texts), 128):
+        rows = list(range(start, min(start + 128, len(prompts.texts))))
+        samples = sample_responses(base, *prompts.rows(rows), sampling, "normalise", 0, rows)
         scores.append(model_scorer(reward_model, 0.0)(samples))
     scores = torch.cat(scores)
     reward_model.score_shift.copy_(scores.mean())
@@ -205,9 +194,8 @@ def main(config: RewardConfig) -> dict:
         return {}
 
     # 3. Scores in units of the base policy's own spread.
-    prompts = unique_prompts(splits.train)[: config.normalise_prompts]
-    prompt_ids, _ = encode_prompts(prompts, encoding, config.max_prompt_length)
-    normalise_scores(reward_model, base, prompts, prompt_ids, Sampling(encoding, config.max_response_length, 1.0, config.seed))
+    prompts = encoded(unique_prompts(splits.train)[: config.normalise_prompts], encoding, config.max_prompt_length)
+    normalise_scores(reward_model, base, prompts, Sampling(encoding, config.max_response_length, 1.0, config.seed))
 
     # 4. What it learnt.
     result = evaluate_reward_model(reward_model, groups["test"], encoding, task, device)

@@ -79,8 +79,7 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
 
 def save_model(path: Path, kind: str, model: Transformer, meta: dict) -> None:
     """One of base.pt, reward.pt, policy.pt: weights, sizes, and whatever meta tells of their making."""
-    sizes = vars(model.config)
-    save_checkpoint(path, kind, dict(meta, model=sizes), dict(model=model.state_dict()))
+    save_checkpoint(path, kind, dict(meta, model=vars(model.config)), dict(model=model.state_dict()))
 
 
 def load_model(path: Path, kind: str, fingerprint: str) -> tuple[Transformer, dict]:

@@ -1,11 +1,12 @@
 """A policy against the base model it came from, at the same decoding: sharpening is not alignment."""
 
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.environment import Environment, Prompts, sample_responses, true_worth
+from minirlhf.environment import Environment, Prompts, sample_responses
 from minirlhf.evaluate import interval, standard_error
 from minirlhf.log import printable
 from minirlhf.model import Transformer
@@ -35,10 +36,9 @@ def judge(model: Transformer, world: Environment, prompts: Prompts, greedy: bool
     parts: list[tuple] = []
     for start in range(0, len(prompts.texts), 128):
         some = range(start, min(start + 128, len(prompts.texts)))
-        samples = sample_responses(model, prompts.texts[start:some.stop], prompts.ids[start:some.stop], world.sampling,
-                                   purpose, rows=None if greedy else list(some))
+        samples = sample_responses(model, *prompts.rows(some), world.sampling, purpose, rows=None if greedy else list(some))
         divergence = sequence_kl(model, world.base, samples[3:], world.sampling.temperature)
-        parts.append((samples.responses, world.scorer(samples).tolist(), true_worth(world.task, samples) or [],
+        parts.append((samples.responses, world.scorer(samples).tolist(), samples.gold(world.task) or [],
                       divergence.tolist(), samples.response_mask.sum(1).tolist(), samples.finished))
     responses, *figures = ([x for part in column for x in part] for column in zip(*parts))
     score, gold, kl, length, finished = map(np.array, figures)
@@ -65,7 +65,7 @@ def best_of_n(world: Environment, prompts: Prompts, counts: tuple[int, ...]) -> 
     draws = [sample_responses(world.base, prompts.texts, prompts.ids, world.sampling, "best of n", draw, rows)
              for draw in range(max(counts))]
     scores = np.array([world.scorer(samples).tolist() for samples in draws])  # [n, prompts]
-    gold = np.array([true_worth(world.task, samples) or [] for samples in draws])
+    gold = np.array([samples.gold(world.task) or [] for samples in draws])
     table = []
     for n in counts:
         best = scores[:n].argmax(axis=0)
@@ -143,7 +143,5 @@ def samples_page(prompts: list[str], before: Judged, after: Judged, count: int =
 def fenced(text: str) -> str:
     """A code fence longer than any in the text, so that no text of a model's can end it."""
     text = printable(text)
-    ticks = "```"
-    while ticks in text:
-        ticks += "`"
+    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
     return f"{ticks}text\n{text}\n{ticks}"

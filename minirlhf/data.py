@@ -157,7 +157,7 @@ def _encode_response(enc: tiktoken.Encoding, text: str, max_length: int) -> Ids:
 # ---- batches: from groups to tensors ---------------------------------------------------------------------------
 
 
-def collate_preferences(groups: list[PreferenceGroup], pad: int) -> PreferenceBatch:
+def collate_preferences(groups: list[PreferenceGroup], pad: int, device: torch.device | str = "cpu") -> PreferenceBatch:
     """One row for each response of each group, prompt and response joined; pairs point at rows."""
     sequences: list[Ids] = []
     pairs: list[tuple[int, int, float, float]] = []
@@ -166,7 +166,8 @@ def collate_preferences(groups: list[PreferenceGroup], pad: int) -> PreferenceBa
         pairs += [(first + winner, first + loser, margin, weight) for winner, loser, margin, weight in group.pairs]
         sequences += [group.prompt + response for response in group.responses]
     chosen, rejected, margin, weight = map(torch.tensor, zip(*pairs))
-    return PreferenceBatch(*pad_right(sequences, pad), chosen, rejected, margin.float(), weight.float())
+    tensors = *pad_right(sequences, pad), chosen, rejected, margin.float(), weight.float()
+    return PreferenceBatch(*(tensor.to(device) for tensor in tensors))
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,11 @@ class Samples(NamedTuple):
     response_ids: Tensor  # [B, R] right-padded
     response_mask: Tensor  # [B, R]
 
+    def gold(self, task: ModuleType | None) -> list[float] | None:
+        """Gold utility of each response where the task knows it."""
+        each = zip(self.prompts, self.responses, self.finished)
+        return [task.gold(*one) for one in each] if task and hasattr(task, "gold") else None
+
 
 def sample_responses(model: Transformer, prompts: list[str], prompt_ids: list[list[int]], sampling: Sampling,
                      purpose: str = "", step: int = 0, rows: list[int] | None = None) -> Samples:
@@ -54,13 +59,6 @@ def sample_responses(model: Transformer, prompts: list[str], prompt_ids: list[li
     finished = ((response == encoding.eot_token) & response_mask).any(1).tolist()
     texts = [decode(encoding, row[keep].tolist()) for row, keep in zip(response.cpu(), response_mask.cpu())]
     return Samples(prompts, texts, finished, ids, mask, response, response_mask)
-
-
-def true_worth(task: ModuleType | None, samples: Samples) -> list[float] | None:
-    """Gold utility of each response where the task knows it."""
-    if task and hasattr(task, "gold"):
-        return [task.gold(*row) for row in zip(samples.prompts, samples.responses, samples.finished)]
-    return None
 
 
 Scorer = Callable[[Samples], Tensor]  # [B] scores, float32, on the samples' device
@@ -77,6 +75,10 @@ class Prompts(NamedTuple):
 
     def first(self, count: int) -> "Prompts":
         return Prompts(self.texts[:count], self.ids[:count])
+
+
+def encoded(texts: list[str], encoding: tiktoken.Encoding, max_prompt_length: int) -> Prompts:
+    return Prompts(texts, encode_prompts(texts, encoding, max_prompt_length)[0])
 
 
 class Environment(NamedTuple):
@@ -116,16 +118,13 @@ def load_environment(config: PolicyConfig, reward_function: Callable | None, dev
         reward_model.to(device).requires_grad_(False)
         scorer, reward_name = model_scorer(reward_model, config.missing_eos_penalty), str(folder / "reward.pt")
         inputs = [folder / "reward.pt"]
-
-    def encode(texts: list[str]) -> Prompts:
-        return Prompts(texts, encode_prompts(texts, encoding, reward_config.max_prompt_length)[0])
-
     train = read_prompts(config.prompts) if config.prompts else unique_prompts(splits.train)
     name = task.__name__.split(".")[-1] if task else "data"
     inputs += [folder / "base.pt"] + ([Path(config.prompts)] if config.prompts else [])
     return Environment(name, dict(reward_run=str(folder), data=splits.hashes | file_hashes(inputs)), base,
                        Sampling(encoding, length, config.temperature, config.seed), scorer, reward_name, task,
-                       encode(train), encode(unique_prompts(splits.heldout)), encode(unique_prompts(splits.test)))
+                       *(encoded(texts, encoding, reward_config.max_prompt_length)
+                         for texts in (train, unique_prompts(splits.heldout), unique_prompts(splits.test))))
 
 
 def newest_reward_run(runs: Path) -> Path:

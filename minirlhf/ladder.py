@@ -82,22 +82,22 @@ def advantages_and_returns(rung: Rung, rollout: Rollout, config: PolicyConfig) -
 
 
 def minibatch_loss(policy: Transformer, rung: Rung, rollout: Rollout, advantages: Tensor, returns: Tensor,
-                   config: PolicyConfig, kl_coef: float, denominator: float, tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+                   config: PolicyConfig, kl_coef: float, denominator: float, tokens: float,
+                   measured: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """This (micro-)batch's share of the loss, and sums over its tokens of what is worth watching.
 
     denominator: (sequences of the whole minibatch) x (maximum response length), fixed before sampling.
     tokens: number of real tokens of the whole minibatch, over which the value loss is a mean. The losses of the
     micro-batches of a minibatch therefore add up to the loss of the minibatch, however it is cut.
+    measured: evaluate_actions of these rows with its graph, where the learner has done it.
     """
     mask = rollout.response_mask
-    logprobs, values, entropy = evaluate_actions(policy, *rollout[:4], config.temperature, entropy=True)
-    policy_part = rung.loss(logprobs, rollout, advantages, config, kl_coef, denominator)
-    loss = policy_part
+    logprobs, values, entropy = measured or evaluate_actions(policy, *rollout[:4], config.temperature, entropy=True)
+    loss = rung.loss(logprobs, rollout, advantages, config, kl_coef, denominator)
     if config.ent_coef:
         loss = loss - config.ent_coef * entropy.sum() / denominator
     if rung.learns_value:
-        value_part = value_loss(values, rollout.values, returns, mask, config.value_clip_range, tokens)
-        loss = loss + config.vf_coef * value_part
+        loss = loss + config.vf_coef * value_loss(values, rollout.values, returns, mask, config.value_clip_range, tokens)
     with torch.no_grad():
         log_ratio = torch.where(mask, logprobs - rollout.logprobs, 0.0)
         ratio = log_ratio.exp()

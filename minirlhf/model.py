@@ -30,36 +30,38 @@ class ModelConfig:
 
 
 class KVCache:
-    """What the decoder keeps of B rows of text: keys and values, kv [L, 2, B, H, columns, D / H].
+    """What the decoder keeps of B rows of text: keys and values, kv [2, B, H, columns, D / H] of each layer.
 
     Columns 0 .. P - 1 belong to the prompts, each from column 0 on; every token after them takes the next column in all
     rows. Attention does not ask for order (positions are in the keys), only `bias` for what is there: 0, or -inf. It reads all
-    columns, in use or not: products in batch take three times as long on a slice of them. So room is added an eighth at a time.
+    columns, in use or not: products in batch take three times as long on a slice of them. So room is added a quarter at a time,
+    and in each layer only when its turn comes: what was copied just before is read from the processor's cache.
     """
 
-    def __init__(self, model: "Transformer", batch: int, columns: int):
-        config, weight = model.config, model.wte.weight
-        shape = (config.n_layer, 2, batch, config.n_head, columns, config.d_model // config.n_head)
-        self.kv = weight.new_zeros(shape)  # -inf does not hide a nan
-        self.bias = weight.new_full((batch, config.n_head, 1, columns), float("-inf"))
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)  # real tokens in each row
-        self.columns = 0  # in use
-
-    def start(self, lengths: Tensor, columns: int) -> None:
-        """Prompts of these lengths [B], none longer than `columns`."""
-        self.lengths, self.columns = lengths.clone(), columns
-        real = torch.arange(columns, device=lengths.device) < lengths[:, None]
-        self.bias[..., :columns].masked_fill_(real[:, None, None], 0.0)
+    def __init__(self, model: "Transformer", attention_mask: Tensor):
+        """Room for prompts of this mask [B, P], which a forward pass fills."""
+        config, weight, (batch, columns) = model.config, model.wte.weight, attention_mask.shape
+        shape = (2, batch, config.n_head, columns, config.d_model // config.n_head)
+        self.kv = [weight.new_zeros(shape) for _ in range(config.n_layer)]  # -inf does not hide a nan
+        self.lengths, self.columns = attention_mask.sum(1), columns  # real tokens in each row; columns in use
+        padding = torch.arange(columns, device=weight.device) >= self.lengths[:, None]
+        self.bias = weight.new_zeros(batch, config.n_head, 1, columns).masked_fill_(padding[:, None, None], float("-inf"))
 
     def add_column(self) -> None:
         """Room for one more token in every row."""
         self.lengths += 1
         self.columns += 1
-        if self.columns > self.kv.shape[4]:
-            room = self.columns // 8 + 1
-            self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:4], room, self.kv.shape[5])], dim=4)
-            self.bias = F.pad(self.bias, (0, room), value=float("-inf"))
+        if self.columns > self.bias.shape[3]:
+            self.bias = F.pad(self.bias, (0, self.columns // 4 + 1), value=float("-inf"))
         self.bias[..., self.columns - 1] = 0.0
+
+    def fill_column(self, layer: int, newest: Tensor) -> Tensor:
+        """What the newest token of each row has for the others to read, [2, B, H, D / H], joins the rest, which is returned."""
+        kv = self.kv[layer]
+        if room := self.bias.shape[3] - kv.shape[3]:
+            kv = self.kv[layer] = torch.cat([kv, kv.new_zeros(*kv.shape[:3], room, kv.shape[4])], dim=3)
+        kv[:, :, :, self.columns - 1] = newest
+        return kv
 
     def keep_rows(self, keep: Tensor) -> Tensor:
         """Drop the rows that the bool [B] does not keep. Rows from the end move into the gaps, so that little is copied.
@@ -67,11 +69,28 @@ class KVCache:
         count = int(keep.sum())
         gaps, movers = (~keep[:count]).nonzero().squeeze(1), count + keep[count:].nonzero().squeeze(1)
         old = torch.arange(count, device=keep.device).index_copy_(0, gaps, movers)
-        self.kv[:, :, gaps, :, : self.columns] = self.kv[:, :, movers, :, : self.columns]
-        self.bias[gaps] = self.bias[movers]
-        self.kv, self.bias = self.kv[:, :, :count], self.bias[:count]
-        self.lengths = self.lengths[old]
+        for layer, kv in enumerate(self.kv):
+            kv[:, gaps, :, : self.columns] = kv[:, movers, :, : self.columns]
+            self.kv[layer] = kv[:, :count]
+        self.bias, self.lengths = self.bias[old], self.lengths[old]
         return old
+
+
+class _TiedTable(torch.autograd.Function):
+    """ids [N], table [V, D] -> the rows that the trunk begins with, [N, D], and the table as the head is to use it.
+
+    As one node for both ends it answers with one gradient of the table's size, which is a third of GPT-2 small's weights.
+    Autograd by itself makes one for each end, and adds them when all other gradients are there already."""
+
+    @staticmethod
+    def forward(ctx, ids, table):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_rows, grad_table):
+        return None, grad_table.index_add_(0, *ctx.saved_tensors, grad_rows)  # the head's, or zeros where there was none
 
 
 class Block(nn.Module):
@@ -85,6 +104,7 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, 4 * width)
+        self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor], read: Tensor | None = None) -> Tensor:
@@ -100,7 +120,7 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + self.attention_out(mixed)
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
+        return x + self.mlp_out(self.gelu(self.mlp_in(self.ln_2(x))))
 
 
 class Transformer(nn.Module):
@@ -154,25 +174,27 @@ class Transformer(nn.Module):
         """[V, D] the LM head, tied to the embedding. PAD and the rounding rows are left out: no softmax contains them."""
         return self.wte.weight[: self.config.vocab_size]
 
-    def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, D] of ids [B, T], exact under left and right padding; fills an empty cache.
+    def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None,
+                with_table: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states [B, T, D] of ids [B, T], exact under left and right padding; fills a cache made for this mask.
 
         attention_mask: bool [B, T], 1 on real tokens, which lie together in each row. Position ids count real tokens, so
         that a sequence has the same hidden states wherever its padding is. Those at padding are meaningless. Only real
         tokens are computed, and what rows in succession have in common only once.
         wanted: bool [B, T], the real tokens whose states are going to be read, at least one; None is all of them. The last
         block, after whose attention no token reads another, leaves out the rest, whose states are meaningless then.
+        with_table: return wte.weight too, for a head whose loss is differentiated: both uses then share one gradient.
         """
         if ids.shape[1] > self.config.context:
             raise ValueError(f"ids {tuple(ids.shape)}: longer than the context of {self.config.context}")
         layout = pack(ids, attention_mask, wanted)
-        x = self.wte(layout.ids) + self.wpe(layout.positions)
-        if cache is not None:
-            cache.start(attention_mask.sum(1), ids.shape[1])
+        rows, table = _TiedTable.apply(layout.ids, self.wte.weight)
+        x = rows + self.wpe(layout.positions)
         for layer, block in enumerate(self.blocks):
             attend = functools.partial(attend_packed, layout, self.config.n_head, cache, layer)
             x = block(x, attend, layout.read if layer + 1 == self.config.n_layer else None)
-        return F.embedding(layout.out, self.ln_f(x))
+        hidden = F.embedding(layout.out, self.ln_f(x))
+        return (hidden, table) if with_table else hidden
 
     def decode(self, token: Tensor, cache: KVCache) -> Tensor:
         """Hidden states [B, D] of one more token [B] in each row of the cache."""
@@ -186,20 +208,21 @@ class Transformer(nn.Module):
 def attend_packed(layout: Packed, n_head: int, cache: KVCache | None, layer: int, qkv: Tensor) -> Tensor:
     """[N, D] what each packed token reads in its row. Padding is to the right there, where no real token looks."""
     batch, columns = layout.rows.shape
-    qkv = F.embedding(layout.rows, qkv).view(batch, columns, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    parts = F.embedding(layout.rows, qkv).view(batch, columns, 3, n_head, -1).unbind(2)
+    queries, keys, values = (part.transpose(1, 2) for part in parts)  # [B, H, C, D / H]
     if cache is not None:
-        cache.kv[layer, :, :, :, :columns] = qkv[1:, :, :, : cache.kv.shape[4]]
-    mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+        for kept, part in zip(cache.kv[layer], (keys, values)):
+            kept[:, :, :columns] = part[:, :, : kept.shape[2]]
+    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return F.embedding(layout.first, mixed.transpose(1, 2).reshape(batch * columns, -1))
 
 
 def attend_cached(cache: KVCache, layer: int, qkv: Tensor) -> Tensor:
     """[B, D] what the newest token of each row reads in the cache. With one query a row, two products in batch are faster
     than attention kernels, which are made for many."""
-    _, _, batch, n_head, _, size = cache.kv.shape
-    kv, qkv = cache.kv[layer], qkv.view(batch, 3, n_head, size).transpose(0, 1)
-    kv[:, :, :, cache.columns - 1] = qkv[1:]
-    keys, values = kv.view(2, batch * n_head, -1, size)
+    _, batch, n_head, _, size = cache.kv[layer].shape
+    qkv = qkv.view(batch, 3, n_head, size).transpose(0, 1)
+    keys, values = cache.fill_column(layer, qkv[1:]).view(2, batch * n_head, -1, size)
     scores = torch.baddbmm(cache.bias.flatten(0, 1), qkv[0].reshape(-1, 1, size), keys.transpose(1, 2), alpha=size ** -0.5)
     return torch.bmm(scores.softmax(-1), values).view(batch, -1)
 

@@ -31,12 +31,14 @@ class Rollout(NamedTuple):
 
 
 def action_states(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
-                  response_mask: Tensor) -> Tensor:
-    """[N, D] what each sampled token was drawn from, row by row: for a_t the state at trunk position P - 1 + t, before it."""
+                  response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D] what each sampled token was drawn from, row by row: for a_t the state at trunk position P - 1 + t, before it;
+    and the table [rows, D] that makes logits of it."""
     ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)  # the last action is nobody's state
     mask = torch.cat([prompt_mask, response_mask[:, :-1]], dim=1)
     drawn_from = F.pad(response_mask, (prompt_ids.shape[1] - 1, 0))
-    return model(ids, mask, wanted=drawn_from)[drawn_from]
+    hidden, table = model(ids, mask, wanted=drawn_from, with_table=True)
+    return hidden[drawn_from], table
 
 
 def evaluate_actions(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
@@ -45,9 +47,8 @@ def evaluate_actions(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor
 
     The temperature divides the logits as it does in sampling. Entropy in nats; zeros unless asked for. Differentiable.
     """
-    states = action_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
-    logprob = token_logprobs(states, model.wte.weight, response_ids[response_mask], temperature, entropy,
-                             vocab_size=model.config.vocab_size)
+    states, table = action_states(model, prompt_ids, prompt_mask, response_ids, response_mask)
+    logprob = token_logprobs(states, table, response_ids[response_mask], temperature, entropy, vocab_size=model.config.vocab_size)
     logprob, token_entropy = logprob if entropy else (logprob, torch.zeros_like(logprob))
     value = in_full_precision(model.value_head, states).to(logprob.dtype)
     blank = logprob.new_zeros(response_mask.shape)
@@ -61,22 +62,22 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     reward-to-go hands it back. Summed over the mask: score - kl_coef * (sum of the KL terms). Nothing is clamped.
     """
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
-    rewards = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)
-    return rewards + torch.where(last, scores[:, None], 0.0)
+    return torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0) + torch.where(last, scores[:, None], 0.0)
 
 
 @torch.no_grad()
 def collect_rollout(policy: Transformer, ref_model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
-                    response_mask: Tensor, scores: Tensor, kl_coef: float, temperature: float, micro_batch_size: int) -> Rollout:
+                    response_mask: Tensor, scores: Tensor, kl_coef: float, temperature: float, micro_batch_size: int,
+                    measured: tuple[Tensor, Tensor, Tensor] | None = None) -> Rollout:
     """Measure sampled responses under policy and reference, and turn scores [B] into per-token rewards.
 
     The log-probabilities come from the same code path as the learner's, not from the decoding cache: at the first update
-    the importance ratio is then 1 but for rounding.
+    the importance ratio is then 1 but for rounding. measured: evaluate_actions of all rows, where the learner has done it.
     """
     sampled = (prompt_ids, prompt_mask, response_ids, response_mask)
     parts, size = [], micro_batch_size or len(scores)
     for some in zip(prompt_ids.split(size), prompt_mask.split(size), response_ids.split(size), response_mask.split(size)):
-        logprobs, values, _ = evaluate_actions(policy, *some, temperature)
+        logprobs, values, _ = measured or evaluate_actions(policy, *some, temperature)
         ref_logprobs, _, _ = evaluate_actions(ref_model, *some, temperature)
         parts.append((logprobs, ref_logprobs, values))
     logprobs, ref_logprobs, values = (torch.cat(column) for column in zip(*parts))
@@ -98,7 +99,7 @@ def sequence_kl(model: Transformer, ref_model: Transformer, rollout_inputs: tupl
     Same mean as the sampled k1 summed over tokens, less noise. chunk rows of the vocabulary table at a time.
     """
     response_mask = rollout_inputs[3]
-    states = [action_states(m, *rollout_inputs) for m in (model, ref_model)]
+    states = [action_states(m, *rollout_inputs)[0] for m in (model, ref_model)]
     kls = []
     for ours, theirs in zip(states[0].split(chunk), states[1].split(chunk)):
         exact = torch.promote_types(ours.dtype, torch.float32)

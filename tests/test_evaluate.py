@@ -21,7 +21,6 @@ from minirlhf.environment import (
     model_scorer,
     next_prompts,
     sample_responses,
-    true_worth,
     unfinished,
 )
 from minirlhf.evaluate import calibration_error, evaluate_reward_model, interval, probe_table, standard_error
@@ -185,7 +184,7 @@ def test_normalising_again_changes_nothing_but_the_constants(world):
     """Only shift and scale may move; a scale of 0 (scores that are all equal) must not divide by zero."""
     model, sampling = fresh_model(), Sampling(world.sampling.encoding, 3, 1.0, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train_reward.normalise_scores(model, world.base, world.train.texts, world.train.ids, sampling)
+    train_reward.normalise_scores(model, world.base, world.train, sampling)
     assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])] == ["score_scale"]
     assert model.score_scale > 0
 
@@ -260,7 +259,7 @@ def test_gold_is_that_of_the_text_and_of_its_ending(world):
     samples = sample_responses(world.base, *world.heldout, world.sampling._replace(max_response_length=2), "test", 0,
                                list(range(len(world.heldout.texts))))
     wanted = [tiny.gold(p, r, f) for p, r, f in zip(world.heldout.texts, samples.responses, samples.finished)]
-    assert true_worth(tiny, samples) == wanted and true_worth(None, samples) is None and not all(samples.finished)
+    assert samples.gold(tiny) == wanted and samples.gold(None) is None and not all(samples.finished)
 
 
 def test_best_of_n_rises_with_n_and_its_kl_bound_is_known(world):

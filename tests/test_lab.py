@@ -16,7 +16,7 @@ from tiny import refused
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig, UserError
-from minirlhf.environment import Prompts, load_environment, sample_responses, true_worth
+from minirlhf.environment import Prompts, load_environment, sample_responses
 from minirlhf.flags import given_flags
 from minirlhf.lab import common, ladder, overoptimization, variance
 from minirlhf.lab import overoptimization_fit as fits
@@ -165,7 +165,7 @@ def test_dense_rewards_pay_each_sentence_where_it_ends_and_add_up_to_gold(help_d
                                response_mask=pad(samples.response_mask, (0, width - samples.response_mask.shape[1])))
     samples.response_ids[0, : len(ids)], samples.response_mask[0] = torch.tensor(ids), torch.arange(width) < len(ids)
     rewards = variance.dense_rewards(samples, world)
-    torch.testing.assert_close(rewards.sum(1), torch.tensor(true_worth(world.task, samples)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rewards.sum(1), torch.tensor(samples.gold(world.task)), rtol=0, atol=1e-5)
     assert not rewards[~samples.response_mask].any()
     paid = rewards[0].nonzero().squeeze(1).tolist()
     parts = [worth for _, worth in world.task.gold_parts(world.test.texts[0], best)]

@@ -123,6 +123,26 @@ def test_padding_and_repeated_beginnings_are_not_computed(side):
     assert torch.equal(layout.ids[layout.out][mask], ids[mask])
 
 
+@pytest.mark.parametrize("with_head", [True, False])
+def test_the_tied_table_has_the_gradient_of_both_its_ends(with_head):
+    """The rows that tokens read and the rows of the softmax are the same weights: a gradient of one end alone still trains,
+    to something else. A reward model has no use for the head."""
+    model = random_model().double().requires_grad_(True)
+    _, ids, mask = siblings(pad_left)
+    weights = torch.randn(*mask.shape, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(hidden, table):
+        states = torch.where(mask[:, :, None], hidden * weights, 0.0).sum()
+        return states + (hidden[mask] @ table[:11].T).log_softmax(-1)[:, 3].sum() if with_head else states
+
+    head = model.wte.weight.detach().clone().requires_grad_(True)  # a table of its own: the two gradients, one by one
+    rows, _ = torch.autograd.grad(loss(model(ids, mask), head), (model.wte.weight, head), allow_unused=True)
+    expected = torch.autograd.grad(loss(model(ids, mask), model.wte.weight), model.wte.weight)[0]  # as autograd adds them
+    found = torch.autograd.grad(loss(*model(ids, mask, with_table=True)), model.wte.weight)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert torch.equal(found, rows) != with_head and rows.any()
+
+
 @pytest.mark.parametrize("side", [pad_left, pad_right])
 def test_states_that_nobody_wants_are_left_out_and_the_others_as_they_were(side):
     """What the last block does not compute may be missing from no state that is read, and from no weight's gradient."""
@@ -177,7 +197,7 @@ def test_reading_token_by_token_through_the_cache_equals_reading_at_once(prompt)
     """Decoding with positions or masks that differ from the learner's samples from another policy than the one trained."""
     model = random_model()
     ids, mask = pad_left([[1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 3, 2, 1, 5], [4, 3, 2, 1, 5, 6]], PAD)
-    cache = KVCache(model, 3, 9)
+    cache = KVCache(model, mask[:, :prompt])
     hidden = [model(ids[:, :prompt], mask[:, :prompt], cache)]
     hidden += [model.decode(ids[:, t], cache)[:, None] for t in range(prompt, 9)]
     torch.testing.assert_close(torch.cat(hidden, 1)[mask], model(ids, mask)[mask], rtol=0, atol=1e-5)
@@ -188,7 +208,7 @@ def test_rows_that_leave_the_cache_leave_the_others_as_they_were(kept):
     """After finished rows have left, each row must go on with its own keys and values, not with a neighbour's."""
     model, kept = random_model(), torch.tensor(kept)
     ids, mask = pad_left([[1, 2, 3], [4], [5, 6]], PAD)
-    cache = KVCache(model, 3, 5)
+    cache = KVCache(model, mask)
     model(ids, mask, cache)
     old = cache.keep_rows(kept)
     assert sorted(old.tolist()) == kept.nonzero().squeeze(1).tolist()

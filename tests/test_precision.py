@@ -86,7 +86,7 @@ def test_compiled_blocks_give_the_same_figures_and_gradients_as_do_those_of_a_co
     for model in (ours, theirs):
         model.blocks[0].mlp_in.weight.data += 0.5
     torch.testing.assert_close(figures(ours, False)[0], figures(theirs, False)[0], rtol=0, atol=1e-5)
-    cache = KVCache(compiled, 3, 6)
+    cache = KVCache(compiled, PROMPTS[1])
     with torch.no_grad():
         compiled(*PROMPTS, cache)
         compiled.decode(torch.tensor([1, 2, 3]), cache)

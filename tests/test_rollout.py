@@ -16,7 +16,7 @@ from minirlhf.ladder import LADDER, advantages_and_returns, minibatch_loss
 from minirlhf.model import ModelConfig, Transformer
 from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout, evaluate_actions, sequence_kl, token_rewards
 from minirlhf.seeding import row_uniforms
-from train_policy import describe_rollout, update
+from train_policy import describe_rollout, learners_pass, update
 
 WORLD = every_response(((1, 2, 0), (2,)))
 TEMPERATURE = 1.7
@@ -226,6 +226,30 @@ def test_with_learning_rate_zero_the_policy_and_its_ratio_stay(algorithm):
     assert figures["approx_kl"] == pytest.approx(0.0, abs=1e-6)
     assert figures["clip_fraction"] == figures["value_clip_fraction"] == 0.0
     assert figures["grad_norm"] > 0.0
+
+
+ONCE = dict(batch_size=80, minibatch_size=80, ppo_epochs=1, group_size=4, temperature=TEMPERATURE)
+
+
+@pytest.mark.parametrize("algorithm", LADDER)
+def test_the_measuring_pass_is_the_learners_own_where_the_rollout_serves_once(algorithm):
+    """One pass of the policy less, and nothing else: neither what is measured nor what the step does to any weight."""
+    rung, config, sampled = LADDER[algorithm], PolicyConfig(algorithm=algorithm, **ONCE), padded(WORLD)
+    found = []
+    for shared in (False, True):
+        model, passes = tiny_model(3), []
+        model.register_forward_hook(lambda *_, passes=passes: passes.append(None))
+        measured = learners_pass(model, config, rung, sampled) if shared else None
+        rollout = collect_rollout(model, tiny_model(2), *sampled, scores_for(80), 0.3, TEMPERATURE, 0, measured)
+        assert not any(tensor.requires_grad for tensor in rollout)
+        figures = update(model, torch.optim.SGD(model.parameters()), rung, rollout,
+                         *advantages_and_returns(rung, rollout, config), config, 0.1, 1.0, WORLD.limit, 0, measured)
+        found.append([*rollout, *model.parameters(), *map(torch.tensor, figures.values())])
+        assert len(passes) == 2 - shared
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    reused = [dict(ppo_epochs=2), dict(minibatch_size=40)] if rung.reuses_rollout else []
+    for changes in [dict(micro_batch_size=79), *reused]:  # its gradient could be taken once, and of all rows together
+        assert learners_pass(model, PolicyConfig(**ONCE | dict(algorithm=algorithm) | changes), rung, sampled) is None
 
 
 def log_row(rollout: Rollout, algorithm: str) -> dict:

@@ -71,6 +71,7 @@ def test_each_rung_runs_and_logs_everything(algorithm, reward_run, tmp_path, mon
     def listening(*arguments):
         loss, figures = minibatch_loss(*arguments)
         computed.update(figures)
+        assert (arguments[-1] is None) == LADDER[algorithm].reuses_rollout  # else the pass that measured the rollout serves
         return loss, figures
 
     monkeypatch.setattr(train_policy, "minibatch_loss", listening)

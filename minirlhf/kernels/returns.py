@@ -27,10 +27,9 @@ def discounted_returns(rewards, mask, gamma, impl="auto"):
     tensor([[2., 2., 0.]])
     """
     valid = _check(rewards, mask, gamma)
+    scan = _scan
     if use_triton(impl, rewards, rewards.dtype):
         from minirlhf.kernels.returns_triton import scan
-    else:
-        scan = _scan
     return scan(rewards, valid, gamma)
 
 

@@ -19,7 +19,7 @@ from minirlhf.model import ModelConfig, Transformer, sequence_scores
 from minirlhf.optim import make_optimizer, step_optimizer
 from minirlhf.rollout import collect_rollout
 from minirlhf.seeding import row_uniforms
-from train_policy import update
+from train_policy import learners_pass, update
 from train_reward import pair_loss
 
 EOS, PAD = 0, 1  # EOS is the first token, so that a uniform of 0 draws it
@@ -207,15 +207,19 @@ def iteration_case(algorithm: str, model: Transformer, s: Shape, device: torch.d
                 scores = sequence_scores(model, *whole)
             else:
                 scores = torch.tensor(distinct(response.tolist()), device=device)
-            rollout = collect_rollout(policy, model, ids, mask, response, response_mask, scores,
-                                      config.kl_coef if rung.kl_in_reward else 0.0, 1.0, 0)
+            sampled = ids, mask, response, response_mask
+        with half(device):
+            measured = learners_pass(policy, config, rung, sampled)
+            kl_coef = config.kl_coef if rung.kl_in_reward else 0.0
+            rollout = collect_rollout(policy, model, *sampled, scores, kl_coef, 1.0, 0, measured)
         weights = advantages_and_returns(rung, rollout, config)
-        return update(policy, optimizer, rung, rollout, *weights, config, config.kl_coef, 3e-6, s.response, 0)
+        return update(policy, optimizer, rung, rollout, *weights, config, config.kl_coef, 3e-6, s.response, 0, measured)
 
     tokens, length = s.batch * s.response, s.prompt + s.response
     real = tokens + s.batch * s.prompt // (config.group_size if rung.grouped else 1)
     forward = pass_flops(s.config, real, length, tokens)
-    passes = 3 + 3 * epochs + (algorithm == "ppo")  # sampling, policy, reference; the reward model; forward and backward
+    # sampling, reference, forward and backward; where a rollout serves more than once, the policy; the reward model
+    passes = 2 + 3 * epochs + (epochs > 1) + (algorithm == "ppo")
     sampling = rollout_case("fixed", model, s, device, None, False)
     return Case(f"{algorithm} iteration", tokens, passes * forward, sampling.bytes, ours,
                 lambda: naive.naive_iteration(first, model, first_optimizer, ids, mask, s.response, epochs),

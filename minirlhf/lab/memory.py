@@ -96,16 +96,16 @@ def memory(w: Work, count: int, shard: bool) -> dict[str, float]:
     part["whole"] = 2 * outside + 6 * block if shard and count > 1 else 0
     part["activations"] = 4 * some * w.width * (17 * w.layers + 4)
     part["backward"] = 4 * some * w.width * 12  # gradients in one block: of the residual stream, and of twice 4 D in its MLP
-    part["head"] = 4 * w.sizes.table_rows * w.width  # float32 sums of the tied table's gradient, in the head's backward pass
+    part["head"] = 4 * w.sizes.table_rows * w.width  # the tied table's gradient, of which the head makes its part first
     part["cache"] = 4 * 2 * w.layers * w.width * (w.prompt + w.response) * rows
     passing = 4 * 11 * w.width * rows * (w.prompt + w.response)
     replicas = count > 1 and not shard  # their gradients lie in the buckets of the exchange, for as long as the run lasts
     kept = part["weights"] + part["adam"] + part["frozen"] + (part["gradients"] if replicas else 0)
     copy = p if shard and count > 1 else 0
     # of a single micro-batch gradients grow while activations go; of several they are there already
-    both = (0 if replicas else part["gradients"], part["activations"] + part["backward"])
+    both = (0 if replicas else part["gradients"], part["activations"] + part["backward"] + part["head"])
     several = w.micro and -(-w.minibatch // count) > w.micro
-    part["update"] = kept + (sum(both) if several else max(both)) + part["whole"] + part["head"]
+    part["update"] = kept + (sum(both) if several else max(both)) + part["whole"]
     part["sample"] = kept + copy + part["cache"] + 4 * 11 * w.width * rows * w.prompt
     part["score"] = kept + copy + passing
     part["peak"] = max(part["update"], part["sample"], part["score"])

@@ -18,7 +18,7 @@ import torch
 
 from minirlhf.checkpoint import load_model, save_model, write_atomically
 from minirlhf.config import PolicyConfig, RewardConfig, UserError
-from minirlhf.environment import Environment, Prompts, Samples, load_environment, model_scorer, sample_responses, true_worth
+from minirlhf.environment import Environment, Prompts, Samples, load_environment, model_scorer, sample_responses
 from minirlhf.flags import check_ranges, read_config, setting
 from minirlhf.lab.common import Job, Rows, need_files, run_jobs, run_lab, save_picture, train_subset
 from minirlhf.lab.overoptimization_fit import Study
@@ -103,7 +103,7 @@ def make_arena(name: str, job: Job, world: Environment, config: Overoptimization
         reward_model, _ = load_model(job.folder / "reward.pt", "reward", mark)
         reward_model.score_shift.zero_()
         reward_model.score_scale.fill_(1.0)
-        normalise_scores(reward_model, world.base, world.train.texts[:512], world.train.ids[:512], world.sampling)
+        normalise_scores(reward_model, world.base, world.train.first(512), world.sampling)
         save_model(folder / "reward.pt", "reward", reward_model, dict(tokenizer=mark))
     return str(folder)
 
@@ -132,7 +132,7 @@ def judge_replies(prompts: Prompts, count: int, purpose: str, step: int, world: 
         some = slice(start, start + 256)
         samples: Samples = sample_responses(world.base, texts[some], ids[some], world.sampling, purpose, step,
                                             list(range(len(texts)))[some])
-        gold += [round(x, 4) for x in true_worth(world.task, samples)]
+        gold += [round(x, 4) for x in samples.gold(world.task)]
         for name, scorer in scorers.items():
             scores[name] += [round(x, 5) for x in scorer(samples).tolist()]
     return dict(gold=gold, scores=scores)

@@ -20,7 +20,7 @@ from torch import Tensor
 from minirlhf.advantages import full_return, reward_to_go
 from minirlhf.checkpoint import load_model, save_model, write_atomically
 from minirlhf.config import PolicyConfig, UserError
-from minirlhf.environment import Environment, Samples, load_environment, next_prompts, sample_responses, true_worth
+from minirlhf.environment import Environment, Samples, load_environment, next_prompts, sample_responses
 from minirlhf.flags import check_ranges, setting
 from minirlhf.lab.common import Rows, need_files, run_lab, save_picture
 from minirlhf.lab.variance_page import describe, draw_values, draw_variances
@@ -80,7 +80,7 @@ def dense_rewards(samples: Samples, world: Environment) -> Tensor:
     Sums to the gold utility of the response, exactly up to rounding: the same task, paid by the piece.
     """
     rewards = torch.zeros(samples.response_mask.shape, dtype=torch.float64)
-    for row, (prompt, worth) in enumerate(zip(samples.prompts, true_worth(world.task, samples), strict=True)):
+    for row, (prompt, worth) in enumerate(zip(samples.prompts, samples.gold(world.task), strict=True)):
         ids = samples.response_ids[row][samples.response_mask[row]].tolist()
         paid = 0.0
         for t in range(len(ids) - 1):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minirlhf.environment import Environment, Prompts, sample_responses, true_worth
+from minirlhf.environment import Environment, Prompts, sample_responses
 from minirlhf.evaluate import interval
 from minirlhf.lab.common import STYLES, markdown_table
 from minirlhf.ladder import LADDER
@@ -78,7 +78,7 @@ def draw_values(axes, world: Environment, value: Transformer, draws: int = 64) -
     """V(s_t) before each token of the best and of the worst, by gold, of the base model's replies to one test prompt."""
     prompts = Prompts([world.test.texts[0]] * draws, [world.test.ids[0]] * draws)
     samples = sample_responses(world.base, *prompts, world.sampling, "values", 0, rows=list(range(draws)))
-    worth, scores = true_worth(world.task, samples), world.scorer(samples).tolist()
+    worth, scores = samples.gold(world.task), world.scorer(samples).tolist()
     values = evaluate_actions(value, *samples[3:], world.sampling.temperature)[1]
     picks = dict(good=int(np.argmax(worth)), bad=int(np.argmin(worth)))
     shown = [values[row][samples.response_mask[row]] for row in picks.values()]

@@ -15,7 +15,7 @@ from torch import Tensor
 from minirlhf.config import DEVICES, UserError, run_script
 from minirlhf.data import encode_prompts
 from minirlhf.device import pick_device
-from minirlhf.environment import Samples, Scorer, function_scorer, model_scorer, true_worth
+from minirlhf.environment import Samples, Scorer, function_scorer, model_scorer
 from minirlhf.flags import check_ranges, setting
 from minirlhf.generate import sample_tokens
 from minirlhf.log import rounded
@@ -127,7 +127,8 @@ def stream(model: Transformer, prompt_ids: list[int], uniforms: Tensor | None, l
     """The tokens of one response, each handed out as soon as it is chosen: what generate() returns for a batch of one.
     uniforms: [limit]; None decodes greedily."""
     ids = torch.tensor([prompt_ids], device=model.wte.weight.device)
-    mask, cache = torch.ones_like(ids, dtype=torch.bool), KVCache(model, 1, len(prompt_ids))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    cache = KVCache(model, mask)
     hidden = model(ids, mask, cache, wanted=last_tokens(mask))[:, -1]
     for t in range(limit):
         logits = hidden @ model.lm_weight.T
@@ -174,7 +175,7 @@ def measured(trained: Trained, scorer: Scorer, prompt: str, ids: list[int], toke
     finished = tokens[-1] == trained.encoding.eot_token
     samples = Samples([prompt], [decode(trained.encoding, tokens)], [finished], row, torch.ones_like(row, dtype=torch.bool),
                       response, torch.ones_like(response, dtype=torch.bool))
-    gold = true_worth(trained.task, samples)
+    gold = samples.gold(trained.task)
     worth = dict(score=float(scorer(samples)[0])) | (dict(gold=float(gold[0])) if gold else {})
     return dict(response=samples.responses[0], **rounded(worth), finished=finished, tokens=len(tokens))
 
