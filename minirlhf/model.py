@@ -85,7 +85,7 @@ class _TiedTable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, table):
         ctx.save_for_backward(ids)
-        return F.embedding(ids, table), table.view_as(table)
+        return F.embedding(ids, table), table.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -130,7 +130,7 @@ class StopSignal:
 
     def now(self) -> bool:
         """Whether to save and end with this step; every process asks, and all get the same answer."""
-        self.number = self.stopping = agreed(self.number)
+        self.stopping = agreed(self.number)  # a signal that comes meanwhile is in number, for the next time
         return self.stopping > 0
 
     def steps(self, done: int, total: int) -> Iterator[int]:
@@ -147,7 +147,8 @@ class StopSignal:
     def leave(self) -> NoReturn:
         launcher = f"torchrun --standalone --nproc-per-node {processes()}" if processes() > 1 else "python"
         command = f"{launcher} {self.script} --out {shlex.quote(str(self.folder))} --resume"
-        leave(fail(f"stopped; go on with: {command}" if self.folder else "stopped; nothing was begun", 128 + self.number))
+        leave(fail(f"stopped; go on with: {command}" if self.folder else "stopped; nothing was begun",
+                   128 + (self.stopping or self.number)))
 
 
 def check_finite(value: float, what: str) -> None:

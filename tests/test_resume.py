@@ -132,6 +132,27 @@ def test_a_second_signal_stops_at_once():
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_that_comes_while_processes_agree_is_heeded_at_the_next_step(monkeypatch):
+    """What they agree on was asked before it came; forgotten, it would leave a run that no second Ctrl-C ends in order."""
+    stop, taken = StopSignal("train_policy.py"), []
+
+    def interrupted(number):
+        if taken == [0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return number
+
+    monkeypatch.setattr(run_module, "agreed", interrupted)
+
+    def train():
+        for step in stop.steps(0, 5):
+            taken.append(step)
+            stop.now()
+
+    with pytest.raises(SystemExit) as ended:
+        train()
+    assert ended.value.code == 130 and taken == [0, 1]
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("script, where", [(train_policy, "closing_table"), (train_policy, "Referee"),
                                            (train_policy, "save_model"),
