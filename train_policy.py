@@ -127,9 +127,9 @@ def minibatches(config: PolicyConfig, rung: Rung, step: int, count: int) -> Iter
 def learners_pass(learner: Transformer, config: PolicyConfig, rung: Rung,
                   sampled: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
     """evaluate_actions with its graph, where what was sampled serves for one step in one piece: the pass that measures it is
-    then the learner's too. None where the weights will have moved, or the rows are cut."""
-    cut = 0 < config.micro_batch_size < config.batch_size or processes() > 1
-    once = not cut and len(list(minibatches(config, rung, 0, config.batch_size))) == 1
+    then the learner's too. None where the weights will have moved, or the rows or the model are cut."""
+    cut = 0 < config.micro_batch_size < len(sampled[0]) or processes() > 1 or config.shard
+    once = not cut and len(list(minibatches(config, rung, 0, len(sampled[0])))) == 1
     return evaluate_actions(learner, *sampled, config.temperature, entropy=True) if once else None
 
 

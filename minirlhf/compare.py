@@ -143,5 +143,5 @@ def samples_page(prompts: list[str], before: Judged, after: Judged, count: int =
 def fenced(text: str) -> str:
     """A code fence longer than any in the text, so that no text of a model's can end it."""
     text = printable(text)
-    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{ticks}text\n{text}\n{ticks}"

@@ -46,15 +46,15 @@ def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor],
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear | nn.GELU) and usable]
     try:
         for layer in layers:  # hides the method of the class
-            vars(layer)["forward"] = quick_gelu if isinstance(layer, nn.GELU) else packed(layer.weight, layer.bias, rows)
+            vars(layer)["forward"] = gelu_by_sigmoid if isinstance(layer, nn.GELU) else packed(layer.weight, layer.bias, rows)
         yield packed(model.lm_weight, None, rows) if usable else lambda hidden: hidden @ model.lm_weight.T
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)  # not all have one where memory ran out
 
 
-def quick_gelu(x: Tensor, scale: float = (8 / math.pi) ** 0.5) -> Tensor:
-    """GELU by tanh, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3), as x sigmoid(2 z). No derivative."""
+def gelu_by_sigmoid(x: Tensor, scale: float = (8 / math.pi) ** 0.5) -> Tensor:
+    """GELU by tanh, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3), as x sigmoid(2 z). Has no gradient."""
     return (x * x).mul_(0.044715 * scale).add_(scale).mul_(x).sigmoid_().mul_(x)
 
 

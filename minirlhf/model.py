@@ -77,15 +77,14 @@ class KVCache:
 
 
 class _TiedTable(torch.autograd.Function):
-    """ids [N], table [V, D] -> the rows that the trunk begins with, [N, D], and the table as the head is to use it.
-
-    As one node for both ends it answers with one gradient of the table's size, which is a third of GPT-2 small's weights.
-    Autograd by itself makes one for each end, and adds them when all other gradients are there already."""
+    """ids [N], table [V, D] -> the rows that the trunk begins with, [N, D], and the table for the head. As one node for both
+    ends it answers with one gradient of the table's size, a third of GPT-2 small's: it adds the rows' to the head's, in place.
+    Autograd by itself makes one for each end, and adds them when all other gradients are there."""
 
     @staticmethod
     def forward(ctx, ids, table):
         ctx.save_for_backward(ids)
-        return F.embedding(ids, table), table.detach()
+        return F.embedding(ids, table), table.detach()  # no view of it, of which FSDP would warn
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -183,7 +182,8 @@ class Transformer(nn.Module):
         tokens are computed, and what rows in succession have in common only once.
         wanted: bool [B, T], the real tokens whose states are going to be read, at least one; None is all of them. The last
         block, after whose attention no token reads another, leaves out the rest, whose states are meaningless then.
-        with_table: return wte.weight too, for a head whose loss is differentiated: both uses then share one gradient.
+        with_table: return wte.weight too, for a head that is differentiated: both ends then share one gradient. To be used
+        once, and by what makes a fresh gradient, as token_logprobs does: the embedding's is added to it in place.
         """
         if ids.shape[1] > self.config.context:
             raise ValueError(f"ids {tuple(ids.shape)}: longer than the context of {self.config.context}")
@@ -211,8 +211,8 @@ def attend_packed(layout: Packed, n_head: int, cache: KVCache | None, layer: int
     parts = F.embedding(layout.rows, qkv).view(batch, columns, 3, n_head, -1).unbind(2)
     queries, keys, values = (part.transpose(1, 2) for part in parts)  # [B, H, C, D / H]
     if cache is not None:
-        for kept, part in zip(cache.kv[layer], (keys, values)):
-            kept[:, :, :columns] = part[:, :, : kept.shape[2]]
+        for which, part in enumerate((keys, values)):
+            cache.kv[layer][which, :, :, :columns] = part[:, :, : cache.kv[layer].shape[3]]
     mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return F.embedding(layout.first, mixed.transpose(1, 2).reshape(batch * columns, -1))
 

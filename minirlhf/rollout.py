@@ -72,10 +72,10 @@ def collect_rollout(policy: Transformer, ref_model: Transformer, prompt_ids: Ten
     """Measure sampled responses under policy and reference, and turn scores [B] into per-token rewards.
 
     The log-probabilities come from the same code path as the learner's, not from the decoding cache: at the first update
-    the importance ratio is then 1 but for rounding. measured: evaluate_actions of all rows, where the learner has done it.
+    the importance ratio is then 1 but for rounding. measured: evaluate_actions of all rows, if the learner did it.
     """
     sampled = (prompt_ids, prompt_mask, response_ids, response_mask)
-    parts, size = [], micro_batch_size or len(scores)
+    parts, size = [], len(scores) if measured else micro_batch_size or len(scores)
     for some in zip(prompt_ids.split(size), prompt_mask.split(size), response_ids.split(size), response_mask.split(size)):
         logprobs, values, _ = measured or evaluate_actions(policy, *some, temperature)
         ref_logprobs, _, _ = evaluate_actions(ref_model, *some, temperature)

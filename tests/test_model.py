@@ -10,6 +10,7 @@ from minirlhf.config import UserError
 from minirlhf.data import PreferenceGroup, collate_preferences, pad_left, pad_right
 from minirlhf.device import pick_device
 from minirlhf.generate import generate
+from minirlhf.lab import bench_naive
 from minirlhf.losses import preference_loss
 from minirlhf.model import KVCache, ModelConfig, Transformer, pack, sequence_scores
 from minirlhf.rollout import collect_rollout, evaluate_actions, sequence_kl
@@ -137,7 +138,8 @@ def test_the_tied_table_has_the_gradient_of_both_its_ends(with_head):
 
     head = model.wte.weight.detach().clone().requires_grad_(True)  # a table of its own: the two gradients, one by one
     rows, _ = torch.autograd.grad(loss(model(ids, mask), head), (model.wte.weight, head), allow_unused=True)
-    expected = torch.autograd.grad(loss(model(ids, mask), model.wte.weight), model.wte.weight)[0]  # as autograd adds them
+    plain = bench_naive.padded_trunk(model, ids, mask)
+    expected = torch.autograd.grad(loss(plain, model.wte.weight), model.wte.weight)[0]  # as autograd adds them
     found = torch.autograd.grad(loss(*model(ids, mask, with_table=True)), model.wte.weight)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert torch.equal(found, rows) != with_head and rows.any()
@@ -195,7 +197,7 @@ def test_hidden_states_do_not_depend_on_later_tokens():
 @pytest.mark.parametrize("prompt", [5, 6, 8])
 def test_reading_token_by_token_through_the_cache_equals_reading_at_once(prompt):
     """Decoding with positions or masks that differ from the learner's samples from another policy than the one trained."""
-    model = random_model()
+    model = random_model().requires_grad_(True)  # as in a notebook, where nobody has turned gradients off
     ids, mask = pad_left([[1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 3, 2, 1, 5], [4, 3, 2, 1, 5, 6]], PAD)
     cache = KVCache(model, mask[:, :prompt])
     hidden = [model(ids[:, :prompt], mask[:, :prompt], cache)]

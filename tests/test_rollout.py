@@ -248,7 +248,7 @@ def test_the_measuring_pass_is_the_learners_own_where_the_rollout_serves_once(al
         assert len(passes) == 2 - shared
     assert all(torch.equal(a, b) for a, b in zip(*found))
     reused = [dict(ppo_epochs=2), dict(minibatch_size=40)] if rung.reuses_rollout else []
-    for changes in [dict(micro_batch_size=79), *reused]:  # its gradient could be taken once, and of all rows together
+    for changes in [dict(micro_batch_size=79), dict(shard=True), *reused]:  # a graph serves once, for all its rows together
         assert learners_pass(model, PolicyConfig(**ONCE | dict(algorithm=algorithm) | changes), rung, sampled) is None
 
 
