@@ -34,18 +34,18 @@ class KVCache:
 
     Columns 0 .. P - 1 belong to the prompts, each from column 0 on; every token after them takes the next column in all
     rows. Attention does not ask for order (positions are in the keys), only `bias` for what is there: 0, or -inf. It reads all
-    columns, in use or not: products in batch take three times as long on a slice of them. So room is added a quarter at a time,
-    and in each layer only when its turn comes: what was copied just before is read from the processor's cache.
+    columns, in use or not: products in batch take three times as long on a slice of them. So room comes a quarter at a time, and
+    to each layer when its turn comes: what was copied just before is read from the processor's cache.
     """
 
     def __init__(self, model: "Transformer", attention_mask: Tensor):
         """Room for prompts of this mask [B, P], which a forward pass fills."""
         config, weight, (batch, columns) = model.config, model.wte.weight, attention_mask.shape
-        shape = (2, batch, config.n_head, columns, config.d_model // config.n_head)
+        shape = (2, batch, config.n_head, room := columns + columns // 4 + 1, config.d_model // config.n_head)
         self.kv = [weight.new_zeros(shape) for _ in range(config.n_layer)]  # -inf does not hide a nan
         self.lengths, self.columns = attention_mask.sum(1), columns  # real tokens in each row; columns in use
-        padding = torch.arange(columns, device=weight.device) >= self.lengths[:, None]
-        self.bias = weight.new_zeros(batch, config.n_head, 1, columns).masked_fill_(padding[:, None, None], float("-inf"))
+        padding = torch.arange(room, device=weight.device) >= self.lengths[:, None]
+        self.bias = weight.new_zeros(batch, config.n_head, 1, room).masked_fill_(padding[:, None, None], float("-inf"))
 
     def add_column(self) -> None:
         """Room for one more token in every row."""
@@ -208,8 +208,8 @@ class Transformer(nn.Module):
 def attend_packed(layout: Packed, n_head: int, cache: KVCache | None, layer: int, qkv: Tensor) -> Tensor:
     """[N, D] what each packed token reads in its row. Padding is to the right there, where no real token looks."""
     batch, columns = layout.rows.shape
-    parts = F.embedding(layout.rows, qkv).view(batch, columns, 3, n_head, -1).unbind(2)
-    queries, keys, values = (part.transpose(1, 2) for part in parts)  # [B, H, C, D / H]
+    qkv = F.embedding(layout.rows, qkv).view(batch, columns, 3, n_head, -1)
+    queries, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))
     if cache is not None:
         for which, part in enumerate((keys, values)):
             cache.kv[layer][which, :, :, :columns] = part[:, :, : cache.kv[layer].shape[3]]
