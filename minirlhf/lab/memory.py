@@ -96,7 +96,7 @@ def memory(w: Work, count: int, shard: bool) -> dict[str, float]:
     part["whole"] = 2 * outside + 6 * block if shard and count > 1 else 0
     part["activations"] = 4 * some * w.width * (17 * w.layers + 4)
     part["backward"] = 4 * some * w.width * 12  # gradients in one block: of the residual stream, and of twice 4 D in its MLP
-    part["head"] = 4 * w.sizes.table_rows * w.width  # the tied table's gradient, of which the head makes its part first
+    part["head"] = 4 * w.sizes.table_rows * w.width  # the tied table's gradient, begun by the head; sharded, its copy to send
     part["cache"] = 4 * 2 * w.layers * w.width * (w.prompt + w.response) * rows
     passing = 4 * 11 * w.width * rows * (w.prompt + w.response)
     replicas = count > 1 and not shard  # their gradients lie in the buckets of the exchange, for as long as the run lasts
