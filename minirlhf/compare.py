@@ -1,7 +1,6 @@
 """A policy against the base model it came from, at the same decoding: sharpening is not alignment."""
 
 import math
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -143,5 +142,7 @@ def samples_page(prompts: list[str], before: Judged, after: Judged, count: int =
 def fenced(text: str) -> str:
     """A code fence longer than any in the text, so that no text of a model's can end it."""
     text = printable(text)
-    ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    ticks = "```"
+    while ticks in text:
+        ticks += "`"
     return f"{ticks}text\n{text}\n{ticks}"

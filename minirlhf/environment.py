@@ -78,6 +78,7 @@ class Prompts(NamedTuple):
 
 
 def encoded(texts: list[str], encoding: tiktoken.Encoding, max_prompt_length: int) -> Prompts:
+    """The prompts with their ids, of which the last max_prompt_length are kept."""
     return Prompts(texts, encode_prompts(texts, encoding, max_prompt_length)[0])
 
 

@@ -53,8 +53,9 @@ def weights_packed(model: Transformer, rows: int) -> Iterator[Callable[[Tensor],
             vars(layer).pop("forward", None)  # not all have one where memory ran out
 
 
-def gelu_by_sigmoid(x: Tensor, scale: float = (8 / math.pi) ** 0.5) -> Tensor:
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
     """GELU by tanh, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3), as x sigmoid(2 z). Has no gradient."""
+    scale = (8 / math.pi) ** 0.5
     return (x * x).mul_(0.044715 * scale).add_(scale).mul_(x).sigmoid_().mul_(x)
 
 

@@ -32,7 +32,9 @@ def rounded(row: dict) -> dict:
     >>> rounded({"loss": 0.123456789, "error": float("inf"), "step": 3})
     {'loss': 0.1234568, 'error': None, 'step': 3}
     """
-    return {key: x if not isinstance(x, float) else float(f"{x:.7g}") if math.isfinite(x) else None for key, x in row.items()}
+    def short(value: float) -> float | None:
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return {key: short(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def chained(digest: str, row: dict) -> str:
