@@ -1,7 +1,7 @@
 """Train a language model as a policy against a reward model. `python train_policy.py --help`
 
-    prompts -> [1] responses -> [2] scores, log-probs, per-token rewards -> [3] advantages -> [4] one or more optimiser
-    steps -> [5] a row of metrics, an evaluation now and then, a checkpoint -> again.
+Each iteration: sample responses -> score them, compute per-token rewards -> estimate advantages
+-> update the policy -> log, evaluate, save.
 """
 
 import copy
@@ -9,196 +9,260 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step, write_atomically
-from minirlhf.compare import Referee, closing_table
-from minirlhf.config import PolicyConfig, UserError, run_script
-from minirlhf.device import mixed_precision, pick_device, prepare_training
-from minirlhf.environment import Environment, Samples, load_environment, newest_reward_run, next_prompts, sample_responses
-from minirlhf.ladder import Rung, advantages_and_returns, explained_variance, minibatch_loss, pick_rung
-from minirlhf.log import Metrics, Progress, rounded
-from minirlhf.losses import kl_k1, masked_mean
+from minirlhf.config import PolicyConfig
+from minirlhf.data.prompts import Prompts, prompts_of_step
+from minirlhf.data.tokenizer import fingerprint
+from minirlhf.evaluation.policy import DECODINGS, EvalResult, Evaluator, final_evaluation
 from minirlhf.model import Transformer
-from minirlhf.optim import make_optimizer, step_optimizer
-from minirlhf.parallel import gathered, is_main, micro_batches, processes, share, summed, whole
-from minirlhf.rollout import Rollout, adapt_kl_coef, collect_rollout, evaluate_actions
-from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
-from minirlhf.seeding import generator
-from minirlhf.tokenizer import fingerprint
+from minirlhf.model.loading import save_model
+from minirlhf.rl.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    estimate_advantages,
+    explained_variance,
+    minibatch_loss,
+    pick_algorithm,
+)
+from minirlhf.rl.losses import kl_k1, masked_mean
+from minirlhf.rl.reward import score
+from minirlhf.rl.rollout import Rollout, adapt_kl_coef, measure, token_rewards
+from minirlhf.rl.sampling import gold_utility, sample
+from minirlhf.rl.task import Task, load_task, newest_reward_run
+from minirlhf.run.checkpoint import write_atomically
+from minirlhf.run.command_line import run_script
+from minirlhf.run.device import check_processes, pick_device, prepare_training
+from minirlhf.run.errors import UserError, check_finite
+from minirlhf.run.metrics import rounded
+from minirlhf.run.optimizer import make_optimizer, step_optimizer
+from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
+from minirlhf.run.run import Run
+from minirlhf.run.seeding import generator
 
 
 def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
-    """Train and save policy.pt; returns the closing table. reward_function(prompts, responses) -> one number each
-    takes the reward model's place. Raises UserError."""
+    """Train and save policy.pt; returns the metrics of the final table. Raises UserError.
+
+    reward_function: (prompts, responses) -> one number each, instead of the reward model.
+    """
     config.check()
-    rung, device, stop = pick_rung(config), pick_device(config.device, config.deterministic), StopSignal("train_policy.py")
-    check_processes(config, device, min(map(len, minibatches(config, rung, 0, config.batch_size))), "the smallest minibatch")
-    if not config.reward_run:  # named in config.json, so that a resumed run does not take up a newer one
-        config = dataclasses.replace(config, reward_run=str(newest_reward_run(Path("runs"))))
-    world = load_environment(config, reward_function, device)
-    run = open_run(config, f"{config.algorithm}-{world.name}-seed{config.seed}", world.facts)
-    stop.folder = run.folder
-    print(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   reward: {world.reward_name}")
+    algorithm = pick_algorithm(config)
+    device = pick_device(config.device, config.deterministic, config.bf16)
+    smallest = min(map(len, minibatches(config, 0)))
+    check_processes(config, device, smallest, "the smallest minibatch")
+    with Run(config, "train_policy.py") as run:
+        if not config.reward_run:  # recorded, so that a resumed run does not use a newer one
+            newest = newest_reward_run(Path("runs"))
+            run.config = config = dataclasses.replace(config, reward_run=str(newest))
+        task = load_task(config, reward_function, device)
+        name = f"{config.algorithm}-{task.name}-seed{config.seed}"
+        run.open(name, task.facts, {"policy": config.iterations})
+        print(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   "
+              f"reward: {task.reward.name}")
 
-    # The policy starts as a copy of the base model, which stays behind as the frozen reference.
-    policy = copy.deepcopy(world.base).requires_grad_(True)
-    learner = prepare_training(policy, config, device, ["value_head"] if rung.learns_value else [])
-    optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
-    found = newest_checkpoint(run.folder / "checkpoints", "policy", run.id)
-    done, meta = restore(found, policy, optimizer), found[0] if found else {}
-    kl_coef = meta.get("kl_coef", config.kl_coef)
-    metrics = Metrics(run.folder / "policy_metrics.jsonl", meta.get("metrics"), config.tensorboard)
-    referee = Referee(world, world.heldout.first(config.eval_prompts), "evaluate") if is_main() else None
-    if done == 0 and referee:
-        metrics.write(dict(step=0, samples=0, **evaluation(referee, referee.base)))
-    progress = Progress("iteration", config.iterations, done, plain_lines=config.iterations)
-    copies = config.group_size if rung.grouped else 1
+        reference = task.base
+        policy = copy.deepcopy(reference).requires_grad_(True)
+        heads = ["value_head"] if algorithm.learns_value else []
+        learner = prepare_training(policy, config, device, heads)
+        optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
+        state = run.resume("policy", policy, optimizer, "iteration", config.iterations)
+        kl_coef = state.get("kl_coef", config.kl_coef)
+        evaluator = make_evaluator(task, config)
+        if evaluator and not run.done:
+            base_row = evaluation_row(evaluator, evaluator.base)
+            run.metrics.write(dict(step=0, samples=0) | base_row)
 
-    for step in stop.steps(done, config.iterations):
-        clock = Clock()
-        lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
+        for step in run.steps():
+            # 1. Sample a response to each prompt.
+            prompts = next_prompts(task.train, algorithm, config, step)
+            samples = sample(policy, prompts, task.sampling, step)
+            run.timed("sample")
 
-        # 1. Sample: prompts in, responses out.
-        rows = share(list(range(config.batch_size)))  # all of them, where no other process takes its part
-        prompts = next_prompts(world.train, config.batch_size // copies, copies, config.seed, step).rows(rows)
-        with mixed_precision(device, config.bf16):
-            samples = sample_responses(whole(policy), *prompts, world.sampling, "rollout", step, rows)
-        clock.phase("sample")
+            # 2. Score the responses and compute per-token rewards:
+            #    the KL penalty, plus the score on the last token.
+            run.batch = dict(samples=samples)  # saved to disk if this step fails
+            scores = score(task.reward, samples)
+            logprobs, values = measure(policy, samples, config)
+            ref_logprobs, _ = measure(reference, samples, config)
+            reward_kl_coef = kl_coef if algorithm.kl_in_reward else 0.0
+            rewards = token_rewards(scores, logprobs, ref_logprobs, samples.response_mask,
+                                    reward_kl_coef)
+            rollout = Rollout(samples, logprobs, ref_logprobs, values, scores, rewards, kl_coef)
+            run.timed("score")
 
-        # 2. Score each response; what it cost in KL, and what each token earned.
-        with batch_kept(run.folder, "policy", step + 1, samples._asdict()), mixed_precision(device, config.bf16):
-            scores = world.scorer(samples)
-            measured = learners_pass(learner, config, rung, samples[3:])
-            rollout = collect_rollout(whole(policy), world.base, *samples[3:], scores, kl_coef if rung.kl_in_reward else 0.0,
-                                      config.temperature, config.micro_batch_size, measured)
-        samples, rollout = gathered(samples), gathered(rollout)
-        clock.phase("score")
+            # 3. Estimate the advantage of each action.
+            rollout = estimate_advantages(algorithm, rollout, config)
 
-        # 3. How much better than expected was each action?
-        advantages, returns = advantages_and_returns(rung, rollout, config)
+            # 4. Update the policy: one optimizer step, or one per minibatch for several epochs.
+            run.batch |= dict(rollout=rollout, minibatches=minibatches(config, step))
+            metrics = update(learner, optimizer, rollout, config, step,
+                             task.sampling.max_response_length)
+            run.batch = None
+            run.timed("update")
 
-        # 4. Make the better ones likelier.
-        batch = samples._asdict() | rollout._asdict()
-        batch |= dict(advantages=advantages, minibatches=minibatches(config, rung, step, config.batch_size))
-        with batch_kept(run.folder, "policy", step + 1, batch):
-            figures = update(learner, optimizer, rung, rollout, advantages, returns, config, kl_coef, lr,
-                             world.sampling.max_response_length, step, measured)
-        clock.phase("update")
-
-        # 5. Tell, judge, save.
-        row = describe_rollout(rollout, samples, returns, world) | figures | dict(kl_coef=kl_coef, lr=lr)
-        if config.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, row["kl"], config.kl_target, config.kl_horizon, config.batch_size)
-        if due(step + 1, config.iterations, config.eval_every):
-            actor = whole(policy)  # every process takes part
-            row |= evaluation(referee, referee.judge(actor)) if referee else {}
-            del actor  # where the policy is sharded, a copy as large as the model
-            clock.phase("evaluate")
-        metrics.write(dict(step=step + 1, samples=(step + 1) * config.batch_size, **row, **clock.phases,
-                           tokens_per_second=row["tokens"] / clock.total()))
-        gold = f"  gold {row['gold']:+.2f}" if "gold" in row else ""
-        progress.show(step + 1, f"score {row['score']:+.2f}{gold}  kl {row['kl']:.1f}  length {row['length']:.0f}")
-        if row["kl"] > config.max_kl:
-            raise UserError(f"iteration {step + 1}: KL of {row['kl']:.0f} nats passed --max-kl {config.max_kl:g}; raise "
-                            "--kl-coef or lower --lr (or raise --max-kl to watch the policy leave the language)")
-        if stop.now() or due(step + 1, config.iterations, config.save_every):
-            meta = dict(run=run.id, metrics=metrics.mark(), kl_coef=kl_coef)
-            states = dict(model=policy.state_dict(), optimizer=optimizer.state_dict())
-            save_step(run.folder / "checkpoints", "policy", step + 1, meta, states, config.keep_checkpoints)
-    actor = whole(policy)  # every process takes part
-    return finish(world, actor, config, run.folder) if is_main() else {}
+            # 5. Log, evaluate, save.
+            metrics |= describe(rollout, task.ground_truth)
+            metrics |= dict(samples=(step + 1) * config.batch_size, kl_coef=kl_coef)
+            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config)
+            if run.due(config.eval_every):
+                metrics |= evaluate(evaluator, policy)
+                run.timed("evaluate")
+            run.log(metrics, progress_text(metrics))
+            check_kl(metrics["kl"], config, step)
+            run.save(policy, optimizer, dict(kl_coef=kl_coef))
+        plain = unsharded(policy)  # every process takes part
+        return finish(task, plain, config, run.folder) if is_main() else {}
 
 
-def minibatches(config: PolicyConfig, rung: Rung, step: int, count: int) -> Iterator[Tensor]:
-    """The rows of each optimiser step on a rollout of count responses: all at once, or, where the rung reuses the rollout,
-    several epochs of shuffled minibatches."""
-    epochs, size = (config.ppo_epochs, config.minibatch_size) if rung.reuses_rollout else (1, count)
+# ---- sampling and updating -----------------------------------------------------------------------
+
+
+def next_prompts(prompts: Prompts, algorithm: Algorithm, config: PolicyConfig,
+                 step: int) -> Prompts:
+    """The prompts of one iteration; grouped algorithms get each prompt group_size times."""
+    copies = config.group_size if algorithm.grouped else 1
+    return prompts_of_step(prompts, config.batch_size // copies, copies, config.seed, step)
+
+
+def minibatches(config: PolicyConfig, step: int) -> Iterator[Tensor]:
+    """The row numbers of each optimizer step on a rollout.
+
+    All rows at once, or, if the algorithm reuses its rollout, epochs of shuffled minibatches.
+    """
+    count = config.batch_size
+    reuses_rollout = ALGORITHMS[config.algorithm].reuses_rollout
+    epochs = config.ppo_epochs if reuses_rollout else 1
+    size = config.minibatch_size if reuses_rollout else count
     for epoch in range(epochs):
         order = torch.arange(count)
         if size < count:
-            order = torch.randperm(count, generator=generator(config.seed, "minibatches", step, epoch))
+            shuffle = generator(config.seed, "minibatches", step, epoch)
+            order = torch.randperm(count, generator=shuffle)
         for minibatch in order.split(size):
-            yield minibatch.sort().values  # siblings side by side share the work on their prompt
+            yield minibatch.sort().values  # responses to one prompt next to each other
 
 
-def learners_pass(learner: Transformer, config: PolicyConfig, rung: Rung,
-                  sampled: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """evaluate_actions with its graph, where what was sampled serves for one step in one piece: the pass that measures it is
-    then the learner's too. None where the weights will have moved, or the rows or the model are cut."""
-    cut = 0 < config.micro_batch_size < len(sampled[0]) or processes() > 1 or config.shard
-    once = not cut and len(list(minibatches(config, rung, 0, len(sampled[0])))) == 1
-    return evaluate_actions(learner, *sampled, config.temperature, entropy=True) if once else None
+def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollout,
+           config: PolicyConfig, step: int, max_response_length: int) -> dict:
+    """All optimizer steps on one rollout. Returns means of metrics over all tokens used.
 
-
-def update(policy: Transformer, optimizer: torch.optim.Optimizer, rung: Rung, rollout: Rollout, advantages: Tensor,
-           returns: Tensor, config: PolicyConfig, kl_coef: float, lr: float, max_response_length: int, step: int,
-           measured: tuple[Tensor, Tensor, Tensor] | None = None) -> dict:
-    """One optimiser step on the whole rollout, or, where the rung reuses it, one per minibatch for several epochs.
-
-    The gradient of a minibatch is the same however it is cut, into micro-batches or over processes. measured: from
-    learners_pass. Returns means over all tokens used.
+    The gradient of a minibatch does not depend on how it is split into micro-batches or over
+    processes.
     """
-    check_finite(float(rollout.scores.sum()), "sum of the scores")
-    for name in ("logprobs", "ref_logprobs", "values"):
-        check_finite(float(masked_mean(getattr(rollout, name), rollout.response_mask)), f"mean of the {name}")
-    lengths = rollout.response_mask.sum(1).cpu()
+    check_rollout(rollout)
+    device = rollout.rewards.device
+    lengths = rollout.mask.sum(1).cpu()
     sums: dict[str, Tensor] = {}
-    tokens_used, norms, losses = 0, [], []
-    for number, minibatch in enumerate(minibatches(config, rung, step, len(lengths)), start=1):
-        tokens, denominator = int(lengths[minibatch].sum()), len(minibatch) * max_response_length
-        total = torch.zeros((), device=advantages.device)  # summed there: reading a figure would make the device wait
-        for rows in micro_batches(minibatch.to(advantages.device), config.micro_batch_size, policy):
-            with mixed_precision(advantages.device, config.bf16):
-                loss, figures = minibatch_loss(policy, rung, rollout.rows(rows), advantages[rows], returns[rows], config,
-                                               kl_coef, denominator, tokens, measured)
+    losses, norms = [], []
+    tokens_used = 0
+    for number, minibatch in enumerate(minibatches(config, step), start=1):
+        tokens = int(lengths[minibatch].sum())
+        denominator = len(minibatch) * max_response_length
+        total = torch.zeros((), device=device)  # kept there, because .item() would synchronize
+        for rows in micro_batches(minibatch, config.micro_batch_size, policy):
+            with policy.autocast():
+                loss, metrics = minibatch_loss(policy, rollout.rows(rows), config, denominator,
+                                               tokens)
             loss.backward()
             total = total + loss.detach()
-            sums = {key: value.detach() + sums.get(key, 0.0) for key, value in figures.items()}
-        losses.append(summed(total).item())
+            sums = {key: value + sums.get(key, 0.0) for key, value in metrics.items()}
+        losses.append(all_reduce_sum(total).item())
         check_finite(losses[-1], f"loss of minibatch {number}")
-        norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm, f" of minibatch {number}"))
+        lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
+        norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm,
+                                    f" of minibatch {number}"))
         tokens_used += tokens
-    return {key: summed(value).item() / tokens_used for key, value in sums.items()} | dict(
-        loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms),
-        explained_variance=explained_variance(rollout.values, returns, rollout.response_mask))
+    means = {key: all_reduce_sum(value).item() / tokens_used for key, value in sums.items()}
+    return means | dict(loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms), lr=lr)
 
 
-def describe_rollout(rollout: Rollout, samples: Samples, returns: Tensor, world: Environment) -> dict:
-    """What the policy did this time, before the update. kl and total_reward are means over responses of sums over tokens."""
-    mask = rollout.response_mask
+def check_rollout(rollout: Rollout) -> None:
+    """Raise UserError if scores, log-probs or values are not finite."""
+    check_finite(float(rollout.scores.sum()), "sum of the scores")
+    for name in ("logprobs", "ref_logprobs", "values"):
+        mean = masked_mean(getattr(rollout, name), rollout.mask)
+        check_finite(float(mean), f"mean of the {name}")
+
+
+# ---- logging and evaluation ----------------------------------------------------------------------
+
+
+def describe(rollout: Rollout, ground_truth: ModuleType | None) -> dict[str, float]:
+    """Metrics of a rollout. kl and total_reward: sums over tokens, means over responses."""
+    mask = rollout.mask
     kl = torch.where(mask, kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
+    finished = rollout.samples.finished
     row: dict[str, Tensor | float] = dict(
-        score=rollout.scores.mean(), score_std=rollout.scores.std(correction=0), kl=kl.mean(),
-        total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(), return_mean=masked_mean(returns, mask),
-        return_std=returns[mask].std(correction=0), length=mask.sum(1).float().mean(), tokens=mask.sum(),
-        eos_rate=sum(samples.finished) / len(samples.finished))
-    if gold := samples.gold(world.task):
+        score=rollout.scores.mean(),
+        score_std=rollout.scores.std(correction=0),
+        kl=kl.mean(),
+        total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(),
+        return_mean=masked_mean(rollout.returns, mask),
+        return_std=rollout.returns[mask].std(correction=0),
+        explained_variance=explained_variance(rollout.values, rollout.returns, mask),
+        length=mask.sum(1).float().mean(),
+        tokens=mask.sum(),
+        eos_rate=sum(finished) / len(finished))
+    if gold := gold_utility(rollout.samples, ground_truth):
         row["gold"] = sum(gold) / len(gold)
     return {key: float(value) for key, value in row.items()}
 
 
-def evaluation(referee: Referee, judged: dict) -> dict:
-    """The held-out figures of one evaluation, for the metrics row; the gist of them on the terminal."""
-    figures = referee.figures(judged)
-    for decoding in judged:
-        gold = f"gold {figures[decoding + '_gold']:+.2f}  " if f"{decoding}_gold" in figures else ""
-        print(f"  held-out, {decoding}: {gold}score {figures[decoding + '_score']:+.2f}  kl {figures[decoding + '_kl']:.1f}  "
-              f"wins {figures[decoding + '_win_rate']:.0%} "
-              f"[{figures[decoding + '_win_low']:.0%}, {figures[decoding + '_win_high']:.0%}]")
-    return {f"eval_{key}": value for key, value in figures.items()}
+def progress_text(metrics: dict) -> str:
+    gold = f"  gold {metrics['gold']:+.2f}" if "gold" in metrics else ""
+    return (f"score {metrics['score']:+.2f}{gold}  kl {metrics['kl']:.1f}  "
+            f"length {metrics['length']:.0f}")
 
 
-def finish(world: Environment, policy: Transformer, config: PolicyConfig, folder: Path) -> dict:
-    """Save policy.pt, then the closing table on the test prompts and eight samples of before and after."""
-    save_model(folder / "policy.pt", "policy", policy, dict(tokenizer=fingerprint(world.sampling.encoding)))
-    figures, table, page = closing_table(world._replace(test=world.test.first(config.test_prompts)), policy, config.best_of_n)
+def check_kl(kl: float, config: PolicyConfig, step: int) -> None:
+    """Raise UserError if the policy is too far from the reference to be useful."""
+    if kl > config.max_kl:
+        raise UserError(f"iteration {step + 1}: the KL of {kl:.0f} nats exceeds --max-kl "
+                        f"{config.max_kl:g}; raise --kl-coef or lower --lr "
+                        "(or raise --max-kl to watch the policy leave the language)")
+
+
+def make_evaluator(task: Task, config: PolicyConfig) -> Evaluator | None:
+    """The main process evaluates; the others wait."""
+    if not is_main():
+        return None
+    return Evaluator(task, task.heldout.first(config.eval_prompts), "evaluate")
+
+
+def evaluate(evaluator: Evaluator | None, policy: Transformer) -> dict:
+    """Metrics on the held-out prompts. Every process must call this."""
+    plain = unsharded(policy)
+    return evaluation_row(evaluator, evaluator.evaluate(plain)) if evaluator else {}
+
+
+def evaluation_row(evaluator: Evaluator, results: dict[str, EvalResult]) -> dict:
+    """An evaluation's metrics with the prefix eval_; prints the most important ones."""
+    metrics = evaluator.metrics(results)
+    for decoding in DECODINGS:
+        row = {key.removeprefix(f"{decoding}_"): value for key, value in metrics.items()
+               if key.startswith(decoding)}
+        gold = f"gold {row['gold']:+.2f}  " if "gold" in row else ""
+        print(f"  held-out, {decoding}: {gold}score {row['score']:+.2f}  kl {row['kl']:.1f}  "
+              f"wins {row['win_rate']:.0%} [{row['win_low']:.0%}, {row['win_high']:.0%}]")
+    return {f"eval_{key}": value for key, value in metrics.items()}
+
+
+def finish(task: Task, policy: Transformer, config: PolicyConfig, folder: Path) -> dict:
+    """Save policy.pt, samples.md and result.json; print the final table on the test prompts."""
+    facts = dict(tokenizer=fingerprint(task.sampling.encoding))
+    save_model(folder / "policy.pt", "policy", policy, facts)
+    task = task._replace(test=task.test.first(config.test_prompts))
+    metrics, table, page = final_evaluation(task, policy, config.best_of_n)
     write_atomically(folder / "samples.md", page.encode())
-    write_atomically(folder / "result.json", (json.dumps(rounded(figures), indent=1) + "\n").encode())
-    print(f"\n{page}\n{table}\nsaved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl beside it")
-    return figures
+    result = json.dumps(rounded(metrics), indent=1) + "\n"
+    write_atomically(folder / "result.json", result.encode())
+    print(f"\n{page}\n{table}\n"
+          f"saved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,224 +1,306 @@
-"""Warm up a base language model, then learn a reward model from preference pairs. `python train_reward.py --help`
+"""Fine-tune a base language model, then train a reward model on preference pairs.
 
-    data -> encode -> [1] base.pt: next-token loss on every text -> [2] reward.pt: preference loss on every pair
-         -> [3] scores normalised on the base model's own samples -> [4] what it learnt, on prompts it never saw
+`python train_reward.py --help`
+
+    1. base.pt: supervised fine-tuning, next-token loss on every text
+    2. reward.pt: preference loss on every pair
+    3. scores are normalized on the base model's own samples
+    4. evaluation on prompts that were never trained on
 """
 
 import copy
 import functools
 import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
+import tiktoken
 import torch
+from torch import Tensor
 
-from minirlhf.checkpoint import newest_checkpoint, restore, save_model, save_step
-from minirlhf.config import RewardConfig, run_script
-from minirlhf.data import collate_preferences, describe_counts, encode_preferences, epoch_batches, pad_right, unique_prompts
-from minirlhf.device import mixed_precision, pick_device, prepare_training
-from minirlhf.environment import Sampling, encoded, model_scorer, sample_responses
-from minirlhf.evaluate import evaluate_reward_model, probe_table
+from minirlhf.config import RewardConfig
+from minirlhf.data.batches import (
+    PreferenceGroup,
+    collate_preferences,
+    describe_counts,
+    encode_preferences,
+    epoch_batches,
+    pad_right,
+)
+from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
+from minirlhf.data.splits import Splits, file_hashes, load_ground_truth, load_splits
+from minirlhf.data.tokenizer import fingerprint, load_tokenizer, pad_id
+from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_model
 from minirlhf.kernels import token_logprobs
-from minirlhf.log import Metrics, Progress
-from minirlhf.losses import preference_loss
-from minirlhf.model import in_full_precision, last_token_scores
-from minirlhf.optim import make_optimizer, step_optimizer, trapezoid
-from minirlhf.parallel import is_main, micro_batches, summed, whole
-from minirlhf.run import Clock, StopSignal, batch_kept, check_finite, check_processes, due, open_run
-from minirlhf.start import base_file, earlier_reward_model, starting_model
-from minirlhf.task import file_hashes, load_splits, load_task
-from minirlhf.tokenizer import fingerprint, load_tokenizer, pad_id
+from minirlhf.model import Transformer
+from minirlhf.model.loading import (
+    base_model_file,
+    earlier_reward_model,
+    initial_base_model,
+    save_model,
+)
+from minirlhf.model.transformer import apply_head, last_token_scores
+from minirlhf.rl.losses import preference_loss
+from minirlhf.rl.reward import Reward, score_responses
+from minirlhf.rl.sampling import SamplingSettings, sample_responses
+from minirlhf.run.command_line import run_script
+from minirlhf.run.device import check_processes, pick_device, prepare_training
+from minirlhf.run.errors import check_finite
+from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
+from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
+from minirlhf.run.run import Run
+
+NORMALIZATION = "normalise"  # names random numbers: another spelling would draw others
 
 
-def language_model_loss(model, ids, mask):
-    """Mean -log p(next token) in nats over every real token after the first, prompt and response alike: the reply has to
-    copy from the prompt, and a model that has learnt to predict prompts has learnt to read them."""
-    (hidden, table), targets = model(ids[:, :-1], mask[:, :-1], with_table=True), mask[:, 1:]
-    return -token_logprobs(hidden[targets], table, ids[:, 1:][targets], vocab_size=model.config.vocab_size).mean()
+def main(config: RewardConfig) -> dict:
+    """Train and save base.pt and reward.pt; returns the test metrics. Raises UserError."""
+    config.check()
+    device = pick_device(config.device, config.deterministic, config.bf16)
+    check_processes(config, device, config.batch_size, "the prompts of --batch-size")
+    with Run(config, "train_reward.py") as run:
+        encoding = load_tokenizer(config.tokenizer)
+        ground_truth = load_ground_truth(config)
+        splits = load_splits(config)
+        train, test = encode_splits(splits, encoding, config)
+        base = initial_base_model(config, encoding).to(device)
+        earlier = earlier_reward_model(config, encoding)
+        start_files = [file for file in (base_model_file(config), config.init_reward) if file]
+        task_name = ground_truth.__name__.split(".")[-1] if ground_truth else "data"
+        stages = {"sft": sft_steps(config), "reward": reward_steps(train, config)}
+        run.open(f"reward-{task_name}-seed{config.seed}", splits.hashes | file_hashes(start_files),
+                 stages)
+        print(f"run folder: {run.folder}   device: {device}")
+
+        # 1. The base language model: fine-tuned here, or taken from a file.
+        base.bf16 = config.bf16
+        if sft_steps(config):
+            print("supervised fine-tuning of the base language model on the task's texts")
+            finetune(base, train, pad_id(encoding), config, run)
+        base = unsharded(base)
+        facts = dict(tokenizer=fingerprint(encoding))
+        if is_main():
+            save_model(run.folder / "base.pt", "base", base, facts)
+        print(f"saved {run.folder / 'base.pt'}")
+
+        # 2. The reward model starts from the base model, or from an earlier reward model.
+        reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
+        reward_model.bf16 = config.bf16
+        learn_preferences(reward_model, train, pad_id(encoding), config, run)
+        reward_model = unsharded(reward_model)
+        if not is_main():
+            return {}
+
+        # 3. Scores in units of the base model's own standard deviation.
+        settings = SamplingSettings(encoding, config.max_response_length, 1.0, config.seed)
+        texts = unique_prompts(splits.train)[: config.normalize_prompts]
+        prompts = encode_prompts(texts, encoding, config.max_prompt_length)
+        normalize_scores(reward_model, base, prompts, settings)
+
+        # 4. Evaluation.
+        metrics = evaluate_reward_model(reward_model, test, encoding, ground_truth)
+        if ground_truth and hasattr(ground_truth, "probes"):
+            metrics["probes"] = probe(reward_model, splits, encoding, ground_truth, config)
+        path = run.folder / "reward.pt"
+        save_model(path, "reward", reward_model, facts)
+        run.metrics.write(dict(stage="test", step=1) | metrics)
+        print(format_metrics(metrics))
+        print(f"saved {path}; next: python train_policy.py --reward-run {run.folder}")
+        return metrics
 
 
-def pair_loss(model, groups, pad, config, total_weight):
-    """This micro-batch's share of a batch whose pairs weigh total_weight: (what to differentiate, figures to log).
-
-    The score is the last token's, and the logged loss is its preference loss alone. Beside it every token gives a verdict of
-    its own through the value head, and their sum is held to the same preferences: a slip in the third word then has a short
-    way to the loss, and what the words are worth adds up. Only training hears of the verdicts.
-    """
-    batch = collate_preferences(groups, pad, model.wte.weight.device)
-    hidden = model(batch.ids, batch.attention_mask)  # each response is read once, however many pairs it stands in
-    scores = last_token_scores(model, hidden, batch.attention_mask)
-    verdicts = torch.where(batch.attention_mask, in_full_precision(model.value_head, hidden), 0.0).sum(1)
-    share = batch.weight.sum() / total_weight
-
-    def loss_of(x, centering):
-        return share * preference_loss(x[batch.chosen], x[batch.rejected], batch.margin, centering, batch.weight)
-
-    chosen, rejected = scores[batch.chosen], scores[batch.rejected]
-    right = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
-    loss = loss_of(scores, config.centering)
-    figures = dict(loss=loss.detach(), accuracy=(right * batch.weight).sum() / total_weight)
-    return (loss + config.verdict_coef * loss_of(verdicts, 0.0) if config.verdict_coef else loss), figures
+# ---- 1. supervised fine-tuning -------------------------------------------------------------------
 
 
-def batch_reader(lengths, batch_size, seed):
-    """(steps per epoch, step -> indices): the batch is a function of the step alone, so a resumed run needs no position."""
-    per_epoch = -(-len(lengths) // batch_size)
-    epoch = functools.lru_cache(maxsize=1)(lambda number: epoch_batches(lengths, batch_size, seed, number))
-    return per_epoch, lambda step: epoch(step // per_epoch)[step % per_epoch]
-
-
-def train_stage(stage, model, heads, total, peak_lr, batch, backward, run, config, metrics, stop, found):
-    """`total` optimiser steps, less those of the checkpoint found; backward(learner, batch(step)) adds up the gradient of
-    one batch in the trunk and in these heads, and returns its figures, loss first."""
-    learner = prepare_training(model, config, model.wte.weight.device, heads)
-    optimizer = make_optimizer(model, peak_lr, config.weight_decay)
-    done = restore(found, model, optimizer)
-    progress = Progress(stage, total, done)
-    for step in stop.steps(done, total):
-        clock = Clock()
-        lr, items = peak_lr * trapezoid(step, total), batch(step)
-        with batch_kept(run.folder, stage, step + 1, items):
-            figures = backward(learner, items)
-            check_finite(figures["loss"], "loss")
-            grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
-        metrics.write(dict(stage=stage, step=step + 1, **figures, grad_norm=grad_norm, lr=lr, seconds=clock.total()))
-        progress.show(step + 1, f"loss {figures['loss']:.3f}")
-        if stop.now() or due(step + 1, total, config.save_every):
-            states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-            meta = dict(run=run.id, metrics=metrics.mark())
-            save_step(run.folder / "checkpoints", stage, step + 1, meta, states, config.keep_checkpoints)
-
-
-def warmup_steps(config):
-    """None for a base model brought along, unless --warmup-init asks for them."""
-    brought = base_file(config) and not (config.init and config.warmup_init)
-    return 0 if brought else -(-config.warmup_sequences // config.warmup_batch_size)
-
-
-def warm_up(model, groups, run, config, pad, metrics, stop, found):
-    """Stage 1: the base language model, "the average agent": every text, good and bad, as often as it comes."""
+def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config: RewardConfig,
+             run: Run) -> None:
+    """Supervised fine-tuning on every text, good and bad: the model of an average author."""
     texts = [group.prompt + response for group in groups for response in group.responses]
-    _, batch = batch_reader([len(text) for text in texts], config.warmup_batch_size, config.seed)
     device = model.wte.weight.device
+    learner = prepare_training(model, config, device, heads=[])
+    optimizer = make_optimizer(model, config.sft_lr, config.weight_decay)
+    run.resume("sft", model, optimizer)
+    batch_of = batch_schedule(list(map(len, texts)), config.sft_batch_size, config.seed)
 
-    def backward(learner, chosen):
-        targets, total = sum(len(text) - 1 for text in chosen), torch.zeros((), device=device)
-        for some in micro_batches(chosen, config.micro_batch_size, learner):
-            ids, mask = (tensor.to(device) for tensor in pad_right(some or chosen[:1], pad))
-            weight = sum(len(text) - 1 for text in some) / targets  # none for a process that no text is left for
-            with mixed_precision(device, config.bf16):
+    for step in run.steps():
+        batch = [texts[i] for i in batch_of(step)]
+        run.batch = dict(texts=batch)  # saved to disk if this step fails
+        targets = sum(len(text) - 1 for text in batch)
+        total = torch.zeros((), device=device)
+        for micro_batch in micro_batches(batch, config.micro_batch_size, learner):
+            # A process without a text makes a pass of weight 0, because the others wait for it.
+            ids, mask = (x.to(device) for x in pad_right(micro_batch or batch[:1], pad))
+            weight = sum(len(text) - 1 for text in micro_batch) / targets
+            with learner.autocast():
                 loss = weight * language_model_loss(learner, ids, mask)
             loss.backward()
             total += loss.detach()
-        return dict(loss=summed(total).item())
+        row = dict(loss=all_reduce_sum(total).item())
+        check_finite(row["loss"], "loss")
+        lr = config.sft_lr * warmup_then_decay(step, run.total)
+        grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
+        run.log(row | dict(grad_norm=grad_norm, lr=lr), f"loss {row['loss']:.3f}")
+        run.save(model, optimizer, {})
 
-    train_stage("warmup", model, [], warmup_steps(config), config.warmup_lr, lambda step: [texts[i] for i in batch(step)],
-                backward, run, config, metrics, stop, found)
+
+def sft_steps(config: RewardConfig) -> int:
+    """Steps of supervised fine-tuning; 0 for a base model from a file, unless --sft-init."""
+    if base_model_file(config) and not (config.init and config.sft_init):
+        return 0
+    return -(-config.sft_sequences // config.sft_batch_size)
 
 
-def learn_preferences(model, groups, run, config, pad, metrics, stop, found):
-    """Stage 2: the reward model."""
+def language_model_loss(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean of -log p(next token) in nats over every token but the first. ids, mask: [B, T].
+
+    Prompts count too: the response copies words of the prompt, and a model that predicts prompts
+    has learned to read them.
+    """
+    hidden = model(ids[:, :-1], mask[:, :-1])
+    is_target = mask[:, 1:]
+    logprobs = token_logprobs(hidden[is_target], model.wte.weight, ids[:, 1:][is_target],
+                              vocab_size=model.config.vocab_size)
+    return -logprobs.mean()
+
+
+# ---- 2. the reward model -------------------------------------------------------------------------
+
+
+def learn_preferences(model: Transformer, groups: list[PreferenceGroup], pad: int,
+                      config: RewardConfig, run: Run) -> None:
+    """Train the reward model: the preference loss on every pair."""
+    device = model.wte.weight.device
+    heads = ["reward_head", "value_head"] if config.auxiliary_coef else ["reward_head"]
+    learner = prepare_training(model, config, device, heads)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    run.resume("reward", model, optimizer)
     lengths = [max(map(len, group.responses)) for group in groups]
-    per_epoch, batch = batch_reader(lengths, config.batch_size, config.seed)
-    heads = ["reward_head", "value_head"] if config.verdict_coef else ["reward_head"]
+    batch_of = batch_schedule(lengths, config.batch_size, config.seed)
 
-    def backward(learner, chosen):
-        total_weight = sum(weight for group in chosen for *_, weight in group.pairs)
-        sums = dict(loss=0.0, accuracy=0.0)
-        for some in micro_batches(chosen, config.micro_batch_size, learner):
-            weight = total_weight if some else math.inf  # no pairs are left for this process: a pass that weighs nothing
-            with mixed_precision(model.wte.weight.device, config.bf16):
-                loss, figures = pair_loss(learner, some or chosen[:1], pad, config, weight)
+    for step in run.steps():
+        batch = [groups[i] for i in batch_of(step)]
+        run.batch = dict(groups=batch)  # saved to disk if this step fails
+        total_weight = sum(weight for group in batch for *_, weight in group.pairs)
+        sums = dict(loss=torch.zeros((), device=device), accuracy=torch.zeros((), device=device))
+        for micro_batch in micro_batches(batch, config.micro_batch_size, learner):
+            # A process without a pair makes a pass of weight 0, because the others wait for it.
+            weight = total_weight if micro_batch else math.inf
+            with learner.autocast():
+                loss, metrics = pair_loss(learner, micro_batch or batch[:1], pad, config, weight)
             loss.backward()
-            sums = {key: sums[key] + figures[key] for key in sums}
-        return {key: summed(value).item() for key, value in sums.items()}
+            sums = {key: sums[key] + metrics[key] for key in sums}
+        row = {key: all_reduce_sum(value).item() for key, value in sums.items()}
+        check_finite(row["loss"], "loss")
+        lr = config.lr * warmup_then_decay(step, run.total)
+        grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
+        run.log(row | dict(grad_norm=grad_norm, lr=lr), f"loss {row['loss']:.3f}")
+        run.save(model, optimizer, {})
 
-    train_stage("reward", model, heads, per_epoch * config.epochs, config.lr, lambda step: [groups[i] for i in batch(step)],
-                backward, run, config, metrics, stop, found)
+
+def reward_steps(groups: list[PreferenceGroup], config: RewardConfig) -> int:
+    """Optimizer steps of the reward model."""
+    return -(-len(groups) // config.batch_size) * config.epochs
+
+
+def pair_loss(model: Transformer, groups: Sequence[PreferenceGroup], pad: int, config: RewardConfig,
+              total_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss to differentiate, metrics to log) of a micro-batch.
+
+    total_weight: of all pairs of the batch, so that micro-batches add up.
+
+    The score is the reward head on the last token, and the logged loss is its preference loss.
+    The auxiliary loss is the same loss on another score: the value head on every token, summed.
+    A wrong word then gets a direct gradient. This second score is used in training only.
+    """
+    batch = collate_preferences(list(groups), pad, model.wte.weight.device)
+    hidden = model(batch.ids, batch.attention_mask)  # each response once, in any number of pairs
+    share = batch.weight.sum() / total_weight
+
+    def loss_of(scores: Tensor, centering: float) -> Tensor:
+        return share * preference_loss(scores[batch.chosen], scores[batch.rejected], batch.margin,
+                                       centering, batch.weight)
+
+    scores = last_token_scores(model, hidden, batch.attention_mask)
+    chosen = scores[batch.chosen]
+    rejected = scores[batch.rejected]
+    correct = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
+    loss = loss_of(scores, config.centering)
+    metrics = dict(loss=loss.detach(), accuracy=(correct * batch.weight).sum() / total_weight)
+    if config.auxiliary_coef:
+        token_scores = apply_head(model.value_head, hidden)
+        sums = torch.where(batch.attention_mask, token_scores, 0.0).sum(1)
+        loss = loss + config.auxiliary_coef * loss_of(sums, 0.0)
+    return loss, metrics
+
+
+def batch_schedule(lengths: list[int], batch_size: int, seed: int) -> Callable[[int], list[int]]:
+    """step -> indices of its batch: a function of the step, so that resuming needs no position."""
+    per_epoch = -(-len(lengths) // batch_size)
+    batches_of = functools.lru_cache(maxsize=1)(
+        lambda epoch: epoch_batches(lengths, batch_size, seed, epoch))
+    return lambda step: batches_of(step // per_epoch)[step % per_epoch]
+
+
+# ---- 3. normalization ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def normalise_scores(reward_model, base, prompts, sampling):
-    """Stage 3: shift and scale scores so that the base model's own samples have mean 0 and deviation 1: the free constant
-    of a preference loss is pinned, and kl_coef means the same whatever the reward model's temper."""
-    scores = []
+def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prompts,
+                     settings: SamplingSettings) -> None:
+    """Set shift and scale so that samples of the base model have mean 0, standard deviation 1.
+
+    This fixes the free constant of the preference loss and gives kl_coef the same meaning for
+    every reward model.
+    """
+    reward = Reward("normalize", reward_model, missing_eos_penalty=0.0)
+    parts = []
     for start in range(0, len(prompts.texts), 128):
         rows = list(range(start, min(start + 128, len(prompts.texts))))
-        samples = sample_responses(base, *prompts.rows(rows), sampling, "normalise", 0, rows)
-        scores.append(model_scorer(reward_model, 0.0)(samples))
-    scores = torch.cat(scores)
+        samples = sample_responses(base, prompts.rows(rows), settings, NORMALIZATION, 0, rows)
+        parts.append(score_responses(reward, samples))
+    scores = torch.cat(parts)
     reward_model.score_shift.copy_(scores.mean())
     reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))
 
 
-def main(config: RewardConfig) -> dict:
-    """Train and save base.pt and reward.pt; returns the test figures. Raises UserError."""
-    config.check()
-    device, stop = pick_device(config.device, config.deterministic), StopSignal("train_reward.py")
-    check_processes(config, device, config.batch_size, "the prompts of --batch-size")
-    encoding, task, splits = load_tokenizer(config.tokenizer), load_task(config), load_splits(config)
-    pad = pad_id(encoding)
+# ---- 4. evaluation -------------------------------------------------------------------------------
+
+
+def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardConfig,
+                  ) -> tuple[list[PreferenceGroup], list[PreferenceGroup]]:
+    """(train, test) as groups; prints what was kept, dropped and cut."""
     groups = {}
     for name in ("train", "heldout", "test"):
-        groups[name], counts = encode_preferences(getattr(splits, name), encoding, config.max_prompt_length,
-                                                  config.max_response_length)
+        groups[name], counts = encode_preferences(
+            getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
         print(f"{name}: {describe_counts(counts)}")
     if splits.bad_lines:
         print(f"skipped {splits.bad_lines} bad lines")
-
-    base, earlier = starting_model(config, encoding).to(device), earlier_reward_model(config, encoding)
-    inputs = splits.hashes | file_hashes(filter(None, [base_file(config), config.init_reward]))
-
-    run = open_run(config, f"reward-{task.__name__.split('.')[-1] if task else 'data'}-seed{config.seed}", inputs)
-    print(f"run folder: {run.folder}   device: {device}")
-    base_path, facts = run.folder / "base.pt", dict(tokenizer=fingerprint(encoding))
-    stop.folder = run.folder
-    warmed, learnt = (newest_checkpoint(run.folder / "checkpoints", stage, run.id) for stage in ("warmup", "reward"))
-    if (warmed[0]["step"] if warmed else 0) < warmup_steps(config):
-        learnt = None  # its rows would stand before those of the warm-up that is done again
-    latest = learnt or warmed
-    metrics = Metrics(run.folder / "reward_metrics.jsonl", latest and latest[0].get("metrics"), config.tensorboard)
-
-    # 1. The base language model: warmed up here, or brought along.
-    if warmup_steps(config):
-        print("warming up the base language model on the task's own text")
-        warm_up(base, groups["train"], run, config, pad, metrics, stop, warmed)
-    base = whole(base)
-    if is_main():
-        save_model(base_path, "base", base, facts)
-    print(f"saved {base_path}")
-
-    # 2. The reward model starts from the base model with a reward head of 0, or from an earlier reward model.
-    reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
-    learn_preferences(reward_model, groups["train"], run, config, pad, metrics, stop, learnt)
-    reward_model = whole(reward_model)
-    if not is_main():
-        return {}
-
-    # 3. Scores in units of the base policy's own spread.
-    prompts = encoded(unique_prompts(splits.train)[: config.normalise_prompts], encoding, config.max_prompt_length)
-    normalise_scores(reward_model, base, prompts, Sampling(encoding, config.max_response_length, 1.0, config.seed))
-
-    # 4. What it learnt.
-    result = evaluate_reward_model(reward_model, groups["test"], encoding, task, device)
-    if task and hasattr(task, "probes"):
-        result["probes"] = probe_table(reward_model, unique_prompts(splits.test)[:256], encoding, task,
-                                       config.max_prompt_length, config.max_response_length, device)
-    save_model(run.folder / "reward.pt", "reward", reward_model, facts)
-    metrics.write(dict(stage="test", step=1, **result))
-    print(describe_reward_model(result))
-    print(f"saved {run.folder / 'reward.pt'}; next: python train_policy.py --reward-run {run.folder}")
-    return result
+    return groups["train"], groups["test"]
 
 
-def describe_reward_model(result: dict) -> str:
-    """The test figures, for the terminal."""
-    lines = [f"held-out accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] over "
-             f"{result['pairs']} pairs of {result['prompts']} prompts, calibration error {result['calibration_error']:.3f}"]
-    if "ceiling" in result:
-        lines.append(f"a perfect annotator would reach {result['ceiling']:.3f}; correlation of scores with gold utility "
-                     f"{result['gold_correlation']:.3f}")
-    if "probes" in result:
-        lines.append("the best response ranked above the same with one defect:")
-        lines += [f"  {name:<20} {share:6.1%}  of {count}" for name, (share, count) in result["probes"].items()]
+def probe(reward_model: Transformer, splits: Splits, encoding: tiktoken.Encoding,
+          ground_truth: ModuleType, config: RewardConfig) -> dict[str, tuple[float, int]]:
+    """Which single defects the reward model detects, on test prompts."""
+    texts = unique_prompts(splits.test)[:256]
+    prompts = encode_prompts(texts, encoding, config.max_prompt_length)
+    return evaluate_probes(reward_model, prompts, encoding, ground_truth,
+                           config.max_response_length)
+
+
+def format_metrics(metrics: dict) -> str:
+    """The test metrics as text."""
+    lines = [f"held-out accuracy {metrics['accuracy']:.3f} "
+             f"[{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}] over "
+             f"{metrics['pairs']} pairs of {metrics['prompts']} prompts, "
+             f"calibration error {metrics['calibration_error']:.3f}"]
+    if "ceiling" in metrics:
+        lines.append(f"a perfect annotator would reach {metrics['ceiling']:.3f}; "
+                     f"correlation with gold utility {metrics['gold_correlation']:.3f}")
+    if "probes" in metrics:
+        lines.append("probes: the best response is ranked above the same response with one defect")
+        lines += [f"  {name:<20} {share:6.1%}  of {count}"
+                  for name, (share, count) in metrics["probes"].items()]
     return "\n".join(lines)
 
 

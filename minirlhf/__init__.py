@@ -1,1 +1,3 @@
-"""minirlhf: reinforcement learning from human feedback, from scratch, in the order in which one learns it."""
+"""minirlhf: reinforcement learning from human feedback, from scratch."""
+
+__version__ = "1.1"

@@ -10,7 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is first imported.
+# Without a GPU the Triton kernels run in Triton's interpreter. It must be chosen before triton is
+# imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -23,7 +24,7 @@ import train_reward  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
-    """The scripts catch SIGINT and SIGTERM; a Ctrl-C must go on to stop pytest after a test that ran one."""
+    """The scripts install signal handlers; Ctrl-C must still stop pytest after such a test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -32,7 +33,7 @@ def own_signal_handlers():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_flushing():
-    """Every save waits twice for the disk, which on a busy machine takes most of the time; nobody pulls the plug here."""
+    """Every save waits twice for the disk, which takes most of the time on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
@@ -48,9 +49,11 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def reward_run(inputs, tmp_path_factory) -> Path:
-    """A finished reward run on the tiny task, trained for long enough that its base model ends most replies."""
+    """A finished reward run on the tiny task whose base model ends most responses."""
     folder = tmp_path_factory.mktemp("run") / "reward"
-    train_reward.main(tiny.reward_config(inputs, folder, warmup_sequences=480, epochs=3, normalise_prompts=14))
+    train_reward.main(
+        tiny.reward_config(inputs, folder, sft_sequences=480, epochs=3, normalize_prompts=14)
+    )
     return folder
 
 

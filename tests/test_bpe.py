@@ -1,4 +1,4 @@
-"""The BPE trainer: equal to a naive one, consistent with tiktoken, and a vocabulary of whole words for the task."""
+"""The BPE trainer: equal to a naive one, consistent with tiktoken, one token per word."""
 
 import base64
 import gzip
@@ -9,12 +9,18 @@ import pytest
 import regex
 import tiktoken
 
-from minirlhf.helpdesk import PHRASES
-from minirlhf.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
+from minirlhf.data.helpdesk import PHRASES
+from minirlhf.data.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
 from minirlhf.tools.bpe import main, merge, train_ranks, write_ranks
 from minirlhf.tools.helpdesk_data import SPLITS, prompts_of
 
-CORPUS = ["the cat sat on the mat; the rat ate the fat cat", "aaaa aaa aa", "banana bandana", "été été, 日本 日本", "it's 2024"]
+CORPUS = [
+    "the cat sat on the mat; the rat ate the fat cat",
+    "aaaa aaa aa",
+    "banana bandana",
+    "été été, 日本 日本",
+    "it's 2024",
+]
 
 
 def as_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
@@ -22,14 +28,18 @@ def as_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def read_ranks(path) -> dict[bytes, int]:
-    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    return {
+        base64.b64decode(token): int(rank)
+        for token, rank in map(bytes.split, path.read_bytes().splitlines())
+    }
 
 
 def naive_ranks(texts: list[str], n_ranks: int) -> dict[bytes, int]:
-    """Encode the whole corpus anew with tiktoken after every merge, and count the joins of neighbours from scratch."""
+    """Encode the whole corpus with tiktoken after every merge, and count all neighboring tokens."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < n_ranks:
-        encoding, counts = as_encoding(ranks), {}
+        encoding = as_encoding(ranks)
+        counts = {}
         for word in (word for text in texts for word in regex.findall(GPT2_PATTERN, text)):
             tokens = [encoding.decode_single_token_bytes(i) for i in encoding.encode_ordinary(word)]
             for a, b in zip(tokens, tokens[1:]):
@@ -41,21 +51,21 @@ def naive_ranks(texts: list[str], n_ranks: int) -> dict[bytes, int]:
 
 
 def random_corpus(seed: int) -> list[str]:
-    """Words over two letters: every join overlaps with every other, which is where incremental counts go wrong."""
+    """Words of two letters: merges overlap, which incremental counts must handle."""
     rng = random.Random(seed)
     return [" ".join("".join(rng.choices("ab", k=rng.randrange(1, 12))) for _ in range(30))]
 
 
 @pytest.mark.parametrize("texts", [CORPUS, *map(random_corpus, range(5))])
 @pytest.mark.parametrize("n_ranks", [256, 257, 290, 2000])
-def test_incremental_counts_equal_counting_anew(texts, n_ranks):
-    """A count that is not updated in one of the words a merge touches makes a later merge the wrong one."""
+def test_incremental_counts_equal_full_counts(texts, n_ranks):
+    """A count that misses one word of a merge makes a later merge wrong."""
     assert train_ranks(texts, n_ranks, GPT2_PATTERN) == naive_ranks(texts, n_ranks)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_tiktoken_encodes_as_merging_by_rank_does(seed):
-    """A trainer that knows a token by its two halves learns merges that tiktoken, which knows joined bytes, never makes."""
+def test_merging_by_rank_equals_tiktoken(seed):
+    """tiktoken looks up joined bytes. A trainer that looks up pairs would learn other merges."""
     ranks = train_ranks(CORPUS + random_corpus(seed), 330)
     encoding = as_encoding(ranks)
     for word in regex.findall(GPT2_PATTERN, " ".join(CORPUS + random_corpus(seed + 100))):
@@ -64,28 +74,38 @@ def test_tiktoken_encodes_as_merging_by_rank_does(seed):
 
 
 def test_bytes_come_first_and_ties_go_to_the_first_in_byte_order():
-    """Ties broken by the order of a dict or a set would make a rebuilt vocabulary differ from the shipped one."""
+    """If the order of a set decided ties, each build would give another vocabulary."""
     ranks = train_ranks(["yx ba yx ba"], 300)
     assert list(ranks.values()) == list(range(len(ranks)))
     assert list(ranks)[:256] == [bytes([byte]) for byte in range(256)]
-    assert list(ranks)[256:] == [b" b", b" ba", b"yx", b" yx"]  # three joins come twice, the last once; then none is left
+    # the first three occur twice, the last once; then no pair is left
+    assert list(ranks)[256:] == [b" b", b" ba", b"yx", b" yx"]
     assert train_ranks([], 300) == train_ranks(["a b c"], 256)
     with pytest.raises(ValueError, match="255"):
         train_ranks([], 255)
 
 
 def test_shipped_vocabulary_has_a_token_for_every_word_of_the_task():
-    """A word that is spelt in pieces makes replies longer."""
+    """A word of several tokens would make responses longer."""
     encoding = load_tokenizer("helpdesk")
-    prompts = [prompt for contexts in SPLITS.values() for context in contexts for prompt in prompts_of(context)]
-    said = [phrase for topics in PHRASES.values() for phrases in topics.values() for phrase in phrases]
-    replies = [" " + phrase for phrase in said]
-    words = {word for text in prompts + replies for word in regex.findall(GPT2_PATTERN, text)}
+    prompts = [
+        prompt
+        for contexts in SPLITS.values()
+        for context in contexts
+        for prompt in prompts_of(context)
+    ]
+    responses = [
+        f" {phrase}"
+        for topics in PHRASES.values()
+        for phrases in topics.values()
+        for phrase in phrases
+    ]
+    words = {word for text in prompts + responses for word in regex.findall(GPT2_PATTERN, text)}
     assert len(words) > 150
     assert {word for word in words if len(encoding.encode_ordinary(word)) > 1} == set()
 
 
-def test_rank_file_is_tiktokens_own_format(tmp_path):
+def test_rank_file_has_tiktokens_format(tmp_path):
     ranks = train_ranks(CORPUS, 300)
     write_ranks(tmp_path / "tiny.tiktoken", dict(reversed(ranks.items())))
     assert read_ranks(tmp_path / "tiny.tiktoken") == ranks
@@ -96,19 +116,27 @@ def test_rank_file_is_tiktokens_own_format(tmp_path):
 
 
 def test_command_reads_text_and_every_string_of_preference_files(tmp_path, capsys):
-    rows = [{"prompt": "zebra", "responses": [" zebra zebra", " quagga"], "preferences": [[0, 1]]}] * 2
+    records = [
+        {"prompt": "zebra", "responses": [" zebra zebra", " quagga"], "preferences": [[0, 1]]}
+    ] * 2
     (tmp_path / "plain.txt").write_text("zebra okapi okapi", encoding="utf-8")
-    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
+    with gzip.open(tmp_path / "records.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(map(json.dumps, records)) + "\n\n")
     out = tmp_path / "out.tiktoken"
-    main([str(out), *(str(tmp_path / name) for name in ("plain.txt", "rows.json", "rows.jsonl.gz")), "--size", "300"])
+    files = [str(tmp_path / name) for name in ("plain.txt", "records.json", "records.jsonl.gz")]
+    main([str(out), *files, "--size", "300"])
     texts = ["zebra okapi okapi"] + ["zebra", " zebra zebra", " quagga"] * 4
     assert read_ranks(out) == train_ranks(texts, 300)
     assert capsys.readouterr().out.startswith(f"{len(train_ranks(texts, 300))} ranks in ")
 
 
-BAD_FILES = {"missing.txt": None, "bad.json": b"{", "bad.jsonl.gz": b"no gzip", "latin.txt": b"\xe9"}
+BAD_FILES = {
+    "missing.txt": None,
+    "bad.json": b"{",
+    "bad.jsonl.gz": b"no gzip",
+    "latin.txt": b"\xe9",
+}
 
 
 @pytest.mark.parametrize("name, content", BAD_FILES.items())
@@ -122,9 +150,11 @@ def test_command_stops_with_one_line_and_writes_nothing(tmp_path, capsys, name, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_without_every_byte_is_refused_in_one_line(tmp_path, capsys):
+def test_a_size_below_256_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path / "out"), str(tmp_path / "a.txt"), "--size", "255"])
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --size 255 is below 256")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith(
+        "error: --size 255 is below 256"
+    )
     assert not (tmp_path / "out").exists()

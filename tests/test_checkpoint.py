@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is refused by name; and no file that a stranger hands over is run."""
+"""Checkpoints: a file is complete or refused in one line that names it, and never executed."""
 
 import errno
 import hashlib
@@ -12,24 +12,28 @@ import pytest
 import torch
 from tiny import contents
 
-from minirlhf.checkpoint import (
+import minirlhf
+from minirlhf.model.loading import load_model, save_model
+from minirlhf.model.transformer import ModelConfig, Transformer
+from minirlhf.run.checkpoint import (
     FORMAT,
+    SEAL_LENGTH,
     load_checkpoint,
-    load_model,
     newest_checkpoint,
     save_checkpoint,
-    save_model,
     save_step,
     write_atomically,
 )
-from minirlhf.config import UserError
-from minirlhf.model import ModelConfig, Transformer
+from minirlhf.run.errors import UserError
 
-STATES = dict(model=dict(a=torch.arange(6.0).view(2, 3), b=torch.tensor(3)), optimizer=dict(step=[1, 2], lr=0.1))
+STATES = dict(
+    model=dict(a=torch.arange(6.0).view(2, 3), b=torch.tensor(3)),
+    optimizer=dict(step=[1, 2], lr=0.1),
+)
 
 
 def sealed(payload: bytes) -> bytes:
-    """A forger can compute a checksum too."""
+    """The payload with a valid checksum, which a malicious file can have as well."""
     return payload + f"\nminirlhf sha256 {hashlib.sha256(payload).hexdigest()}".encode()
 
 
@@ -47,32 +51,38 @@ def refusal(path, kind="policy") -> str:
     return message
 
 
-# ---- whole -----------------------------------------------------------------------------------------------------------
+# ---- complete files ------------------------------------------------------------------------------
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
-    """Including odd floats: a text format would round them."""
-    states = dict(model=dict(x=torch.tensor([1 / 3, -0.0, float("inf"), 1e-45]), half=torch.ones(2, dtype=torch.bfloat16)))
+def test_loaded_states_equal_saved_states_bit_for_bit(tmp_path):
+    """Special floats must not change. A text format would round them."""
+    states = dict(
+        model=dict(
+            x=torch.tensor([1 / 3, -0.0, float("inf"), 1e-45]),
+            half=torch.ones(2, dtype=torch.bfloat16),
+        )
+    )
     meta = dict(step=3, kl_coef=0.1 + 0.2, none=None, text="\u00fc\ud800")
     save_checkpoint(tmp_path / "x.pt", "policy", meta, states)
-    found_meta, found = load_checkpoint(tmp_path / "x.pt", "policy")
-    assert found_meta == meta
+    loaded_meta, loaded = load_checkpoint(tmp_path / "x.pt", "policy")
+    assert loaded_meta == meta
     for name, tensor in states["model"].items():
-        assert found["model"][name].dtype == tensor.dtype
-        assert found["model"][name].view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
+        other = loaded["model"][name]
+        assert other.dtype == tensor.dtype
+        assert other.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.pt"]
 
 
 def test_equal_states_make_equal_files(tmp_path):
-    """So that two runs can be compared by their files."""
+    """Two runs can then be compared by their files."""
     for name in ("a.pt", "b.pt"):
         save_checkpoint(tmp_path / name, "policy", dict(step=1), STATES)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace", "write"])
-def test_a_write_that_fails_leaves_the_file_that_was_there(broken, tmp_path, monkeypatch):
-    """A checkpoint written in place is lost, old and new, when the disk is full."""
+def test_a_write_that_fails_keeps_the_old_file(broken, tmp_path, monkeypatch):
+    """If the file were overwritten in place, a full disk would destroy the old checkpoint too."""
     path = tmp_path / "x.pt"
     save_checkpoint(path, "policy", dict(step=1), STATES)
     before = contents(tmp_path)
@@ -94,59 +104,105 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(broken, tmp_path, mon
     assert contents(tmp_path) == before
 
 
-def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    """Renamed before it is flushed, a file can be empty after a power cut, under its proper name."""
-    done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+def test_content_is_flushed_before_the_file_is_renamed(tmp_path, monkeypatch):
+    """In the other order, a power cut could leave an empty file under the final name."""
+    calls = []
+    fsync = os.fsync
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     write_atomically(tmp_path / "x", b"content")
-    assert done == ["fsync", "replace", "fsync"] and (tmp_path / "x").read_bytes() == b"content"
+    assert calls == ["fsync", "replace", "fsync"]
+    assert (tmp_path / "x").read_bytes() == b"content"
 
 
-# ---- damaged ---------------------------------------------------------------------------------------------------------
+# ---- damaged files -------------------------------------------------------------------------------
 
 
-def test_every_truncation_is_recognised(tmp_path):
-    """A file cut by a full disk or a broken copy."""
+def test_every_truncation_is_detected(tmp_path):
+    """A full disk or an interrupted copy can cut a file at any byte."""
     save_checkpoint(tmp_path / "x.pt", "policy", dict(step=1), STATES)
     content = (tmp_path / "x.pt").read_bytes()
-    for length in [*range(0, 100), *range(100, len(content), 97), *range(len(content) - 100, len(content))]:
-        torn = tmp_path / f"{length}.pt"  # a name of its own: some file systems flush a file that is written over
-        torn.write_bytes(content[:length])
-        assert "torn" in refusal(torn)
+    for length in [
+        *range(0, 100),
+        *range(100, len(content), 97),
+        *range(len(content) - 100, len(content)),
+    ]:
+        cut = tmp_path / f"{length}.pt"  # a new file: some file systems flush an overwritten one
+        cut.write_bytes(content[:length])
+        assert "incomplete" in refusal(cut)
 
 
-def test_every_flipped_bit_is_recognised(tmp_path):
-    """One bit of an exponent makes a weight 10^30, and torch loads it without a word."""
+def test_every_flipped_bit_is_detected(tmp_path):
+    """One bit of an exponent can make a weight 10^30, and torch.load would accept it."""
     save_checkpoint(tmp_path / "x.pt", "policy", dict(step=1), STATES)
-    content, rng = (tmp_path / "x.pt").read_bytes(), random.Random(0)
-    for place in [*rng.sample(range(len(content)), 200), *range(len(content) - 82, len(content))]:
+    content = (tmp_path / "x.pt").read_bytes()
+    rng = random.Random(0)
+    for index in [*rng.sample(range(len(content)), 200), *range(len(content) - 82, len(content))]:
         flipped = bytearray(content)
-        flipped[place] ^= 1 << rng.randrange(8)
-        (tmp_path / f"{place}.pt").write_bytes(flipped)
-        refusal(tmp_path / f"{place}.pt")
+        flipped[index] ^= 1 << rng.randrange(8)
+        (tmp_path / f"{index}.pt").write_bytes(flipped)
+        refusal(tmp_path / f"{index}.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 500, b"PK\x03\x04" + b"\x00" * 500, archive(STATES)])
-def test_a_foreign_file_is_named(content, tmp_path):
-    """Another program's checkpoint, an empty file, a picture."""
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x00" * 500, b"PK\x03\x04" + b"\x00" * 500, archive(STATES)]
+)
+def test_a_file_of_another_program_is_refused(content, tmp_path):
+    """Examples are an empty file, an image, or a checkpoint without the seal."""
     (tmp_path / "x.pt").write_bytes(content)
     assert "not a checkpoint of this program" in refusal(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"hello", archive(torch.zeros(3)), archive([]), archive(None), archive({}), archive(dict(kind="policy")),
-    archive(dict(format=FORMAT, kind="policy", meta="{", states={})),
-    archive(dict(format=FORMAT, kind="policy", meta="3", states={})),
-    archive(dict(format=FORMAT, kind="policy", meta="[" * 100_000, states={})),
-    archive(dict(format=FORMAT, kind="policy", meta="{}", states=[])),
-    archive(dict(format="other", kind="policy", meta="{}", states={})),
-    b"\x80\x02.", b"\x80\x02}q\x00", pickle.dumps(STATES["optimizer"]), archive(STATES)[:-30], b"\x80\x02cos\nsystem\n.",
-], ids=range(17))
-def test_a_sealed_file_of_another_content_is_refused(content, tmp_path):
-    """A right checksum says that a file is whole, not that it is ours."""
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        archive(torch.zeros(3)),
+        archive([]),
+        archive(None),
+        archive({}),
+        archive(dict(kind="policy")),
+        archive(dict(format=FORMAT, kind="policy", meta="{", states={})),
+        archive(dict(format=FORMAT, kind="policy", meta="3", states={})),
+        archive(dict(format=FORMAT, kind="policy", meta="[" * 100_000, states={})),
+        archive(dict(format=FORMAT, kind="policy", meta="{}", states=[])),
+        archive(dict(format=3, kind="policy", meta="{}", states={})),
+        b"\x80\x02.",
+        b"\x80\x02}q\x00",
+        pickle.dumps(STATES["optimizer"]),
+        archive(STATES)[:-30],
+        b"\x80\x02cos\nsystem\n.",
+    ],
+    ids=range(17),
+)
+def test_a_file_with_a_valid_checksum_and_other_content_is_refused(content, tmp_path):
+    """A valid checksum shows that a file is complete, not that this program wrote it."""
     (tmp_path / "x.pt").write_bytes(sealed(content))
     assert "refused" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "file_format, version",
+    [("minirlhf 1", "1.0"), ("minirlhf 1.0.5", "1.0.5"), ("minirlhf 9", "9")],
+)
+def test_a_checkpoint_of_another_version_is_refused_with_both_versions(
+    file_format, version, tmp_path
+):
+    """Weights and states could have another meaning in another version."""
+    content = archive(dict(format=file_format, kind="policy", meta="{}", states=STATES))
+    (tmp_path / "x.pt").write_bytes(sealed(content))
+    expected = f"written by minirlhf {version}, but this is minirlhf {minirlhf.__version__};"
+    assert expected in refusal(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_has_the_version_in_its_format(tmp_path):
+    """Another version of the program needs it for its error message."""
+    assert FORMAT == f"minirlhf {minirlhf.__version__}"
+    save_checkpoint(tmp_path / "x.pt", "policy", {}, STATES)
+    content = (tmp_path / "x.pt").read_bytes()
+    assert torch.load(io.BytesIO(content[:-SEAL_LENGTH]), weights_only=True)["format"] == FORMAT
 
 
 class Payload:
@@ -159,114 +215,163 @@ class Payload:
 
 @pytest.mark.parametrize("where", ["pickle", "archive", "states", "meta"])
 def test_a_pickle_with_a_payload_is_refused_and_not_executed(where, tmp_path):
-    """torch.load runs whatever a file tells it to, unless it is told not to."""
-    payload, ours = Payload(tmp_path / "executed"), dict(format=FORMAT, kind="policy", meta="{}", states=STATES)
-    content = {"pickle": lambda: pickle.dumps(payload), "archive": lambda: archive(payload),
-               "states": lambda: archive(dict(ours, states=dict(STATES, x=payload))),
-               "meta": lambda: archive(dict(ours, meta=payload))}[where]()
+    """torch.load without weights_only executes what a file contains."""
+    payload = Payload(tmp_path / "executed")
+    checkpoint = dict(format=FORMAT, kind="policy", meta="{}", states=STATES)
+    content = {
+        "pickle": lambda: pickle.dumps(payload),
+        "archive": lambda: archive(payload),
+        "states": lambda: archive(dict(checkpoint, states=dict(STATES, x=payload))),
+        "meta": lambda: archive(dict(checkpoint, meta=payload)),
+    }[where]()
     (tmp_path / "x.pt").write_bytes(sealed(content))
     assert "refused" in refusal(tmp_path / "x.pt")
     assert not (tmp_path / "executed").exists()
+    # without the restriction the payload works
     torch.load(io.BytesIO(archive(payload)), weights_only=False)
-    assert (tmp_path / "executed").exists()  # the payload works where nobody stops it
+    assert (tmp_path / "executed").exists()
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    """The folder of a run that has not finished holds no reward.pt."""
+    """The folder of an unfinished run has no reward.pt."""
     assert "No such file" in refusal(tmp_path / "reward.pt")
     assert "directory" in refusal(tmp_path)
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
-    """A base model has a reward head too, one that says 0 to everything."""
+    """A base model has a reward head too, but its scores are all 0."""
     save_checkpoint(tmp_path / "base.pt", "base", {}, STATES)
-    assert "holds a base model, not a reward model" in refusal(tmp_path / "base.pt", "reward")
+    assert "contains a base model, not a reward model" in refusal(tmp_path / "base.pt", "reward")
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 SIZES = ModelConfig(vocab_size=11, table_rows=64, n_layer=1, n_head=2, d_model=8, context=6)
 
 
-def test_a_model_comes_back_with_its_sizes_and_the_constants_of_its_score(tmp_path):
-    """Scores whose shift and scale stay behind change kl_coef's meaning without a word."""
+def test_a_loaded_model_has_its_sizes_and_the_scale_of_its_scores(tmp_path):
+    """Without shift and scale, kl_coef would have another meaning."""
     model = Transformer(SIZES, seed=3)
     model.score_shift.fill_(1.5)
     model.score_scale.fill_(0.25)
     save_model(tmp_path / "reward.pt", "reward", model, dict(tokenizer="t"))
     loaded, meta = load_model(tmp_path / "reward.pt", "reward", "t")
-    assert loaded.config == SIZES and meta["tokenizer"] == "t"
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert loaded.config == SIZES
+    assert meta["tokenizer"] == "t"
+    states = loaded.state_dict()
+    assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
     assert (loaded.score_shift, loaded.score_scale) == (1.5, 0.25)
 
 
 def test_a_model_trained_with_another_tokenizer_is_refused(tmp_path):
-    """The ids would mean other words, and everything would run."""
+    """The run would work, but every id would mean another word."""
     save_model(tmp_path / "base.pt", "base", Transformer(SIZES), dict(tokenizer="t"))
     with pytest.raises(UserError, match="another tokenizer"):
         load_model(tmp_path / "base.pt", "base", "u")
 
 
-@pytest.mark.parametrize("change", [
-    dict(d_model=16), dict(n_layer=2), dict(table_rows=128), dict(context=5), dict(n_layer=0), dict(d_model="8"), dict(depth=3),
-    None,
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(d_model=16),
+        dict(n_layer=2),
+        dict(table_rows=128),
+        dict(context=5),
+        dict(n_layer=0),
+        dict(d_model="8"),
+        dict(depth=3),
+        None,
+    ],
+)
 def test_tensors_of_another_shape_are_refused(change, tmp_path):
-    """In one line, and not as the list of every tensor that does not fit."""
+    """The error is one line, not PyTorch's list of all tensors that do not fit."""
     model = Transformer(SIZES)
     sizes = None if change is None else {**vars(SIZES), **change}
-    save_checkpoint(tmp_path / "base.pt", "base", dict(tokenizer="t", model=sizes), dict(model=model.state_dict()))
+    save_checkpoint(
+        tmp_path / "base.pt",
+        "base",
+        dict(tokenizer="t", model=sizes),
+        dict(model=model.state_dict()),
+    )
     with pytest.raises(UserError, match="do not fit") as error:
         load_model(tmp_path / "base.pt", "base", "t")
     assert str(tmp_path / "base.pt") in str(error.value) and "\n" not in str(error.value)
 
 
-# ---- the checkpoints of a run ----------------------------------------------------------------------------------------
+def test_a_model_of_another_version_is_refused_with_both_versions(tmp_path):
+    """base.pt and reward.pt are read from other runs, possibly of another version."""
+    states = dict(model=Transformer(SIZES).state_dict())
+    meta = json.dumps(dict(tokenizer="t", model=vars(SIZES)))
+    content = archive(dict(format="minirlhf 1", kind="base", meta=meta, states=states))
+    (tmp_path / "base.pt").write_bytes(sealed(content))
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "base.pt", "base", "t")
+    message = str(error.value)
+    assert f"minirlhf 1.0, but this is minirlhf {minirlhf.__version__};" in message
+    assert str(tmp_path / "base.pt") in message
+    assert "\n" not in message
+
+
+# ---- the checkpoints of a run --------------------------------------------------------------------
 
 
 def save(folder, step, keep=2):
-    save_step(folder, "policy", step, dict(kl_coef=step / 10, run="run"), STATES, keep)
+    save_step(folder, "policy", dict(step=step, kl_coef=step / 10, run="run"), STATES, keep)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_newest_are_kept(tmp_path):
-    """And those of another stage are left alone."""
-    save_step(tmp_path / "c", "reward", 1, {}, STATES, 2)
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    """Older ones of the same stage are deleted; those of other stages are not."""
+    save_step(tmp_path / "c", "reward", dict(step=1), STATES, 2)
     for step in (2, 9, 10, 11):
         save(tmp_path / "c", step)
-    assert names(tmp_path / "c") == ["policy-00000010.pt", "policy-00000011.pt", "reward-00000001.pt"]
-    assert newest_checkpoint(tmp_path / "c", "policy", "run")[0] == dict(kl_coef=1.1, run="run", step=11)
-    assert newest_checkpoint(tmp_path / "c", "warmup", "run") is None
+    assert names(tmp_path / "c") == [
+        "policy-00000010.pt",
+        "policy-00000011.pt",
+        "reward-00000001.pt",
+    ]
+    meta, _ = newest_checkpoint(tmp_path / "c", "policy", "run")
+    assert meta == dict(kl_coef=1.1, run="run", step=11)
+    assert newest_checkpoint(tmp_path / "c", "sft", "run") is None
     assert newest_checkpoint(tmp_path / "nowhere", "policy", "run") is None
 
 
-def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, capsys):
-    """Nothing is worse than a run that cannot go on because its last write was cut."""
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, capsys):
+    """A run must be able to resume although its last write was interrupted."""
     for step in (1, 2):
         save(tmp_path / "c", step)
     newest = tmp_path / "c" / "policy-00000002.pt"
     newest.write_bytes(newest.read_bytes()[:-5])
     assert newest_checkpoint(tmp_path / "c", "policy", "run")[0]["step"] == 1
-    assert "warning" in (said := capsys.readouterr().out) and str(newest) in said
+    output = capsys.readouterr().out
+    assert "warning" in output
+    assert str(newest) in output
+
+
+def test_a_checkpoint_of_another_run_is_skipped_with_a_warning(tmp_path, capsys):
+    """A checkpoint of a run with other settings or data must not be resumed."""
+    save(tmp_path / "c", 1)
+    assert newest_checkpoint(tmp_path / "c", "policy", "another run") is None
+    assert "belongs to a run with other settings or data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_torn_checkpoint_never_outlives_a_whole_one(keep, tmp_path):
-    """Had the torn one of step 20 counted as the newest, the whole one of step 5 would be deleted as soon as written."""
+def test_a_damaged_checkpoint_is_deleted_before_a_complete_one(keep, tmp_path):
+    """If the damaged one of step 20 counted as the newest, the one of step 5 would be deleted."""
     for step in (10, 20):
         save(tmp_path / "c", step, keep)
     for path in (tmp_path / "c").iterdir():
-        path.write_bytes(b"torn")
+        path.write_bytes(b"damaged")
     save(tmp_path / "c", 5, keep)
     assert newest_checkpoint(tmp_path / "c", "policy", "run")[0]["step"] == 5
 
 
-def test_meta_is_json_so_that_nothing_else_can_be_in_it(tmp_path):
-    """An object that only pickle can store must fail when it is saved, not when it is loaded."""
+def test_meta_that_is_not_json_is_refused_when_it_is_saved(tmp_path):
+    """An object that only pickle can store would fail only when it is loaded."""
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path / "x.pt", "policy", dict(config=Payload(tmp_path)), {})
-    assert names(tmp_path) == [] and json.dumps(dict(step=1))
+    assert names(tmp_path) == []

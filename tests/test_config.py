@@ -1,42 +1,53 @@
-"""Every setting is checked before any work, and every setting does something."""
+"""Every setting is checked before any work, and every setting has an effect."""
 
 import base64
 import contextlib
 import dataclasses
 import io
 import json
-import os
-import platform
-import subprocess
+import shutil
 import sys
 import types
 import typing
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import contents, policy_config, refused, reward_config, rows, write_inputs
 
+import minirlhf
 import train_policy
 import train_reward
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
-from minirlhf.flags import flag, given_flags, read_config, sealed
-from minirlhf.ladder import pick_rung
-from minirlhf.model import Transformer
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.model.transformer import Transformer
+from minirlhf.rl.algorithms import pick_algorithm
+from minirlhf.run import run as run_module
+from minirlhf.run.command_line import RENAMED_FLAGS, flag, parse_flags, run_script
+from minirlhf.run.errors import UserError
+from minirlhf.run.folder import read_config, sealed
 
+VERSION = minirlhf.__version__
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}
-FIELDS = [(config_class, field) for config_class in SCRIPTS for field in dataclasses.fields(config_class)]
-EACH_FIELD = pytest.mark.parametrize("config_class, field", FIELDS, ids=lambda x: getattr(x, "name", None) or x.__name__)
+FIELDS = [
+    (config_class, field) for config_class in SCRIPTS for field in dataclasses.fields(config_class)
+]
+EACH_FIELD = pytest.mark.parametrize(
+    "config_class, field", FIELDS, ids=lambda x: getattr(x, "name", None) or x.__name__
+)
 
 
-# ---- wrong settings --------------------------------------------------------------------------------------------------
+# ---- wrong settings ------------------------------------------------------------------------------
 
 
 def wrong_values(config_class, field):
-    """Values that this field must refuse: other types, and what lies past its bounds."""
-    wanted, meta = typing.get_type_hints(config_class)[field.name], field.metadata
-    yield from {str: (3, None), int: ("3", 1.5, True, None), float: ("1", True, float("nan"), float("inf"), None),
-                bool: (1, "yes", None)}.get(wanted, ("one.jsonl", (1,), None))
+    """Values that this field must refuse: other types, and values outside its bounds."""
+    expected = typing.get_type_hints(config_class)[field.name]
+    meta = field.metadata
+    yield from {
+        str: (3, None),
+        int: ("3", 1.5, True, None),
+        float: ("1", True, float("nan"), float("inf"), None),
+        bool: (1, "yes", None),
+    }.get(expected, ("one.jsonl", (1,), None))
     if meta["low"] is not None:
         yield meta["low"] - 1
     if meta["high"] is not None:
@@ -46,8 +57,8 @@ def wrong_values(config_class, field):
 
 
 @EACH_FIELD
-def test_a_wrong_value_is_refused_by_the_name_of_its_flag(config_class, field):
-    """A learning rate that is a string fails an hour later, where the optimiser first uses it."""
+def test_a_wrong_value_is_refused_with_the_name_of_its_flag(config_class, field):
+    """Without the check, a learning rate of a wrong type would fail late in the run."""
     config_class().check()
     for value in wrong_values(config_class, field):
         with pytest.raises(UserError, match=flag(field.name)) as error:
@@ -57,173 +68,320 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_flag(config_class, field):
 
 @pytest.mark.parametrize("config_class", SCRIPTS)
 def test_a_wrong_setting_fails_before_any_work(config_class, tmp_path, monkeypatch):
-    """main itself checks, not only the command line; nothing is read, nothing is made."""
+    """main() checks its settings too, before it reads or creates a file."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--seed"):
         SCRIPTS[config_class](config_class(seed=-1, out="run"))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("config, problem", [
-    (RewardConfig(d_model=100, n_head=3), "--n-head 3 does not divide --d-model 100"),
-    (PolicyConfig(kl_coef=0.0, kl_target=6.0), "--kl-target adapts --kl-coef by factors, and 0 stays 0"),
-    (RewardConfig(init="base.pt", init_reward="reward.pt"), "--init-reward brings the base.pt beside it; leave out --init"),
-])
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        (RewardConfig(d_model=100, n_head=3), "--n-head 3 does not divide --d-model 100"),
+        (
+            PolicyConfig(kl_coef=0.0, kl_target=6.0),
+            "--kl-target multiplies --kl-coef, and 0 stays 0",
+        ),
+        (
+            RewardConfig(init="base.pt", init_reward="reward.pt"),
+            "--init-reward uses the base.pt next to it; leave out --init",
+        ),
+    ],
+)
 def test_settings_that_contradict_each_other_are_refused(config, problem):
-    """A view of the wrong shape deep inside says nothing of the two flags that made it."""
+    """A later error about a tensor's shape would not name the two flags."""
     with pytest.raises(UserError, match=problem):
         config.check()
 
 
-@pytest.mark.parametrize("config, problem", [
-    (PolicyConfig(algorithm="rloo", batch_size=30), "--batch-size 30 is not a multiple of --group-size 4"),
-    (PolicyConfig(algorithm="grpo", batch_size=30), "--batch-size 30 is not a multiple of --group-size 4"),
-    (PolicyConfig(algorithm="pop"), "--algorithm 'pop' is not known; did you mean ppo?"),
-])
-def test_a_rung_that_cannot_run_is_refused_before_any_work(config, problem, tmp_path, monkeypatch):
-    """The ladder is open to rungs of the user's own, so that not the settings but main asks it for the name."""
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        (
+            PolicyConfig(algorithm="rloo", batch_size=30),
+            "--batch-size 30 is not a multiple of --group-size 4",
+        ),
+        (
+            PolicyConfig(algorithm="grpo", batch_size=30),
+            "--batch-size 30 is not a multiple of --group-size 4",
+        ),
+        (PolicyConfig(algorithm="pop"), "--algorithm 'pop' is not known; did you mean ppo?"),
+    ],
+)
+def test_an_algorithm_that_cannot_run_is_refused_before_any_work(
+    config, problem, tmp_path, monkeypatch
+):
+    """Users can add algorithms, so main() checks the name, not the configuration."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=problem):
         train_policy.main(dataclasses.replace(config, out="run"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_group_size_matters_only_where_there_are_groups():
-    """ppo must not be refused for a group size that it does not use."""
-    pick_rung(PolicyConfig(algorithm="ppo", batch_size=30))
+def test_the_group_size_matters_only_for_algorithms_with_groups():
+    """ppo has no groups, so its batch size need not be a multiple of the group size."""
+    pick_algorithm(PolicyConfig(algorithm="ppo", batch_size=30))
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config_class, arguments, words", [
-    (RewardConfig, ["--warmup-sequence", "8"], "unknown argument --warmup-sequence; did you mean --warmup-sequences?"),
-    (PolicyConfig, ["--algoritm", "ppo"], "unknown argument --algoritm; did you mean --algorithm?"),
-    (PolicyConfig, ["--kl-cof=0.1"], "unknown argument --kl-cof=0.1; did you mean --kl-coef?"),
-    (RewardConfig, ["--preset", "debgu"], "--preset: invalid choice: 'debgu' (choose from"),
-    (PolicyConfig, ["--no-seed"], "unknown argument --no-seed"),
-    (PolicyConfig, ["--iter", "3"], "unknown argument --iter"),  # no abbreviations: a new flag would change their meaning
-    (PolicyConfig, ["ppo"], "unknown argument ppo"),
-    (PolicyConfig, ["--seed", "one"], "--seed: invalid int value: 'one'"),
-    (PolicyConfig, ["--seed", "1.5"], "--seed: invalid int value: '1.5'"),
-    (PolicyConfig, ["--lr", "nan"], "--lr must be a finite number"),
-    (PolicyConfig, ["--lr", "-1"], "--lr -1.0 is below 0"),
-    (PolicyConfig, ["--gamma", "1.5"], "--gamma 1.5 is above 1"),
-    (PolicyConfig, ["--seed"], "--seed: expected one argument"),
-    (PolicyConfig, ["--device", "gpu"], "--device 'gpu' is not known"),
-    (RewardConfig, ["--n-layer", "0"], "--n-layer 0 is below 1"),
-    (RewardConfig, ["--data"], "--data: expected at least one argument"),
-    (RewardConfig, ["--resume"], "--resume needs --out"),
-    (PolicyConfig, ["--resume"], "--resume needs --out"),
-    (PolicyConfig, ["--resume", "--out", "nowhere"], "nowhere/config.json: no such file"),
-    (PolicyConfig, ["--seed", "\x1b[31m1\n2"], r"\\x1b[31m"),  # what the terminal shows is never what it was told to do
-])
-def test_a_wrong_command_line_is_one_line_that_names_the_nearest_flag(config_class, arguments, words, capsys, tmp_path,
-                                                                      monkeypatch):
-    """A flag that is dropped in silence is a run that was not asked for."""
+@pytest.mark.parametrize(
+    "config_class, arguments, words",
+    [
+        (
+            RewardConfig,
+            ["--sft-sequence", "8"],
+            "unknown argument --sft-sequence; did you mean --sft-sequences?",
+        ),
+        (
+            PolicyConfig,
+            ["--algoritm", "ppo"],
+            "unknown argument --algoritm; did you mean --algorithm?",
+        ),
+        (PolicyConfig, ["--kl-cof=0.1"], "unknown argument --kl-cof=0.1; did you mean --kl-coef?"),
+        (RewardConfig, ["--preset", "debgu"], "--preset: invalid choice: 'debgu' (choose from"),
+        (PolicyConfig, ["--no-seed"], "unknown argument --no-seed"),
+        # abbreviations are refused, because a new flag could change their meaning
+        (PolicyConfig, ["--iter", "3"], "unknown argument --iter"),
+        (PolicyConfig, ["ppo"], "unknown argument ppo"),
+        (PolicyConfig, ["--seed", "one"], "--seed: invalid int value: 'one'"),
+        (PolicyConfig, ["--seed", "1.5"], "--seed: invalid int value: '1.5'"),
+        (PolicyConfig, ["--lr", "nan"], "--lr must be a finite number"),
+        (PolicyConfig, ["--lr", "-1"], "--lr -1.0 is too small; the minimum is 0"),
+        (PolicyConfig, ["--gamma", "1.5"], "--gamma 1.5 is too large; the maximum is 1"),
+        (PolicyConfig, ["--seed"], "--seed: expected one argument"),
+        (PolicyConfig, ["--device", "gpu"], "--device 'gpu' is not known"),
+        (RewardConfig, ["--n-layer", "0"], "--n-layer 0 is too small; the minimum is 1"),
+        (RewardConfig, ["--data"], "--data: expected at least one argument"),
+        (RewardConfig, ["--resume"], "--resume needs --out"),
+        (PolicyConfig, ["--resume"], "--resume needs --out"),
+        (PolicyConfig, ["--resume", "--out", "nowhere"], "nowhere/config.json: no such file"),
+        # control characters are escaped, so that they cannot change the terminal
+        (PolicyConfig, ["--seed", "\x1b[31m1\n2"], r"\\x1b[31m"),
+    ],
+)
+def test_the_error_for_a_wrong_command_line_is_one_line_with_the_closest_flag(
+    config_class, arguments, words, capsys, tmp_path, monkeypatch
+):
+    """A flag that is ignored would start a run with other settings."""
+
     def only_check(config):
         config.check()
-        pytest.fail("work would have begun")
+        pytest.fail("the script would start to work")
 
     monkeypatch.chdir(tmp_path)
     message = refused(capsys, only_check, config_class, arguments)
-    assert words.replace("\\\\", "\\") in message and "\x1b" not in message
+    assert words.replace("\\\\", "\\") in message
+    assert "\x1b" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("old, new", RENAMED_FLAGS.items())
+def test_the_error_for_an_old_flag_names_the_new_one(old, new, capsys, tmp_path, monkeypatch):
+    """Commands for version 1.0 use the old names."""
+    monkeypatch.chdir(tmp_path)
+    is_switch = old.endswith("-init")
+    for arguments in [[old]] if is_switch else [[old, "3"], [f"{old}=3"]]:
+        arguments = ["--out", "run", *arguments]
+        message = refused(capsys, train_reward.main, RewardConfig, arguments)
+        assert message == f"error: {old} is now called {new}\n"
+        arguments = [argument.replace(old, new) for argument in arguments]
+        assert len(parse_flags(RewardConfig, arguments)) == 2
     assert list(tmp_path.iterdir()) == []
 
 
 @EACH_FIELD
 def test_each_field_is_a_flag(config_class, field):
-    """A value given as text arrives with its type, and only what was given arrives."""
-    value = {str: "word", int: 7, float: 0.125, bool: not field.default}.get(type(field.default), ("a b.jsonl", "c.json"))
+    """A value has its type after parsing, and flags that are not given are absent."""
+    value = {str: "word", int: 7, float: 0.125, bool: not field.default}.get(
+        type(field.default), ("a b.jsonl", "c.json")
+    )
     if isinstance(value, bool):
         arguments = [flag(field.name) if value else flag("no_" + field.name)]
     else:
         arguments = [flag(field.name), *(value if isinstance(value, tuple) else (str(value),))]
-    assert given_flags(config_class, arguments) == {field.name: value}
-    assert type(given_flags(config_class, arguments)[field.name]) is type(value)
+    assert parse_flags(config_class, arguments) == {field.name: value}
+    assert type(parse_flags(config_class, arguments)[field.name]) is type(value)
 
 
 @pytest.mark.parametrize("config_class", SCRIPTS)
 def test_help_lists_each_flag_with_its_default_and_reason(config_class, capsys):
-    """A % in a reason is a crash of argparse's formatter, seen only when somebody asks for help."""
+    """A % in a reason would crash argparse, but only when --help is used."""
     with pytest.raises(SystemExit) as ending:
-        given_flags(config_class, ["--help"])
+        parse_flags(config_class, ["--help"])
     page = " ".join(capsys.readouterr().out.split())
     assert ending.value.code == 0
     for field in dataclasses.fields(config_class):
-        assert f"{flag(field.name)} " in page.replace(",", " ") and len(field.metadata["reason"]) > 10
-        assert " ".join(f"{field.metadata['reason']} (default: {field.default!r})".split()) in page.replace("- ", "-")
+        reason = field.metadata["reason"]
+        assert len(reason) > 10
+        assert f"{flag(field.name)} " in page.replace(",", " ")
+        expected = " ".join(f"{reason} (default: {field.default!r})".split())
+        assert expected in page.replace("- ", "-")
 
 
-# ---- presets ---------------------------------------------------------------------------------------------------------
+# ---- presets -------------------------------------------------------------------------------------
 
 
 def resolved(config_class, arguments):
-    found = []
-    run_script(found.append, config_class, arguments)
-    return found[0]
+    """The configuration that a script gets for these arguments."""
+    configs = []
+    run_script(configs.append, config_class, arguments)
+    return configs[0]
 
 
 @pytest.mark.parametrize("config_class", SCRIPTS)
 @pytest.mark.parametrize("name", RewardConfig.presets)
-def test_a_preset_lies_between_the_defaults_and_the_flags(name, config_class, capsys):
-    """A preset that wins over a flag is a flag dropped in silence."""
+def test_flags_override_a_preset_and_a_preset_overrides_the_defaults(name, config_class, capsys):
+    """A flag that a preset overrides would have no effect."""
     preset = config_class.presets[name]
     config = resolved(config_class, ["--preset", name])
     config.check()
     assert config == dataclasses.replace(config_class(), **preset)
     changed = dict(seed=7, max_response_length=3, lr=0.125)
     flags = [word for key, value in changed.items() for word in (flag(key), str(value))]
-    assert resolved(config_class, [*flags, "--preset", name]) == dataclasses.replace(config, **changed)
+    assert resolved(config_class, [*flags, "--preset", name]) == dataclasses.replace(
+        config, **changed
+    )
     with pytest.raises(SystemExit):
-        given_flags(config_class, ["--help"])
+        parse_flags(config_class, ["--help"])
     assert ", ".join(config_class.presets) in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_debug_preset_runs_both_scripts_and_resumes_with_the_settings_it_recorded(tmp_path):
-    """On its way to every stage: the truth of the task is known, although --data is not empty. What lies in the run folder
-    wins over the preset when the same command line is given again with --resume."""
-    folders = [str(tmp_path / name) for name in ("reward", "policy")]
-    run_script(train_reward.main, RewardConfig, ["--preset", "debug", "--out", folders[0], "--batch-size", "64"])
-    arguments = ["--preset", "debug", "--reward-run", folders[0], "--out", folders[1], "--iterations", "2"]
+def test_the_debug_preset_runs_both_scripts_and_resumes_with_recorded_settings(tmp_path):
+    """With --data from the help desk the ground truth is known.
+
+    With --resume the settings in the run folder override those of the preset.
+    """
+    reward = tmp_path / "reward"
+    policy = tmp_path / "policy"
+    arguments = ["--preset", "debug", "--out", str(reward), "--batch-size", "64"]
+    run_script(train_reward.main, RewardConfig, arguments)
+    arguments = ["--preset", "debug", "--reward-run", str(reward), "--out", str(policy)]
+    arguments += ["--iterations", "2"]
     run_script(train_policy.main, PolicyConfig, arguments)
-    settings = json.loads((tmp_path / "policy" / "config.json").read_text())["settings"]
-    wanted = {**PolicyConfig.presets["debug"], "iterations": 2}
-    assert {name: settings[name] for name in wanted} == wanted
-    result = json.loads((tmp_path / "policy" / "result.json").read_text())
-    assert "sampled_gold" in result and "probes" in rows(tmp_path / "reward" / "reward_metrics.jsonl")[-1]
+    settings = json.loads((policy / "config.json").read_text())["settings"]
+    expected = {**PolicyConfig.presets["debug"], "iterations": 2}
+    assert {name: settings[name] for name in expected} == expected
+    assert "sampled_gold" in json.loads((policy / "result.json").read_text())
+    assert "probes" in rows(reward / "reward_metrics.jsonl")[-1]
     assert resolved(PolicyConfig, [*arguments[:-2], "--resume"]).iterations == 2
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"null", b"3", b'"settings"', b"{}", b'{"settings": 3}', b'{"settings": []}', b'{"settings": null}',
-    b'{"settings": {"seeed": 3}}', b'{"settings": {"seed": "3"}}', b'{"settings": {"seed": [1]}}', b'{"settings": {"lr": NaN}}',
-    b'{"settings": {"lr": {"a": 1}}}', b"\xff\xfe", b"[" * 100_000, b'{"settings": {"seed": -1}}',
-    b'{"settings": {"seed": true}}', b'{"settings": {"lr": 1' + b"0" * 400 + b"}}",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"3",
+        b'"settings"',
+        b"{}",
+        b'{"settings": 3}',
+        b'{"settings": []}',
+        b'{"settings": null}',
+        b'{"settings": {"seeed": 3}}',
+        b'{"settings": {"seed": "3"}}',
+        b'{"settings": {"seed": [1]}}',
+        b'{"settings": {"lr": NaN}}',
+        b'{"settings": {"lr": {"a": 1}}}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"settings": {"seed": -1}}',
+        b'{"settings": {"seed": true}}',
+        b'{"settings": {"lr": 1' + b"0" * 400 + b"}}",
+    ],
+)
 @pytest.mark.parametrize("config_class", SCRIPTS)
 def test_a_damaged_config_file_is_refused_in_one_line(config_class, content, tmp_path):
-    """A stranger's config.json reaches the program before anything has been checked."""
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_config(config_class, tmp_path / "config.json")
-    assert "\n" not in str(error.value)
+    """config.json can contain anything, so every value must be checked after it is read."""
+    this_version = f'{{"version": "{VERSION}", "facts": {{}}, "settings": '.encode()
+    for variant in (content, content.replace(b'{"settings": ', this_version)):
+        (tmp_path / "config.json").write_bytes(variant)
+        with pytest.raises(UserError) as error:
+            read_config(config_class, tmp_path / "config.json")
+        message = str(error.value)
+        assert "\n" not in message
+        assert "written by" not in message
 
 
-def test_settings_survive_the_file(tmp_path):
-    """A tuple that comes back as a list is "another setting" when the run is resumed."""
-    config = RewardConfig(data=("a.jsonl", "b.jsonl"), lr=3e-4, seed=2 ** 40)
+def test_settings_read_from_the_file_equal_those_written(tmp_path):
+    """A tuple that is read as a list would count as a changed setting when the run is resumed."""
+    config = RewardConfig(data=("a.jsonl", "b.jsonl"), lr=3e-4, seed=2**40)
     (tmp_path / "config.json").write_text(json.dumps(sealed(dataclasses.asdict(config), {})))
     assert read_config(RewardConfig, tmp_path / "config.json") == config
 
 
-# ---- each setting does something -------------------------------------------------------------------------------------
+def test_the_config_file_records_the_version(reward_run, policy_run):
+    """Another version of the program can then refuse the folder."""
+    for folder in (reward_run, policy_run):
+        content = json.loads((folder / "config.json").read_text())
+        assert content["version"] == VERSION
 
-# field -> (settings in common, the value before or ... for the default, the value after). Each is tested to change what a
-# run returns, prints as its error, or leaves in its folder (config.json apart); a field without an entry fails.
+
+@pytest.mark.parametrize("config_class", SCRIPTS)
+@pytest.mark.parametrize("version", ["1.0", "9.9", None])
+def test_a_config_file_of_another_version_is_refused_with_both_versions(
+    config_class, version, tmp_path
+):
+    """A setting could have another meaning in another version. Version 1.0 recorded none."""
+    content = sealed(dataclasses.asdict(config_class()), {})
+    del content["version"]
+    if version:
+        content["version"] = version
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        read_config(config_class, tmp_path / "config.json")
+    message = str(error.value)
+    assert f"written by minirlhf {version or '1.0'}, but this is minirlhf {VERSION};" in message
+    assert str(tmp_path / "config.json") in message
+    assert "\n" not in message
+
+
+def test_the_version_is_checked_before_the_settings(tmp_path):
+    """An error about unknown settings would hide that the version is the reason."""
+    settings = dataclasses.asdict(RewardConfig())
+    settings["warmup_lr"] = settings.pop("sft_lr")
+    content = sealed(settings, {})
+    del content["version"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    expected = f"written by minirlhf 1.0, but this is minirlhf {VERSION};"
+    with pytest.raises(UserError, match=expected):
+        read_config(RewardConfig, tmp_path / "config.json")
+
+
+def test_both_scripts_refuse_a_run_folder_of_another_version(
+    reward_run, policy_run, tmp_path, capsys
+):
+    """The policy script reads the reward run's folder, and --resume reads the run's own."""
+    for folder in (reward_run, policy_run):
+        shutil.copytree(folder, tmp_path / folder.name)
+    reward = tmp_path / reward_run.name
+    policy = tmp_path / policy_run.name
+    for folder in (reward, policy):
+        content = json.loads((folder / "config.json").read_text())
+        del content["version"]
+        (folder / "config.json").write_text(json.dumps(content))
+    for config_class, arguments in (
+        (RewardConfig, ["--resume", "--out", str(reward)]),
+        (PolicyConfig, ["--resume", "--out", str(policy)]),
+        (PolicyConfig, ["--reward-run", str(reward), "--out", str(tmp_path / "new")]),
+    ):
+        message = refused(capsys, SCRIPTS[config_class], config_class, arguments)
+        assert f"written by minirlhf 1.0, but this is minirlhf {VERSION};" in message
+    assert not (tmp_path / "new").exists()
+
+
+# ---- each setting has an effect ------------------------------------------------------------------
+
+# field -> (other settings, first value or ... for the default, second value). The two values must
+# give runs that differ in result, error message or files (except config.json). A field without an
+# entry fails.
 REWARD_CHANGES = {
     "data": ({}, ("pairs.jsonl",), ("pairs.jsonl", "more.jsonl")),
     "heldout_data": ({}, ..., ("more.jsonl",)),
@@ -234,23 +392,23 @@ REWARD_CHANGES = {
     "init": ({}, ..., "{reward_run}/base.pt"),
     "init_reward": ({}, ..., "{reward_run}/reward.pt"),
     "bf16": ({}, False, True),
-    "warmup_init": (dict(init="{reward_run}/base.pt"), False, True),
+    "sft_init": (dict(init="{reward_run}/base.pt"), False, True),
     "n_layer": ({}, 1, 2),
     "n_head": ({}, 1, 2),
     "d_model": ({}, 8, 16),
     "max_prompt_length": ({}, 6, 3),
     "max_response_length": ({}, 5, 3),
-    "warmup_sequences": ({}, 16, 24),
-    "warmup_batch_size": ({}, 8, 12),
-    "warmup_lr": ({}, 1e-2, 2e-2),
+    "sft_sequences": ({}, 16, 24),
+    "sft_batch_size": ({}, 8, 12),
+    "sft_lr": ({}, 1e-2, 2e-2),
     "epochs": ({}, 1, 2),
     "batch_size": ({}, 4, 7),
     "lr": ({}, 1e-2, 2e-2),
     "centering": ({}, 0.0, 0.5),
-    "verdict_coef": ({}, 0.0, 0.5),
+    "auxiliary_coef": ({}, 0.0, 0.5),
     "weight_decay": ({}, 0.0, 0.1),
     "max_grad_norm": ({}, 1.0, 0.01),
-    "normalise_prompts": ({}, 4, 8),
+    "normalize_prompts": ({}, 4, 8),
     "task": ({}, "none", "tiny"),
     "out": ({}, "a", "b"),
     "seed": ({}, 0, 1),
@@ -299,31 +457,49 @@ POLICY_CHANGES = {
     "keep_checkpoints": (dict(save_every=1), 1, 2),
     "tensorboard": ({}, False, True),
 }
-RESOURCES_ONLY = {  # and what --help says of it
-    "device": "cuda", "deterministic": "no CUDA kernel whose sums vary", "micro_batch_size": "Less memory, the same gradient",
-    "compile": "torch.compile the blocks", "shard": "under torchrun"}
+# settings that change only speed and memory -> a part of their reason
+RESOURCES_ONLY = {
+    "device": "cuda",
+    "deterministic": "only CUDA kernels with reproducible sums",
+    "micro_batch_size": "Less memory, same gradient",
+    "compile": "torch.compile the blocks",
+    "shard": "with torchrun",
+}
+# settings with a value for which the run must fail
+FAILS_WITH_ONE_VALUE = ("resume", "skip_bad_lines", "max_kl")
 FILES = ("pairs.jsonl", "more.jsonl", "bad.jsonl", "bytes.tiktoken", "merged.tiktoken")
 
 
 @pytest.fixture(scope="module")
 def workshop(reward_run, tmp_path_factory):
-    """A folder with every file that the settings name, and finished runs to resume and to learn from."""
+    """A folder with every file that the settings name, and finished runs to resume and to use."""
     folder = tmp_path_factory.mktemp("workshop")
     write_inputs(folder)
     pairs = (folder / "pairs.jsonl").read_text()
-    (folder / "more.jsonl").write_text(pairs.replace(":", "?"))
+    (folder / "more.jsonl").write_text(pairs.replace(':",', '?",'))
     (folder / "bad.jsonl").write_text(pairs + "{\n")
     ranks = (folder / "bytes.tiktoken").read_bytes()
     (folder / "merged.tiktoken").write_bytes(ranks + base64.b64encode(b" a") + b" 256\n")
     train_reward.main(reward_config(folder, folder / "other", seed=1))
-    for config_class in SCRIPTS:
-        with contextlib.redirect_stdout(io.StringIO()):
-            SCRIPTS[config_class](small(config_class, folder, reward_run, out=str(folder / config_class.__name__ / "finished")))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        use_same_id(patch)
+        for config_class, main in SCRIPTS.items():
+            out = str(folder / config_class.__name__ / "finished")
+            main(small(config_class, folder, reward_run, out=out))
     return folder
 
 
+def use_same_id(monkeypatch):
+    """Give all runs the same id, because checkpoints contain it and it depends on all settings."""
+    open_folder = run_module.open_folder
+    monkeypatch.setattr(
+        run_module, "open_folder", lambda *arguments: open_folder(*arguments)._replace(id="same")
+    )
+
+
 def small(config_class, folder, trained, **settings):
-    """A tiny configuration with these settings; names of the workshop's files stand for their paths."""
+    """A tiny configuration with these settings; names of the workshop's files become paths."""
+
     def path(value):
         if isinstance(value, tuple):
             return tuple(map(path, value))
@@ -338,7 +514,7 @@ def small(config_class, folder, trained, **settings):
 
 
 class FakeWriter:
-    """TensorBoard need not be installed for this."""
+    """A replacement for TensorBoard's SummaryWriter, which need not be installed."""
 
     def __init__(self, folder):
         self.path = f"{folder}-events"
@@ -349,10 +525,10 @@ class FakeWriter:
 
 
 def outcome(config_class, workshop, reward_run, folder, monkeypatch, settings):
-    """All that can be seen of a run: its error, or what it returned and left behind, the wall clock's figures apart."""
+    """The error of a run, or its result, files and metrics without wall-clock values."""
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("minirlhf.run.digest", lambda content: "")  # checkpoints name the run, and a run is its settings
+    use_same_id(monkeypatch)
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = FakeWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
@@ -362,77 +538,77 @@ def outcome(config_class, workshop, reward_run, folder, monkeypatch, settings):
         result = SCRIPTS[config_class](small(config_class, workshop, reward_run, **settings))
     except UserError as error:
         return str(error)
-    files = {name: content for name, content in contents(folder).items() if not name.endswith(("config.json", ".jsonl"))}
+    files = {
+        name: content
+        for name, content in contents(folder).items()
+        if not name.endswith(("config.json", ".jsonl"))
+    }
     return result, files, [rows(path) for path in folder.rglob("*.jsonl")]
 
 
 @EACH_FIELD
-def test_each_setting_changes_something(config_class, field, workshop, reward_run, tmp_path, monkeypatch):
-    """A setting that does nothing is a promise broken in silence, and a sweep over it is time lost."""
+def test_each_setting_has_an_effect(
+    config_class, field, workshop, reward_run, tmp_path, monkeypatch
+):
+    """A setting without an effect would make every experiment with it useless."""
     if field.name in RESOURCES_ONLY:
         assert RESOURCES_ONLY[field.name] in field.metadata["reason"]
         return
-    common, before, after = (REWARD_CHANGES if config_class is RewardConfig else POLICY_CHANGES)[field.name]
-    before = field.default if before is ... else before
-    seen = [outcome(config_class, workshop, reward_run, tmp_path / name, monkeypatch, {**common, field.name: value})
-            for name, value in (("before", before), ("after", after))]
-    assert seen[0] != seen[1]
+    changes = REWARD_CHANGES if config_class is RewardConfig else POLICY_CHANGES
+    others, first, second = changes[field.name]
+    if first is ...:
+        first = field.default
+    outcomes = []
+    for name, value in (("first", first), ("second", second)):
+        settings = {**others, field.name: value}
+        outcomes.append(
+            outcome(config_class, workshop, reward_run, tmp_path / name, monkeypatch, settings)
+        )
+    assert outcomes[0] != outcomes[1]
+    assert field.name in FAILS_WITH_ONE_VALUE or not any(isinstance(o, str) for o in outcomes)
 
 
 def test_the_same_settings_give_the_same_run(workshop, reward_run, tmp_path, monkeypatch):
-    """Without this, the test above would pass for a setting that does nothing."""
+    """If equal runs differed, the test above would pass for a setting without an effect."""
     for config_class in SCRIPTS:
-        seen = [outcome(config_class, workshop, reward_run, tmp_path / f"{config_class.__name__}-{i}", monkeypatch, {})
-                for i in (1, 2)]
-        assert seen[0] == seen[1] and not isinstance(seen[0], str)
+        outcomes = []
+        for number in (1, 2):
+            folder = tmp_path / f"{config_class.__name__}-{number}"
+            outcomes.append(outcome(config_class, workshop, reward_run, folder, monkeypatch, {}))
+        assert outcomes[0] == outcomes[1]
+        assert not isinstance(outcomes[0], str)
 
 
-@pytest.mark.parametrize("config_class, name", [(RewardConfig, "reward_metrics.jsonl"), (PolicyConfig, "policy_metrics.jsonl")])
-def test_micro_batches_change_memory_alone(config_class, name, workshop, reward_run, tmp_path, monkeypatch):
-    """A mean of the means of ragged micro-batches is another gradient: the last, smallest one would count too much."""
-    found, trained_on, forward = [], [], Transformer.forward
+@pytest.mark.parametrize(
+    "config_class, name",
+    [(RewardConfig, "reward_metrics.jsonl"), (PolicyConfig, "policy_metrics.jsonl")],
+)
+def test_micro_batches_do_not_change_the_results(
+    config_class, name, workshop, reward_run, tmp_path, monkeypatch
+):
+    """A mean of means over micro-batches of different sizes would be another gradient."""
+    metrics = []
+    batch_sizes = []
+    forward = Transformer.forward
 
-    def listening(model, ids, *rest, **more):
-        trained_on.append(len(ids) if torch.is_grad_enabled() else 0)
-        return forward(model, ids, *rest, **more)
+    def recording_forward(model, ids, attention_mask, cache=None):
+        batch_sizes.append(len(ids) if torch.is_grad_enabled() else 0)
+        return forward(model, ids, attention_mask, cache)
 
-    monkeypatch.setattr(Transformer, "forward", listening)
+    monkeypatch.setattr(Transformer, "forward", recording_forward)
+    # a prompt of the tiny task has three responses
+    rows_per_item = 3 if config_class is RewardConfig else 1
     for size in (0, 1, 3):
         out = tmp_path / str(size)
-        trained_on.clear()
-        SCRIPTS[config_class](small(config_class, workshop, reward_run, out=str(out), micro_batch_size=size))
-        rows_each = 3 if config_class is RewardConfig else 1  # a prompt of its data has three responses
-        assert not size or max(trained_on) <= size * rows_each
-        found.append([row for row in rows(out / name) if "grad_norm" in row])
-    for other in found[1:]:
-        for ours, theirs in zip(found[0], other, strict=True):
-            same = [key for key in ("loss", "grad_norm", "value_loss", "entropy", "accuracy") if key in theirs]
-            assert [ours[key] for key in same] == pytest.approx([theirs[key] for key in same], rel=1e-3, abs=1e-4)
-
-
-# ---- memory that is used again ---------------------------------------------------------------------------------------
-
-FAULTS = """
-import resource, sys, torch
-from minirlhf.flags import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for turn in range(12):
-    tensors = [torch.zeros(2**22) for _ in range(3)]  # 16 MiB each
-    del tensors
-    if turn == 3:  # by then the heap has grown to what it needs
-        first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such thresholds")
-def test_freed_tensors_are_used_again_instead_of_fresh_pages_from_the_system():
-    """Eight turns of 48 MiB are 98,304 pages if each is fetched anew, and next to none if the freed ones are used again.
-
-    The environment holds glibc to the thresholds that it starts with: left alone it raises them by luck, now and then enough.
-    """
-    environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
-    faults = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True,
-                                      cwd=Path(__file__).parent.parent, env=environment).stdout) for how in ("keep", "leave")}
-    assert 3 * faults["keep"] < faults["leave"] and faults["leave"] > 10_000  # a system short of memory may take a turn's away
+        batch_sizes.clear()
+        config = small(config_class, workshop, reward_run, out=str(out), micro_batch_size=size)
+        SCRIPTS[config_class](config)
+        assert max(batch_sizes) > 0
+        assert not size or max(batch_sizes) <= size * rows_per_item
+        metrics.append([row for row in rows(out / name) if "grad_norm" in row])
+    for other in metrics[1:]:
+        for expected, row in zip(metrics[0], other, strict=True):
+            keys = {"loss", "grad_norm", "value_loss", "entropy", "accuracy"} & row.keys()
+            expected_values = {key: expected[key] for key in keys}
+            values = {key: row[key] for key in keys}
+            assert values == pytest.approx(expected_values, rel=1e-3, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Preference data: every shape in use is read, every mistake is named, nothing is dropped or cut in silence."""
+"""Preference data: every shape is read, every mistake is reported, every cut is counted."""
 
 import base64
 import dataclasses
@@ -11,33 +11,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf import data, json_files
-from minirlhf import records as record_files
-from minirlhf.config import RewardConfig, UserError
-from minirlhf.data import (
+from minirlhf.config import RewardConfig
+from minirlhf.data import batches, json_files, preference_files
+from minirlhf.data.batches import (
     PreferenceGroup,
-    PreferencePair,
     collate_preferences,
     describe_counts,
     encode_preferences,
-    encode_prompts,
     epoch_batches,
     pad_left,
     pad_right,
-    read_preferences,
-    split_holdout,
-    unique_prompts,
 )
-from minirlhf.records import read_prompts, read_records
-from minirlhf.task import load_splits
-from minirlhf.tokenizer import decode, load_tokenizer, pad_id
+from minirlhf.data.preference_files import (
+    PreferencePair,
+    read_preferences,
+    read_prompts,
+    read_records,
+)
+from minirlhf.data.prompts import Prompts, encode_prompt, encode_prompts, unique_prompts
+from minirlhf.data.splits import load_splits, split_holdout
+from minirlhf.data.tokenizer import CHUNK, decode, load_tokenizer, pad_id
+from minirlhf.run.errors import UserError
 
 
 def byte_tokenizer(folder):
-    """256 bytes and two merges: 'th' is id 256, ' th' id 257, EOS 258, PAD 259."""
+    """256 bytes and two merges: "th" has id 256, " th" has id 257, EOS 258, PAD 259."""
     tokens = [bytes([i]) for i in range(256)] + [b"th", b" th"]
     path = Path(folder) / "bytes.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    )
     return load_tokenizer(str(path))
 
 
@@ -46,7 +49,7 @@ def enc(tmp_path_factory):
     return byte_tokenizer(tmp_path_factory.mktemp("ranks"))
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 def user(text):
@@ -61,19 +64,29 @@ TWO_TURNS = [user("Hi"), assistant("Hello"), user("Tea?")]
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:"
 RECORDS = {
     "strings": {"prompt": PROMPT, "chosen": " Yes, please", "rejected": " No"},
-    "messages": {"prompt": TWO_TURNS, "chosen": [assistant("Yes, please")], "rejected": [assistant("No")]},
+    "messages": {
+        "prompt": TWO_TURNS,
+        "chosen": [assistant("Yes, please")],
+        "rejected": [assistant("No")],
+    },
     "messages, prompt inside": {
-        "chosen": [*TWO_TURNS, assistant("Yes, please")], "rejected": [*TWO_TURNS, assistant("No")],
+        "chosen": [*TWO_TURNS, assistant("Yes, please")],
+        "rejected": [*TWO_TURNS, assistant("No")],
     },
     "messages, prompt repeated": {
-        "prompt": TWO_TURNS, "chosen": [*TWO_TURNS, assistant("Yes, please")],
+        "prompt": TWO_TURNS,
+        "chosen": [*TWO_TURNS, assistant("Yes, please")],
         "rejected": [*TWO_TURNS, assistant("No")],
     },
     "transcripts": {"chosen": PROMPT + " Yes, please", "rejected": PROMPT + " No"},
     "ShareGPT": {
-        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
-                          {"from": "human", "value": "Tea?"}],
-        "chosen": {"from": "gpt", "value": "Yes, please"}, "rejected": {"from": "gpt", "value": "No"},
+        "conversations": [
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Hello"},
+            {"from": "human", "value": "Tea?"},
+        ],
+        "chosen": {"from": "gpt", "value": "Yes, please"},
+        "rejected": {"from": "gpt", "value": "No"},
     },
     "ranked": {"prompt": PROMPT, "responses": [" No", " Yes, please"], "preferences": [[1, 0]]},
 }
@@ -85,7 +98,9 @@ def write(path: Path, records: list, container: str = "lines.jsonl") -> str:
     if container.startswith("lines"):
         text = "\n".join(json.dumps(record) for record in records) + "\n"
     else:
-        text = json.dumps(records, indent=2 if container.startswith("indented") else None, ensure_ascii=False)
+        text = json.dumps(
+            records, indent=2 if container.startswith("indented") else None, ensure_ascii=False
+        )
     path.write_bytes(gzip.compress(text.encode()) if container.endswith(".gz") else text.encode())
     return str(path)
 
@@ -106,51 +121,80 @@ def test_every_shape_in_every_container_gives_the_same_pair(tmp_path, shape, con
 
 @pytest.mark.parametrize("shape", RECORDS)
 def test_margin_and_weight_are_read_from_every_shape(tmp_path, shape):
-    records = [RECORDS[shape] | {"margin": 0.5, "weight": 2}, RECORDS[shape] | {"margin": None, "weight": None}]
-    assert [pair[3:] for pair in read_preferences(write(tmp_path, records))] == [(0.5, 2.0), (None, 1.0)]
+    records = [
+        RECORDS[shape] | {"margin": 0.5, "weight": 2},
+        RECORDS[shape] | {"margin": None, "weight": None},
+    ]
+    assert [pair[3:] for pair in read_preferences(write(tmp_path, records))] == [
+        (0.5, 2.0),
+        (None, 1.0),
+    ]
 
 
 def test_ranked_record_gives_one_pair_for_each_preference_and_a_tie_both_orders(tmp_path):
-    record = {"prompt": "P", "responses": ["a", "b", "c"], "preferences": [[2, 0], [0, 1], [1, 0]],
-              "margin": [1, 0, 0], "weight": [1, 0.5, 0.5]}
+    record = {
+        "prompt": "P",
+        "responses": ["a", "b", "c"],
+        "preferences": [[2, 0], [0, 1], [1, 0]],
+        "margin": [1, 0, 0],
+        "weight": [1, 0.5, 0.5],
+    }
     assert read_preferences(write(tmp_path, [record])) == [
-        ("P", "c", "a", 1.0, 1.0), ("P", "a", "b", 0.0, 0.5), ("P", "b", "a", 0.0, 0.5),
+        ("P", "c", "a", 1.0, 1.0),
+        ("P", "a", "b", 0.0, 0.5),
+        ("P", "b", "a", 0.0, 0.5),
     ]
 
 
 def test_system_messages_and_plain_prompts_are_rendered_too(tmp_path):
     records = [
-        {"prompt": [{"role": "system", "content": "Be kind."}, user("Hi")],
-         "chosen": [assistant("Hello")], "rejected": [assistant("What?")]},
-        {"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("What?")]},
+        {
+            "prompt": [{"role": "system", "content": "Be kind."}, user("Hi")],
+            "chosen": [assistant("Hello")],
+            "rejected": [assistant("What?")],
+        },
+        {
+            "prompt": "Hi",
+            "chosen": [user("Hi"), assistant("Hello")],
+            "rejected": [user("Hi"), assistant("What?")],
+        },
     ]
     prompts = ["\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"]
-    assert read_preferences(write(tmp_path, records)) == [(prompt, " Hello", " What?", None, 1.0) for prompt in prompts]
+    assert read_preferences(write(tmp_path, records)) == [
+        (prompt, " Hello", " What?", None, 1.0) for prompt in prompts
+    ]
 
 
-def test_transcripts_that_part_early_keep_all_that_follows(tmp_path):
-    """Cut at the last turn of one side alone, the two responses would answer different prompts."""
+def test_transcripts_that_differ_early_keep_all_later_turns(tmp_path):
+    """A cut at the last turn of one side would give the two responses different prompts."""
     start = "\n\nHuman: Hi\n\nAssistant:"
-    record = {"chosen": start + " A\n\nHuman: x\n\nAssistant: B", "rejected": start + " C\n\nHuman: x\n\nAssistant: D"}
-    pair, = read_preferences(write(tmp_path, [record]))
+    record = {
+        "chosen": start + " A\n\nHuman: x\n\nAssistant: B",
+        "rejected": start + " C\n\nHuman: x\n\nAssistant: D",
+    }
+    (pair,) = read_preferences(write(tmp_path, [record]))
     assert pair[:3] == (start, " A\n\nHuman: x\n\nAssistant: B", " C\n\nHuman: x\n\nAssistant: D")
 
 
-def test_responses_that_begin_alike_stay_whole(tmp_path):
-    """A prompt cut at the longest shared prefix of characters would swallow the words that both begin with."""
+def test_responses_with_the_same_first_words_stay_complete(tmp_path):
+    """A prompt that ends at the last shared character would contain words of the responses."""
     start = "\n\nHuman: Hi\n\nAssistant:"
     record = {"chosen": start + " I am well", "rejected": start + " I am not"}
     assert read_preferences(write(tmp_path, [record]))[0][:3] == (start, " I am well", " I am not")
 
 
-def test_text_is_kept_to_the_character(tmp_path):
+def test_no_character_of_a_text_changes(tmp_path):
     text = "\ufeff é\u0301 \u2028 \r\n\t👩‍👧 <|endoftext|> \\n \x1b[2J\x7f"
     record = {"prompt": text + "p", "chosen": text + "c", "rejected": text}
     for container in CONTAINERS:
-        assert read_preferences(write(tmp_path, [record], container))[0][:3] == (text + "p", text + "c", text)
+        assert read_preferences(write(tmp_path, [record], container))[0][:3] == (
+            text + "p",
+            text + "c",
+            text,
+        )
 
 
-def test_byte_order_mark_windows_line_ends_and_blank_lines_are_no_mistakes(tmp_path):
+def test_byte_order_mark_windows_line_ends_and_blank_lines_are_accepted(tmp_path):
     line = json.dumps(RECORDS["strings"]).encode()
     path = write_raw(tmp_path, b"\xef\xbb\xbf\r\n" + line + b"\r\n\r\n  \r\n" + line)
     assert len(read_preferences(path)) == 2
@@ -167,24 +211,33 @@ def test_several_files_may_have_several_shapes(tmp_path):
 
 
 def test_prompts_alone(tmp_path):
-    path = write(tmp_path, [{"prompt": "b"}, {"prompt": "a"}, {"prompt": [user("Hi")]}, {"prompt": "b"}])
+    path = write(
+        tmp_path, [{"prompt": "b"}, {"prompt": "a"}, {"prompt": [user("Hi")]}, {"prompt": "b"}]
+    )
     assert read_prompts(path) == ["b", "a", "\n\nHuman: Hi\n\nAssistant:"]
     with pytest.raises(UserError, match='raw.jsonl:2: the key "prompt" is missing') as error:
         read_prompts(write_raw(tmp_path, '{"prompt": "a"}\n{"text": "b"}'))
-    assert "--skip-bad-lines" not in str(error.value)  # a flag of the other script
+    assert "--skip-bad-lines" not in str(error.value)  # train_policy.py has no such flag
 
 
 @pytest.mark.parametrize("container", ["array.json", "indented.json"])
-def test_arrays_larger_than_any_chunk_are_read_whole_and_in_order(tmp_path, monkeypatch, container):
-    """A record that straddles two reads must be neither lost, nor doubled, nor called broken."""
-    records = [{"prompt": f"{i} " + "x" * (i * 37 % 500), "chosen": '"]},[{', "rejected": "\\"} for i in range(200)]
+def test_arrays_larger_than_a_chunk_are_read_completely_and_in_order(
+    tmp_path, monkeypatch, container
+):
+    """A record that continues in the next chunk must not be lost, repeated or called bad."""
+    records = [
+        {"prompt": f"{i} " + "x" * (i * 37 % 500), "chosen": '"]},[{', "rejected": "\\"}
+        for i in range(200)
+    ]
     path = write(tmp_path, records, container)
     for chunk in (1, 7, 64, 2**16):
         monkeypatch.setattr(json_files, "CHUNK", chunk)
-        assert [pair.prompt for pair in read_preferences(path)] == [record["prompt"] for record in records]
+        assert [pair.prompt for pair in read_preferences(path)] == [
+            record["prompt"] for record in records
+        ]
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 GOOD = json.dumps(RECORDS["strings"])
 BAD_LINES = {
@@ -192,78 +245,140 @@ BAD_LINES = {
     "not an object": (b'"text"', "a JSON str, not an object"),
     "a list, which on the first line would be an array": (b"[1, 2]", "a JSON list, not an object"),
     "missing key": (b'{"prompt": "p", "chosen": "c"}', 'the key "rejected" is missing'),
-    "wrong type": (b'{"prompt": "p", "chosen": "c", "rejected": 3}', '"rejected" holds a JSON int where text is due'),
-    "mixed shapes": (json.dumps(RECORDS["ranked"]).encode(), "holds ranked responses, the earlier ones prompt, chosen"),
-    "invalid utf-8": (b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}', '"prompt" is not valid UTF-8'),
-    "surrogate": (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', '"chosen" is not valid UTF-8'),
-    "nul": (b'{"prompt": "p", "chosen": "a\\u0000", "rejected": "r"}', '"chosen" holds a NUL'),
+    "wrong type": (
+        b'{"prompt": "p", "chosen": "c", "rejected": 3}',
+        '"rejected" is a JSON int, but must be a string',
+    ),
+    "mixed shapes": (
+        json.dumps(RECORDS["ranked"]).encode(),
+        "contains ranked responses, the earlier ones prompt, chosen",
+    ),
+    "invalid utf-8": (
+        b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}',
+        '"prompt" is not valid UTF-8',
+    ),
+    "surrogate": (
+        b'{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}',
+        '"chosen" is not valid UTF-8',
+    ),
+    "nul": (b'{"prompt": "p", "chosen": "a\\u0000", "rejected": "r"}', '"chosen" contains a NUL'),
     "raw nul": (b'{"prompt": "p\0", "chosen": "a", "rejected": "r"}', "not strict JSON"),
     "deep": (b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
-    "key twice": (b'{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}', "one key twice"),
-    "digits": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": ' + b"9" * 9999 + b"}", "not strict JSON .Exceeds"),
-    "too long": (b'{"prompt": "' + b"x" * 2**24 + b'", "chosen": "c", "rejected": "r"}', "longer than 16777216"),
+    "key twice": (
+        b'{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}',
+        "one key twice",
+    ),
+    "digits": (
+        b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": ' + b"9" * 9999 + b"}",
+        "not strict JSON .Exceeds",
+    ),
+    "too long": (
+        b'{"prompt": "' + b"x" * 2**24 + b'", "chosen": "c", "rejected": "r"}',
+        "longer than 16777216",
+    ),
     **{
         f"margin {value}": (GOOD.replace("}", f', "margin": {value}}}').encode(), message)
         for value, message in [
-            ("NaN", "not strict JSON .NaN is no JSON number"), ("-Infinity", "-Infinity is no"), ("1e999", '"margin" must be'),
-            ("1e300", '"margin" must be'), ("1" + "0" * 400, '"margin" must be'), ("true", '"margin" must be'),
-            ('"1"', '"margin" must be'), ("[1, 2]", '"margin" must be'), ("{}", '"margin" must be'),
+            ("NaN", "not strict JSON .NaN is not a JSON number"),
+            ("-Infinity", "-Infinity is not"),
+            ("1e999", '"margin" must be'),
+            ("1e300", '"margin" must be'),
+            ("1" + "0" * 400, '"margin" must be'),
+            ("true", '"margin" must be'),
+            ('"1"', '"margin" must be'),
+            ("[1, 2]", '"margin" must be'),
+            ("{}", '"margin" must be'),
         ]
     },
-    "weight": (GOOD.replace("}", ', "weight": -0.1}').encode(), r'"weight" must be 1e-06 to 1e\+06'),
-    "a weight of nothing": (GOOD.replace("}", ', "weight": 0}').encode(), r'"weight" must be 1e-06 to 1e\+06'),
+    "weight": (
+        GOOD.replace("}", ', "weight": -0.1}').encode(),
+        r'"weight" must be 1e-06 to 1e\+06',
+    ),
+    "weight 0": (GOOD.replace("}", ', "weight": 0}').encode(), r'"weight" must be 1e-06 to 1e\+06'),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_bad_line_is_named_or_counted(tmp_path, kind):
+def test_bad_line_is_reported_or_counted(tmp_path, kind):
     content, message = BAD_LINES[kind]
     path = write_raw(tmp_path, f"{GOOD}\n\n".encode() + content + f"\n{GOOD}\n".encode())
     with pytest.raises(UserError, match="raw.jsonl:3: .*" + message) as caught:
         read_preferences(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
     pairs, n_bad = read_records([path], skip_bad_lines=True)
-    assert len(pairs) == 2 and n_bad == 1
+    assert len(pairs) == 2
+    assert n_bad == 1
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"preferences": [[0, 2]]}, "two of the 2 responses, counted from 0"),
-    ({"preferences": [[-1, 0]]}, "two of the 2 responses"),
-    ({"preferences": [[10**30, 0]]}, "two of the 2 responses"),
-    ({"preferences": [[1, 1]]}, "two of the 2 responses"),
-    ({"preferences": [[0, 1, 1]]}, "two of the 2 responses"),
-    ({"preferences": [[True, False]]}, "two of the 2 responses"),
-    ({"preferences": [[0.0, 1.0]]}, "two of the 2 responses"),
-    ({"preferences": ["01"]}, "two of the 2 responses"),
-    ({"preferences": []}, '"preferences" a list of'),
-    ({"preferences": None}, '"preferences" a list of'),
-    ({"responses": "ab"}, '"responses" must be a list'),
-    ({"responses": ["a", None]}, '"responses" holds a JSON NoneType'),
-    ({"margin": [1.0]}, "one per preference"),
-])
-def test_bad_ranking_is_named(tmp_path, change, message):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"preferences": [[0, 2]]}, "two of the 2 responses, counted from 0"),
+        ({"preferences": [[-1, 0]]}, "two of the 2 responses"),
+        ({"preferences": [[10**30, 0]]}, "two of the 2 responses"),
+        ({"preferences": [[1, 1]]}, "two of the 2 responses"),
+        ({"preferences": [[0, 1, 1]]}, "two of the 2 responses"),
+        ({"preferences": [[True, False]]}, "two of the 2 responses"),
+        ({"preferences": [[0.0, 1.0]]}, "two of the 2 responses"),
+        ({"preferences": ["01"]}, "two of the 2 responses"),
+        ({"preferences": []}, '"preferences" a list of'),
+        ({"preferences": None}, '"preferences" a list of'),
+        ({"responses": "ab"}, '"responses" must be a list'),
+        ({"responses": ["a", None]}, '"responses" is a JSON NoneType'),
+        ({"margin": [1.0]}, "one per preference"),
+    ],
+)
+def test_bad_ranking_is_reported(tmp_path, change, message):
     record = {"prompt": "p", "responses": ["a", "b"], "preferences": [[0, 1], [1, 0]]} | change
     with pytest.raises(UserError, match="lines.jsonl:1: .*" + message):
         read_preferences(write(tmp_path, [record]))
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"chosen": [assistant("a")], "rejected": "b"}, '"rejected" must hold messages'),
-    ({"chosen": ["a"], "rejected": ["b"]}, '"chosen" must hold messages'),
-    ({"prompt": 3, "chosen": [assistant("a")], "rejected": [assistant("b")]}, '"prompt" must hold messages'),
-    ({"prompt": "p", "chosen": [user("a")], "rejected": [assistant("b")]}, "go on with an assistant's message"),
-    ({"prompt": "p", "chosen": [], "rejected": [assistant("b")]}, "go on with an assistant's message"),
-    ({"chosen": [user("a")], "rejected": [user("a")]}, 'share nothing up to an "Assistant:"'),
-    ({"chosen": [{"role": "judge\n", "content": ""}], "rejected": []}, r"has the role 'judge\\n'; use one of"),
-    ({"chosen": [{"role": ["user"], "content": ""}], "rejected": []}, "has the role"),
-    ({"chosen": [{"role": "user", "content": [{"text": "a"}]}], "rejected": []}, "a JSON list where text is due"),
-    ({"chosen": [{"role": "user"}], "rejected": []}, "a JSON NoneType where text is due"),
-    ({"conversations": [], "chosen": "a", "rejected": "b"}, '"chosen" must hold messages'),
-    ({"conversations": {}, "chosen": assistant("a"), "rejected": assistant("b")}, '"prompt" must hold messages'),
-    ({"chosen": "Human: a", "rejected": "Human: b"}, 'share nothing up to an "Assistant:"'),
-    ({"chosen": "a\n\nAssistant: b", "rejected": "c\n\nAssistant: b"}, 'share nothing up to an "Assistant:"'),
-])
-def test_bad_conversation_is_named(tmp_path, record, message):
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"chosen": [assistant("a")], "rejected": "b"}, '"rejected" must be a list of messages'),
+        ({"chosen": ["a"], "rejected": ["b"]}, '"chosen" must be a list of messages'),
+        (
+            {"prompt": 3, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            '"prompt" must be a list of messages',
+        ),
+        (
+            {"prompt": "p", "chosen": [user("a")], "rejected": [assistant("b")]},
+            "must continue with a message of the assistant",
+        ),
+        (
+            {"prompt": "p", "chosen": [], "rejected": [assistant("b")]},
+            "must continue with a message of the assistant",
+        ),
+        ({"chosen": [user("a")], "rejected": [user("a")]}, 'share nothing up to an "Assistant:"'),
+        (
+            {"chosen": [{"role": "critic\n", "content": ""}], "rejected": []},
+            r"has the role 'critic\\n'; use one of",
+        ),
+        ({"chosen": [{"role": ["user"], "content": ""}], "rejected": []}, "has the role"),
+        (
+            {"chosen": [{"role": "user", "content": [{"text": "a"}]}], "rejected": []},
+            "a JSON list, but must be a string",
+        ),
+        ({"chosen": [{"role": "user"}], "rejected": []}, "a JSON NoneType, but must be a string"),
+        (
+            {"conversations": [], "chosen": "a", "rejected": "b"},
+            '"chosen" must be a list of messages',
+        ),
+        (
+            {"conversations": {}, "chosen": assistant("a"), "rejected": assistant("b")},
+            '"prompt" must be a list of messages',
+        ),
+        ({"chosen": "Human: a", "rejected": "Human: b"}, 'share nothing up to an "Assistant:"'),
+        (
+            {"chosen": "a\n\nAssistant: b", "rejected": "c\n\nAssistant: b"},
+            'share nothing up to an "Assistant:"',
+        ),
+    ],
+)
+def test_bad_conversation_is_reported(tmp_path, record, message):
     with pytest.raises(UserError, match="lines.jsonl:1: .*" + message) as caught:
         read_preferences(write(tmp_path, [record]))
     assert "\n" not in str(caught.value)
@@ -275,40 +390,58 @@ def test_missing_file_directory_and_files_without_records(tmp_path):
     with pytest.raises(UserError, match="cannot be read .Is a directory"):
         read_preferences(str(tmp_path))
     for content in ("", "\n \n", "\ufeff"):
-        with pytest.raises(UserError, match="raw.jsonl: holds no usable record .0 bad"):
+        with pytest.raises(UserError, match="raw.jsonl: contains no usable record .0 bad"):
             read_preferences(write_raw(tmp_path, content))
-    with pytest.raises(UserError, match="holds no usable record .2 bad ones"):
+    with pytest.raises(UserError, match="contains no usable record .2 bad ones"):
         read_preferences(write_raw(tmp_path, "a\nb\n"), skip_bad_lines=True)
 
 
-def test_torn_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
-    """A download that stopped half-way must not train, unasked, on half of the data."""
+def test_incomplete_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
+    """Without --skip-bad-lines, half of a download must not be used as if it were complete."""
     rng = random.Random(0)
-    records = [{"prompt": f"{rng.random()}", "chosen": f"{rng.random()}",
-                "rejected": "r"} for _ in range(2000)]
-    whole = Path(write(tmp_path, records, "lines.jsonl.gz")).read_bytes()
-    for content in (whole[:len(whole) // 2], whole[:-4], whole[:5000] + b"\0\0\0\0" + whole[5004:]):
-        path = write_raw(tmp_path, content, "torn.jsonl.gz")
-        with pytest.raises(UserError, match=r"torn.jsonl.gz:\d+: "):
+    records = [
+        {"prompt": f"{rng.random()}", "chosen": f"{rng.random()}", "rejected": "r"}
+        for _ in range(2000)
+    ]
+    complete = Path(write(tmp_path, records, "lines.jsonl.gz")).read_bytes()
+    for content in (
+        complete[: len(complete) // 2],
+        complete[:-4],
+        complete[:5000] + b"\0\0\0\0" + complete[5004:],
+    ):
+        path = write_raw(tmp_path, content, "incomplete.jsonl.gz")
+        with pytest.raises(UserError, match=r"incomplete.jsonl.gz:\d+: "):
             read_preferences(path)
         pairs, n_bad = read_records([path], skip_bad_lines=True)
         assert n_bad >= 1 and 0 < len(pairs) <= 2000
         assert [pair.prompt for pair in pairs[:50]] == [record["prompt"] for record in records[:50]]
     with pytest.raises(UserError, match="Not a gzipped file"):
         read_preferences(write_raw(tmp_path, GOOD, "plain.jsonl.gz"))
-    with pytest.raises(UserError, match="a compressed file must be named .gz"):
-        read_preferences(write_raw(tmp_path, whole, "packed.jsonl"))
+    with pytest.raises(UserError, match="the name of a compressed file must end with .gz"):
+        read_preferences(write_raw(tmp_path, complete, "compressed.jsonl"))
 
 
-@pytest.mark.parametrize("text, line, n_kept", [
-    ("[\n{good},\n{bad},\n{good}]", 3, 2), ("[{good}\n{good}]", 1, 0), ("[\n\n{good},\n]", 4, 1),
-    ("[{good},{good}\n{good}]", 1, 1), ("[{good},\n{good}", 2, 2), ("\n\n[{good},\n3, {good}]", 4, 2), ("[{good},,{good}]", 1, 1),
-    ("[{good}] [", 1, 1), ("[]", 1, 0), ("[", 1, 0),
-    ("[{indented}\n,\n{bad}]", 7, 1),
-])
-def test_broken_array_names_the_line_of_the_record(tmp_path, text, line, n_kept):
-    """A half-downloaded array whose last record happens to be whole must not pass for a whole file."""
-    text = text.replace("{bad}", '{"prompt": "p"}').replace("{indented}", json.dumps(RECORDS["strings"], indent=1))
+@pytest.mark.parametrize(
+    "text, line, n_kept",
+    [
+        ("[\n{good},\n{bad},\n{good}]", 3, 2),
+        ("[{good}\n{good}]", 1, 0),
+        ("[\n\n{good},\n]", 4, 1),
+        ("[{good},{good}\n{good}]", 1, 1),
+        ("[{good},\n{good}", 2, 2),
+        ("\n\n[{good},\n3, {good}]", 4, 2),
+        ("[{good},,{good}]", 1, 1),
+        ("[{good}] [", 1, 1),
+        ("[]", 1, 0),
+        ("[", 1, 0),
+        ("[{indented}\n,\n{bad}]", 7, 1),
+    ],
+)
+def test_error_in_an_array_names_the_line_of_the_record(tmp_path, text, line, n_kept):
+    """An incomplete array whose last record is complete must not count as a complete file."""
+    text = text.replace("{bad}", '{"prompt": "p"}').replace(
+        "{indented}", json.dumps(RECORDS["strings"], indent=1)
+    )
     path = write_raw(tmp_path, text.replace("{good}", GOOD), "raw.json")
     with pytest.raises(UserError, match=f"raw.json:{line}: "):
         read_preferences(path)
@@ -317,22 +450,26 @@ def test_broken_array_names_the_line_of_the_record(tmp_path, text, line, n_kept)
         assert (len(pairs), n_bad) == (n_kept, 1)
 
 
-def test_skipping_gives_up_on_a_file_of_another_kind(tmp_path, monkeypatch):
-    """Someone else's log of millions of JSON lines would be read to its end, for nothing."""
-    monkeypatch.setattr(record_files, "MAX_BAD_RECORDS", 10)
+def test_skipping_stops_in_a_file_of_another_kind(tmp_path, monkeypatch):
+    """Without a limit, another program's log of millions of lines would be read to its end."""
+    monkeypatch.setattr(preference_files, "MAX_BAD_RECORDS", 10)
     path = write_raw(tmp_path, f"{GOOD}\n" * 9 + "{}\n" * 100)
-    with pytest.raises(UserError, match='raw.jsonl:20: more records are bad than usable, the last because'):
+    with pytest.raises(
+        UserError, match='raw.jsonl:20: more records are bad than usable, the last because'
+    ):
         read_records([path], skip_bad_lines=True)
     path = write_raw(tmp_path, f"{GOOD}\n" * 30 + "{}\n" * 30)
     assert read_records([path], skip_bad_lines=True)[1] == 30
 
 
 def test_a_bad_first_line_does_not_decide_the_shape(tmp_path):
-    pairs, n_bad = read_records([write_raw(tmp_path, '{"text": "a"}\n' + f"{GOOD}\n" * 3)], skip_bad_lines=True)
+    pairs, n_bad = read_records(
+        [write_raw(tmp_path, '{"text": "a"}\n' + f"{GOOD}\n" * 3)], skip_bad_lines=True
+    )
     assert len(pairs) == 3 and n_bad == 1
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def pairs_of(prompts):
@@ -340,7 +477,7 @@ def pairs_of(prompts):
 
 
 def test_no_prompt_is_both_trained_on_and_held_out():
-    """Split by pair, a prompt's other pairs leak into the held-out accuracy."""
+    """A split by pairs would train on some pairs of a held-out prompt."""
     pairs = pairs_of([f"prompt {i % 50}" for i in range(200)])
     train, heldout = split_holdout(pairs, 0.1, seed=1)
     assert not set(unique_prompts(train)) & set(unique_prompts(heldout))
@@ -364,8 +501,9 @@ def test_neither_side_of_a_split_is_empty():
         split_holdout(pairs_of("ab"), 1.0, seed=0)
 
 
-def test_each_part_is_read_from_the_files_named_for_it(tmp_path):
-    """A report on the held-out pairs, on which choices were made, flatters."""
+def test_each_split_is_read_from_the_files_named_for_it(tmp_path):
+    """Held-out pairs, used for choices, must not replace the test pairs, used for reports."""
+
     def named(name):
         records = [RECORDS["strings"] | {"prompt": f"{name} {i}"} for i in range(4)]
         return write_raw(tmp_path, "\n".join(map(json.dumps, records)), name)
@@ -374,56 +512,77 @@ def test_each_part_is_read_from_the_files_named_for_it(tmp_path):
         return [set(unique_prompts(part)) for part in parts]
 
     files = {name: named(name) for name in ("train", "more", "heldout", "test")}
-    train, heldout, test = ({f"{name} {i}" for i in range(4)} for name in ("train", "heldout", "test"))
-    config = RewardConfig(data=(files["train"], files["more"]), heldout_data=(files["heldout"],), test_data=(files["test"],))
+    train, heldout, test = (
+        {f"{name} {i}" for i in range(4)} for name in ("train", "heldout", "test")
+    )
+    config = RewardConfig(
+        data=(files["train"], files["more"]),
+        heldout_data=(files["heldout"],),
+        test_data=(files["test"],),
+    )
     splits = load_splits(config)
-    assert prompts(*splits[:3]) == [train | {f"more {i}" for i in range(4)}, heldout, test]
-    assert list(splits.hashes) == list(files.values()) and len(set(splits.hashes.values())) == 4
-    assert prompts(*load_splits(dataclasses.replace(config, test_data=()))[1:3]) == [heldout, heldout]
-    splits = load_splits(RewardConfig(data=(files["train"],), test_data=(files["test"],), holdout=0.25))
-    assert prompts(splits.train + splits.heldout, splits.test) == [train, test] and len(splits.heldout) == 1
+    both = train | {f"more {i}" for i in range(4)}
+    assert prompts(splits.train, splits.heldout, splits.test) == [both, heldout, test]
+    assert list(splits.hashes) == list(files.values())
+    assert len(set(splits.hashes.values())) == 4
+    without_test = load_splits(dataclasses.replace(config, test_data=()))
+    assert prompts(without_test.heldout, without_test.test) == [heldout, heldout]
+    splits = load_splits(
+        RewardConfig(data=(files["train"],), test_data=(files["test"],), holdout=0.25)
+    )
+    assert prompts(splits.train + splits.heldout, splits.test) == [train, test]
+    assert len(splits.heldout) == 1
 
 
-# ---- encoding --------------------------------------------------------------------------------------------------
+# ---- encoding ------------------------------------------------------------------------------------
 
 
 def test_prompt_and_response_are_encoded_separately_and_end_with_eos(enc):
-    """Encoded together, ' th' would be one token across the joint: ids that the policy never samples."""
+    """Encoded together, " th" would be one token of both, which the policy can never sample."""
     groups, counts = encode_preferences([PreferencePair("a ", "the", "x<|endoftext|>")], enc, 8, 20)
     responses = (256, ord("e"), enc.eot_token), (*b"x<|endoftext|>", enc.eot_token)
     assert groups == [PreferenceGroup(tuple(b"a "), responses, ((0, 1, 0.0, 1.0),))]
-    assert counts == {"read": 1, "kept": 1, "empty": 0, "identical": 0, "prompts_cut": 0, "responses_cut": 0}
+    expected = dict(read=1, kept=1, empty=0, identical=0, prompts_cut=0, responses_cut=0)
+    assert counts == expected
 
 
 def test_over_long_prompts_lose_the_beginning_and_responses_the_end(enc):
     groups, counts = encode_preferences([PreferencePair("0123456789", "abcd", "xyz")], enc, 3, 4)
     assert groups[0].prompt == tuple(b"789")
-    assert groups[0].responses == (tuple(b"abcd"), (*b"xyz", enc.eot_token))  # EOS counts: abcd is one too long
+    # EOS counts as a token, so "abcd" is one token too long
+    assert groups[0].responses == (tuple(b"abcd"), (*b"xyz", enc.eot_token))
     assert (counts["prompts_cut"], counts["responses_cut"]) == (1, 1)
 
 
 def test_each_distinct_response_is_encoded_once_and_pairs_keep_their_order(enc):
-    pairs = [PreferencePair("p", *two, margin, weight) for two, margin, weight in
-             [("ab", 2.0, 1.0), ("bc", None, 0.5), ("cb", None, 0.5)]]
-    groups, _ = encode_preferences([*pairs, PreferencePair("q", "a", "b"), *pairs[:1]], enc, 4, 4)
+    first = PreferencePair("p", "a", "b", 2.0)
+    tie = [PreferencePair("p", "b", "c", None, 0.5), PreferencePair("p", "c", "b", None, 0.5)]
+    pairs = [first, *tie, PreferencePair("q", "a", "b"), first]
+    groups, _ = encode_preferences(pairs, enc, 4, 4)
     assert [len(group.responses) for group in groups] == [3, 2, 2]
     assert groups[0].pairs == ((0, 1, 2.0, 1.0), (1, 2, 0.0, 0.5), (2, 1, 0.0, 0.5))
 
 
 def test_pairs_identical_after_cutting_are_dropped_and_counted(enc):
-    """7% of a well-known set: each adds ln 2 to the loss and nothing to the gradient but noise."""
-    pairs = [PreferencePair("p", "abcX", "abcY"), PreferencePair("p", "same", "same"), PreferencePair("p", "a", "b"),
-             PreferencePair("p", "", "a"), PreferencePair("p", "a", " \n")]
+    """Such a pair adds ln 2 to the loss and nothing to the gradient. HH-RLHF has 7% of them."""
+    pairs = [
+        PreferencePair("p", "abcX", "abcY"),
+        PreferencePair("p", "same", "same"),
+        PreferencePair("p", "a", "b"),
+        PreferencePair("p", "", "a"),
+        PreferencePair("p", "a", " \n"),
+    ]
     groups, counts = encode_preferences(pairs, enc, 4, 3)
     assert [len(group.pairs) for group in groups] == [1] and len(groups[0].responses) == 2
-    assert counts == {"read": 5, "kept": 1, "empty": 2, "identical": 2, "prompts_cut": 0, "responses_cut": 0}
+    expected = dict(read=5, kept=1, empty=2, identical=2, prompts_cut=0, responses_cut=0)
+    assert counts == expected
     assert "kept 1 of 5" in describe_counts(counts) and "\n" not in describe_counts(counts)
     with pytest.raises(UserError, match="no usable pair: kept 0 of 2 pairs"):
         encode_preferences(pairs[:2], enc, 4, 3)
 
 
 def test_cutting_never_removes_the_whole_response(enc):
-    """Cut from the right as one sequence, a long prompt pushes its whole response out of the window."""
+    """If prompt and response were cut as one sequence, a long prompt would leave no response."""
     pair = PreferencePair("p" * 100_000, "a" * 100_000, "b" * 100_000)
     for max_prompt_length, max_response_length in [(1, 1), (1, 5), (7, 1)]:
         (group,), _ = encode_preferences([pair], enc, max_prompt_length, max_response_length)
@@ -436,58 +595,75 @@ def test_cutting_never_removes_the_whole_response(enc):
 def test_empty_prompt_becomes_one_eos(enc):
     (group,), _ = encode_preferences([PreferencePair("", "a", "b")], enc, 4, 4)
     assert group.prompt == (enc.eot_token,)
-    assert encode_prompts(["", "abcdef", "ab"], enc, 3) == ([[enc.eot_token], list(b"def"), list(b"ab")], 1)
+    texts = ["", "abcdef", "ab"]
+    expected = [(enc.eot_token,), tuple(b"def"), tuple(b"ab")]
+    assert encode_prompts(texts, enc, 3) == Prompts(texts, expected)
+    assert [encode_prompt(enc, text, 3)[1] for text in texts] == [False, True, False]
 
 
 def test_one_prompt_with_many_responses_makes_many_groups(enc):
-    """A file whose prompts are all empty would otherwise be one group: one batch of all responses, out of memory."""
+    """A file whose prompts are all empty must not become one group that exceeds the memory."""
     pairs = [PreferencePair("", f"good {i}", f"bad {i}") for i in range(100)]
     groups, counts = encode_preferences(pairs, enc, 4, 20)
     assert counts["kept"] == sum(len(group.pairs) for group in groups) == 100
-    assert max(len(group.responses) for group in groups) == data.MAX_GROUP
+    assert max(len(group.responses) for group in groups) == batches.MAX_GROUP
 
 
-def test_text_of_megabytes_is_cut_without_being_encoded_whole(enc):
-    """tiktoken panics on two million blanks, and takes seconds for one word of ten million letters."""
+def test_text_of_megabytes_is_cut_before_all_of_it_is_encoded(enc):
+    """tiktoken fails on two million blanks, and takes seconds for a word of ten million letters."""
     for character in " a\n":
-        pair = PreferencePair(character * 2_000_000 + "p", "y" + character * 10_000_000, "n" + character * 10_000_000)
+        pair = PreferencePair(
+            character * 2_000_000 + "p", "y" + character * 10_000_000, "n" + character * 10_000_000
+        )
         (group,), counts = encode_preferences([pair], enc, 5, 5)
         assert group.prompt[-1] == ord("p") and counts["responses_cut"] == 2
 
 
 def test_any_text_round_trips_through_the_ids_of_a_response(enc):
     rng = random.Random(0)
-    for length in (1, 10, data.CHUNK - 1, data.CHUNK, data.CHUNK + 1):
-        places = [rng.choice([rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)]) for _ in range(length)]
-        text = "x" + "".join(map(chr, places))
+    for length in (1, 10, CHUNK - 1, CHUNK, CHUNK + 1):
+        code_points = [
+            rng.choice([rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)])
+            for _ in range(length)
+        ]
+        text = "x" + "".join(map(chr, code_points))
         (group,), _ = encode_preferences([PreferencePair(text, text, "r")], enc, 10**6, 10**6)
         assert decode(enc, group.prompt) == decode(enc, group.responses[0]) == text
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
-def test_collated_rows_are_prompt_and_response_and_pairs_point_at_them(enc):
-    pairs = [PreferencePair("pp", "a", "bbb", 0.25), PreferencePair("pp", "bbb", "c"),
-             PreferencePair("q", "d", "e", None, 0.5)]
+def test_collated_sequences_are_prompt_and_response_and_pairs_are_their_indices(enc):
+    pairs = [
+        PreferencePair("pp", "a", "bbb", 0.25),
+        PreferencePair("pp", "bbb", "c"),
+        PreferencePair("q", "d", "e", None, 0.5),
+    ]
     groups, _ = encode_preferences(pairs, enc, 4, 4)
     batch = collate_preferences(groups, pad_id(enc))
-    eos, pad = enc.eot_token, pad_id(enc)
+    eos = enc.eot_token
+    pad = pad_id(enc)
     p, q, a, b, c, d, e = b"pqabcde"
     assert batch.ids.tolist() == [
-        [p, p, a, eos, pad, pad], [p, p, b, b, b, eos], [p, p, c, eos, pad, pad],
-        [q, d, eos, pad, pad, pad], [q, e, eos, pad, pad, pad],
+        [p, p, a, eos, pad, pad],
+        [p, p, b, b, b, eos],
+        [p, p, c, eos, pad, pad],
+        [q, d, eos, pad, pad, pad],
+        [q, e, eos, pad, pad, pad],
     ]
     assert torch.equal(batch.attention_mask, batch.ids != pad)
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 1, 3], [1, 2, 4])
     assert (batch.margin.tolist(), batch.weight.tolist()) == ([0.25, 0.0, 0.0], [1.0, 1.0, 0.5])
-    dtypes = [tensor.dtype for tensor in batch]
-    assert dtypes == [torch.int64, torch.bool, torch.int64, torch.int64, torch.float32, torch.float32]
+    index, number = torch.int64, torch.float32
+    assert [tensor.dtype for tensor in batch] == [index, torch.bool, index, index, number, number]
 
 
-def test_the_last_real_token_of_a_row_is_its_eos(enc):
-    """Scores are read there: where padding hides it, or PAD equals EOS, one reads the score of a wrong position."""
-    groups, _ = encode_preferences([PreferencePair("p" * n, "a" * n, "b" * (6 - n)) for n in range(1, 6)], enc, 9, 9)
+def test_the_last_real_token_of_a_sequence_is_its_eos(enc):
+    """The reward model's score is computed there. If PAD were EOS, the position would be wrong."""
+    groups, _ = encode_preferences(
+        [PreferencePair("p" * n, "a" * n, "b" * (6 - n)) for n in range(1, 6)], enc, 9, 9
+    )
     batch = collate_preferences(groups, pad_id(enc))
     last = batch.attention_mask.sum(1) - 1
     assert batch.ids.gather(1, last[:, None]).flatten().tolist() == [enc.eot_token] * 10
@@ -496,15 +672,21 @@ def test_the_last_real_token_of_a_row_is_its_eos(enc):
 
 def test_padding_on_either_side_keeps_the_sequences():
     sequences = [(5,), (1, 2, 3), (), (7, 7)]
-    for pad, side in ((pad_left, lambda row, n: row[3 - n:]), (pad_right, lambda row, n: row[:n])):
+    for pad, tokens in (
+        (pad_left, lambda row, n: row[3 - n :]),
+        (pad_right, lambda row, n: row[:n]),
+    ):
         ids, mask = pad(sequences, 9)
-        assert ids.shape == mask.shape == (4, 3) and mask.sum(1).tolist() == [1, 3, 0, 2]
-        assert [tuple(side(row, len(s))) for row, s in zip(ids.tolist(), sequences)] == sequences
+        assert ids.shape == mask.shape == (4, 3)
+        assert mask.sum(1).tolist() == [1, 3, 0, 2]
+        assert [tuple(tokens(row, len(s))) for row, s in zip(ids.tolist(), sequences)] == sequences
         assert torch.equal(mask, ids != 9)
 
 
-@pytest.mark.parametrize("count, batch_size", [(0, 4), (1, 4), (4, 4), (5, 4), (1000, 7), (300, 1), (64 * 16, 64)])
-def test_every_index_comes_once_per_epoch_and_only_the_last_batch_is_smaller(count, batch_size):
+@pytest.mark.parametrize(
+    "count, batch_size", [(0, 4), (1, 4), (4, 4), (5, 4), (1000, 7), (300, 1), (64 * 16, 64)]
+)
+def test_every_index_occurs_once_per_epoch_and_only_the_last_batch_is_smaller(count, batch_size):
     lengths = [i * 7919 % 101 for i in range(count)]
     batches = epoch_batches(lengths, batch_size, seed=0, epoch=3)
     assert sorted(index for batch in batches for index in batch) == list(range(count))
@@ -512,17 +694,19 @@ def test_every_index_comes_once_per_epoch_and_only_the_last_batch_is_smaller(cou
     assert batches == epoch_batches(lengths, batch_size, seed=0, epoch=3)
 
 
-def test_order_depends_on_seed_and_epoch_alone():
-    """An order drawn from a global generator is another one after a resume."""
+def test_order_depends_only_on_seed_and_epoch():
+    """An order from the global generator would change when a run is resumed."""
     lengths = [i * 7919 % 101 for i in range(200)]
-    orders = {str(epoch_batches(lengths, 8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    orders = {
+        str(epoch_batches(lengths, 8, seed, epoch)) for seed in range(3) for epoch in range(3)
+    }
     assert len(orders) == 9
     before = torch.get_rng_state()
     epoch_batches(lengths, 8, 0, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_batches_waste_little_padding_and_do_not_come_sorted():
+def test_batches_need_little_padding_and_are_not_sorted():
     rng = random.Random(0)
     lengths = [rng.randrange(1, 200) for _ in range(4096)]
     batches = epoch_batches(lengths, 16, seed=0, epoch=0)
@@ -533,16 +717,36 @@ def test_batches_waste_little_padding_and_do_not_come_sorted():
     assert 0.4 < rising < 0.6  # in sorted order 15 of 16 would rise
 
 
-# ---- fuzz ------------------------------------------------------------------------------------------------------
+# ---- fuzz ----------------------------------------------------------------------------------------
 
 HOSTILE_VALUES = [
-    None, True, 0, -1, 10**400, 1e300, float("nan"), float("-inf"), "", " ", "\0", "\ud800", "\udfff\ud800",
-    "\u202e\x1b[2J", "\n\nAssistant:" * 3000, [], {}, [[]], [{}], [[0, 1]] * 9, {"role": "user"}, {"role": [[]]},
+    None,
+    True,
+    0,
+    -1,
+    10**400,
+    1e300,
+    float("nan"),
+    float("-inf"),
+    "",
+    " ",
+    "\0",
+    "\ud800",
+    "\udfff\ud800",
+    "\u202e\x1b[2J",
+    "\n\nAssistant:" * 3000,
+    [],
+    {},
+    [[]],
+    [{}],
+    [[0, 1]] * 9,
+    {"role": "user"},
+    {"role": [[]]},
 ]
 
 
 def mutated_record(rng: random.Random, record: dict) -> str:
-    """JSON text of `record` with one value, somewhere, replaced, removed, renamed or repeated."""
+    """JSON text of the record with one value replaced, removed, renamed or repeated."""
     record = json.loads(json.dumps(record))
     target = record
     while True:
@@ -555,7 +759,9 @@ def mutated_record(rng: random.Random, record: dict) -> str:
     if action == 0:
         del target[key]
     elif action == 1 and isinstance(target, dict):
-        target[rng.choice(["chosen", "prompt", "responses", "conversations", "from", "x"])] = target.pop(key)
+        target[rng.choice(["chosen", "prompt", "responses", "conversations", "from", "x"])] = (
+            target.pop(key)
+        )
     else:
         target[key] = rng.choice(HOSTILE_VALUES)
     text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
@@ -563,48 +769,66 @@ def mutated_record(rng: random.Random, record: dict) -> str:
 
 
 def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
-    """`content` with a few places overwritten, cut out, doubled or filled with what hurts parsers."""
+    """The content with bytes overwritten, deleted, repeated or replaced by difficult input."""
     content = bytearray(content)
     for _ in range(rng.randrange(1, 4)):
         start = rng.randrange(len(content) + 1)
         end = min(start + rng.randrange(1, 2 ** rng.randrange(1, 9)), len(content))
-        content[start:end] = rng.choice([
-            b"", rng.randbytes(end - start), rng.randbytes(rng.randrange(9)), bytes(content[start:end]) * 2,
-            b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"[" * 3000, b'{"a":' * 3000,
-            b"9" * 5000, b"\n", b",", b"]", b'"',
-        ])
-    return bytes(content[:rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content)
+        content[start:end] = rng.choice(
+            [
+                b"",
+                rng.randbytes(end - start),
+                rng.randbytes(rng.randrange(9)),
+                bytes(content[start:end]) * 2,
+                b"\0",
+                b"\xff",
+                b"\xed\xa0\x80",
+                b"\xef\xbb\xbf",
+                b"\\ud800",
+                b"NaN",
+                b"[" * 3000,
+                b'{"a":' * 3000,
+                b"9" * 5000,
+                b"\n",
+                b",",
+                b"]",
+                b'"',
+            ]
+        )
+    return bytes(content[: rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content)
 
 
 def mutated_file(rng: random.Random) -> tuple[str, bytes]:
-    """Name and content of a preference file that was valid before something was done to it."""
+    """Name and content of a preference file with one mutation."""
     container = rng.choice(CONTAINERS)
     record = rng.choice(list(RECORDS.values()))
-    records = [json.dumps(record | {"margin": 1.5, "weight": [0.5]}) for _ in range(rng.randrange(1, 6))]
-    where = rng.randrange(len(records))
-    kind = rng.choice(["record", "record", "bytes", "bytes", "packed bytes", "mix", "huge"])
+    records = [
+        json.dumps(record | {"margin": 1.5, "weight": [0.5]}) for _ in range(rng.randrange(1, 6))
+    ]
+    index = rng.randrange(len(records))
+    kind = rng.choice(["record", "record", "bytes", "bytes", "compressed", "mix", "huge"])
     if kind == "record":
-        records[where] = mutated_record(rng, record)
+        records[index] = mutated_record(rng, record)
     if kind == "mix":
-        records[where] = json.dumps(rng.choice(list(RECORDS.values())))
+        records[index] = json.dumps(rng.choice(list(RECORDS.values())))
     if kind == "huge" and rng.random() < 0.1:  # slow to make, so few
         filler = rng.choice(["x", " ", "é", "\\n", "[]", "[" * 9, '{"a":1},'])
         n = rng.choice([10**6, 10**7, 2 * 10**7]) // len(filler)
         around = rng.choice(['{"prompt": "%s", "chosen": "a", "rejected": "b"}', "%s", '{"a": [%s'])
-        records[where] = around % (filler * n)
+        records[index] = around % (filler * n)
     text = "\n".join(records) if container.startswith("lines") else "[" + ",\n".join(records) + "]"
     content = text.encode(errors="surrogatepass")
     if kind == "bytes":
         content = mutated_bytes(rng, content)
     if container.endswith(".gz"):
         content = gzip.compress(content, 1)
-    return container, mutated_bytes(rng, content) if kind == "packed bytes" else content
+    return container, mutated_bytes(rng, content) if kind == "compressed" else content
 
 
 def outcome_of_file(path: Path, enc) -> Counter:
-    """Reads a file, strictly and with skipping: it loads clean, or is refused in one clean line.
+    """Read a file, with and without skipping: it loads, or is refused with one printable line.
 
-    Returns how many loads and refusals there were; raises AssertionError, or whatever the reader let through.
+    Returns the number of each outcome.
     """
     outcomes = Counter()
     for skip_bad_lines in (False, True):
@@ -629,10 +853,12 @@ def outcome_of_file(path: Path, enc) -> Counter:
 
 
 def test_mutated_files_load_or_are_refused_in_one_line(tmp_path):
-    """A stranger's file must not end in a traceback, a hang, or numbers that are not finite."""
-    enc, outcomes = byte_tokenizer(str(tmp_path)), Counter()
+    """No file may cause a traceback, an endless loop, or numbers that are not finite."""
+    enc = byte_tokenizer(tmp_path)
+    outcomes = Counter()
     for number in range(300):
         name, content = mutated_file(random.Random(f"0 {number}"))
         (tmp_path / name).write_bytes(content)
         outcomes += outcome_of_file(tmp_path / name, enc)
-    assert sum(outcomes.values()) == 600 and min(outcomes[kind] for kind in ("loaded", "skipped", "refused")) > 50
+    assert sum(outcomes.values()) == 600
+    assert min(outcomes[kind] for kind in ("loaded", "skipped", "refused")) > 50

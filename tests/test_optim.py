@@ -1,48 +1,61 @@
-"""What one step of the optimiser does to which weights."""
+"""One optimizer step: learning rates, weight decay and gradient clipping."""
 
 import pytest
 import torch
 from tiny import random_model
+from torch import Tensor
 
-from minirlhf.optim import make_optimizer, step_optimizer
+from minirlhf.model import Transformer
+from minirlhf.run.optimizer import make_optimizer, step_optimizer
+
+LR = 1e-3
 
 
-def moves(lr, **settings):
-    """How far each parameter moved in one step with a gradient of 1 everywhere."""
+def model_with_gradients() -> Transformer:
+    """A model whose gradients are all 1."""
     model = random_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    step_optimizer(model, make_optimizer(model, lr, **settings), lr, 0.0)
-    return {name: p.detach() - before[name] for name, p in model.named_parameters()}, before
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def changes(weight_decay: float = 0.0, value_lr_scale: float = 1.0) -> dict[str, Tensor]:
+    """The change of each parameter in one step."""
+    model = model_with_gradients()
+    old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, LR, weight_decay, value_lr_scale)
+    step_optimizer(model, optimizer, LR, max_grad_norm=0.0)
+    return {name: parameter.detach() - old[name] for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
-def test_the_value_head_alone_takes_scaled_steps(scale):
-    """It starts at 0 and Adam moves a weight by at most lr a step: at the policy's own step size it had learnt nothing by the
-    end of a run, and `baseline` and `gae` were worse than no baseline at all."""
-    for name, move in moves(1e-3, value_lr_scale=scale)[0].items():
-        expected = 1e-3 * (scale if name.startswith("value_head") else 1.0)
-        torch.testing.assert_close(move, torch.full_like(move, -expected), rtol=1e-3, atol=1e-7)
+def test_only_the_value_head_has_a_scaled_learning_rate(scale):
+    """The value head starts at 0 and Adam changes a weight by at most lr per step.
+
+    At the policy's learning rate it would learn too slowly to be a useful baseline.
+    """
+    for name, change in changes(value_lr_scale=scale).items():
+        expected = -LR * (scale if name.startswith("value_head") else 1.0)
+        torch.testing.assert_close(change, torch.full_like(change, expected), rtol=1e-3, atol=1e-7)
 
 
-def test_decay_shrinks_matrices_and_nothing_else():
-    (plain, before), (decayed, _) = moves(1e-3), moves(1e-3, weight_decay=0.5)
-    for name, move in decayed.items():
-        matrix = move.dim() == 2 and not name.startswith(("wte", "wpe"))
-        expected = plain[name] - (1e-3 * 0.5 * before[name] if matrix else 0.0)
-        torch.testing.assert_close(move, expected, rtol=1e-3, atol=1e-7)
+def test_weight_decay_applies_to_matrices_only():
+    """Biases, norms and embeddings do not decay."""
+    without = changes()
+    for name, change in changes(weight_decay=0.5).items():
+        weight = random_model().get_parameter(name)
+        is_matrix = weight.dim() == 2 and not name.startswith(("wte", "wpe"))
+        decay = LR * 0.5 * weight if is_matrix else 0.0
+        torch.testing.assert_close(change, without[name] - decay, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("limit, share", [(0.0, 1.0), (1e6, 1.0), (1.0, None)])
-def test_the_norm_is_clipped_for_the_step_and_told_from_before(limit, share):
-    """0: never. Adam's first moment is a tenth of the gradient that it was given."""
-    model = random_model()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    whole = sum(p.numel() for p in model.parameters()) ** 0.5
-    optimizer = make_optimizer(model, 1e-3)
-    assert step_optimizer(model, optimizer, 1e-3, limit) == pytest.approx(whole)
+@pytest.mark.parametrize("max_grad_norm, scale", [(0.0, 1.0), (1e6, 1.0), (1.0, None)])
+def test_the_step_uses_the_clipped_norm_and_returns_the_norm_before_clipping(max_grad_norm, scale):
+    """0 means no clipping. Adam's first moment is a tenth of the clipped gradient."""
+    model = model_with_gradients()
+    norm = sum(parameter.numel() for parameter in model.parameters()) ** 0.5
+    optimizer = make_optimizer(model, LR)
+    assert step_optimizer(model, optimizer, LR, max_grad_norm) == pytest.approx(norm)
     for state in optimizer.state.values():
-        moment = torch.full_like(state["exp_avg"], 0.1 * (share or limit / whole))
+        moment = torch.full_like(state["exp_avg"], 0.1 * (scale or max_grad_norm / norm))
         torch.testing.assert_close(state["exp_avg"], moment, rtol=1e-4, atol=0)

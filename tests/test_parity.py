@@ -1,6 +1,6 @@
-"""The same numbers from programs that other people wrote: transformers, TRL, torchrl. Skipped where they are not installed.
+"""Comparisons with transformers, TRL and torchrl. A test is skipped if its library is missing.
 
-float32: within 1e-5, logits within 1e-4. Nothing is downloaded: weights are random.
+float32: equal to 1e-5, logits to 1e-4. Nothing is downloaded, because weights are random.
 """
 
 import os
@@ -9,71 +9,86 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import make_samples
 
-from minirlhf.advantages import gae, reward_to_go
 from minirlhf.config import RewardConfig
-from minirlhf.data import PreferenceGroup, pad_left, pad_right
-from minirlhf.generate import generate
-from minirlhf.gpt2 import checkpoint_file, load_gpt2
+from minirlhf.data.batches import PreferenceGroup, pad_left, pad_right
 from minirlhf.kernels import discounted_returns, token_logprobs
-from minirlhf.losses import preference_loss
-from minirlhf.rollout import evaluate_actions
+from minirlhf.model.generate import generate
+from minirlhf.model.gpt2 import checkpoint_file, load_gpt2
+from minirlhf.rl.advantages import gae, reward_to_go
+from minirlhf.rl.losses import preference_loss
+from minirlhf.rl.rollout import evaluate_actions
 from train_reward import language_model_loss, pair_loss
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when they are imported, below
-VOCAB, TABLE = 50257, 50304
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries are imported
+VOCAB = 50257
+TABLE_ROWS = 50304
 SMALL = dict(n_layer=12, n_head=12, n_embd=768)
 REDUCED = dict(n_layer=3, n_head=3, n_embd=192)
 
 
-def randomly(seed=0):
+def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def peer_model(shape, kind="GPT2LMHeadModel", seed=0, **settings):
-    """transformers' GPT-2 with random weights, among them biases and gains, which it starts at 0 and 1."""
+def peer_model(shape, kind="GPT2LMHeadModel", seed=0, settings=None):
+    """GPT-2 of transformers, without dropout, with random weights, biases and gains."""
     transformers = pytest.importorskip("transformers")
-    # in its plainest form, without dropout: it is the equations that are compared
-    model = getattr(transformers, kind)(transformers.GPT2Config(
-        **shape, attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings)).eval()
-    generator = randomly(seed)
+    config = transformers.GPT2Config(
+        **shape,
+        attn_implementation="eager",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **(settings or {}),
+    )
+    model = getattr(transformers, kind)(config).eval()
+    random = generator(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(0.05 * torch.randn(weight.shape, generator=generator) + (weight.ndim == 1) * weight)
+            noise = 0.05 * torch.randn(weight.shape, generator=random)
+            weight.copy_(noise + weight if weight.ndim == 1 else noise)
     return model
 
 
-def through_a_file(peer, folder, form="model.safetensors"):
-    """The peer's weights in this project's model, by way of a file that transformers or torch wrote."""
-    if form == "model.safetensors":
+def load_from_peer(peer, folder, name="model.safetensors"):
+    """The peer's weights in this project's model, by a file that transformers or torch writes."""
+    if name == "model.safetensors":
         peer.save_pretrained(folder)
     else:
-        torch.save(peer.state_dict(), folder / form)
+        torch.save(peer.state_dict(), folder / name)
     path = checkpoint_file(folder)
-    assert path.name == form
-    model = load_gpt2(path, VOCAB, TABLE)
-    path.unlink()  # half a gigabyte, which pytest would keep
+    assert path.name == name
+    model = load_gpt2(path, VOCAB, TABLE_ROWS)
+    path.unlink()  # pytest would keep half a gigabyte
     return model
 
 
-def texts(lengths, seed=1, lowest=1):
-    return [torch.randint(lowest, VOCAB, (length,), generator=randomly(seed + length)).tolist() for length in lengths]
+def random_sequences(lengths, seed=1):
+    """Sequences of random ids, none of them 0."""
+    sequences = []
+    for length in lengths:
+        ids = torch.randint(1, VOCAB, (length,), generator=generator(seed + length))
+        sequences.append(ids.tolist())
+    return sequences
 
 
 def logits_of(model, ids, mask):
     return model(ids, mask) @ model.lm_weight.T
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("shape", [REDUCED, SMALL], ids=["reduced", "small"])
-def test_logits_loss_and_gradients_are_those_of_transformers(shape, form, tmp_path):
-    """GPT-2 small in its own shape, and one with a narrow trunk and many texts, padded to the right."""
+def test_logits_loss_and_gradients_equal_those_of_transformers(shape, name, tmp_path):
+    """GPT-2 small, and a narrow model with more sequences; both with right padding."""
     peer = peer_model(shape)
-    ours = through_a_file(peer, tmp_path, form)
-    ids, mask = pad_right(texts([19, 7] if shape is SMALL else [33, 2, 17, 40, 5]), 0)
+    ours = load_from_peer(peer, tmp_path, name)
+    lengths = [19, 7] if shape is SMALL else [33, 2, 17, 40, 5]
+    ids, mask = pad_right(random_sequences(lengths), 0)
     theirs = peer(ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100))
     difference = (logits_of(ours, ids, mask) - theirs.logits)[mask].abs().max()
     assert theirs.logits.std() > 0.3 and difference < 1e-4
@@ -82,135 +97,176 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape, form, tmp_pa
 
     loss.backward()
     theirs.loss.backward()
-    # the peer's gradients, put in the place of its weights, take the same way through a file
+    # The peer's gradients replace its weights, so that load_from_peer converts them too.
     with torch.no_grad():
         for weight in peer.parameters():
             weight.copy_(weight.grad)
-    wanted = dict(through_a_file(peer, tmp_path, form).named_parameters())
-    for name, weight in ours.named_parameters():
-        if not name.startswith(("reward_head", "value_head")):
-            assert wanted[name].norm() > 0, name
-            assert (weight.grad - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
+    expected = dict(load_from_peer(peer, tmp_path, name).named_parameters())
+    for key, weight in ours.named_parameters():
+        if not key.startswith(("reward_head", "value_head")):
+            assert expected[key].norm() > 0, key
+            assert (weight.grad - expected[key]).norm() < 1e-5 * expected[key].norm(), key
 
 
-def test_greedy_decoding_is_that_of_transformers(tmp_path):
-    """Left-padded prompts of several lengths, rows that end at different times: the same tokens, and their log-probs."""
+def test_greedy_decoding_equals_that_of_transformers(tmp_path):
+    """The same tokens and log-probs, with left padding and rows that end at different times."""
     peer = peer_model(REDUCED)
-    ours = through_a_file(peer, tmp_path)
-    ids, mask = pad_left(texts([6, 1, 11, 3, 8, 2, 9]), 0)
+    ours = load_from_peer(peer, tmp_path)
+    ids, mask = pad_left(random_sequences([6, 1, 11, 3, 8, 2, 9]), 0)
 
-    def theirs(eos):
-        return peer.generate(ids, attention_mask=mask.long(), max_new_tokens=16, do_sample=False, eos_token_id=eos,
-                             pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    def generate_with_peer(eos):
+        return peer.generate(
+            ids,
+            attention_mask=mask.long(),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
 
-    free = theirs(None).sequences[:, ids.shape[1]:]
-    eos = int(free[0, 3])  # one that will be met
-    found = theirs(eos)
-    wanted = found.sequences[:, ids.shape[1]:]
+    without_eos = generate_with_peer(None).sequences[:, ids.shape[1] :]
+    eos = int(without_eos[0, 3])  # so that the first row ends early
+    theirs = generate_with_peer(eos)
+    expected = theirs.sequences[:, ids.shape[1] :]
     response, response_mask = generate(ours, ids, mask, 16, eos, 0)
     lengths = response_mask.sum(1)
-    assert response_mask[0].sum() <= 4 and lengths.max() == 16 and wanted.shape == response.shape
-    assert torch.equal(response[response_mask], wanted[response_mask])
-    assert not wanted[~response_mask].any()
-    logprobs, _, _ = evaluate_actions(ours, ids, mask, response, response_mask, 1.0)
-    theirs_logprobs = torch.stack(found.logits, 1).log_softmax(-1).gather(2, wanted[:, :, None]).squeeze(2)
-    assert (logprobs - theirs_logprobs)[response_mask].abs().max() < 1e-5
-    assert theirs_logprobs[response_mask].std() > 0.1
+    assert lengths[0] <= 4 and lengths.max() == 16 and expected.shape == response.shape
+    assert torch.equal(response[response_mask], expected[response_mask])
+    assert not expected[~response_mask].any()
+    samples = make_samples(ids, mask, response, response_mask)
+    logprobs, _, _ = evaluate_actions(ours, samples, 1.0)
+    their_logprobs = torch.stack(theirs.logits, 1).log_softmax(-1)
+    their_logprobs = their_logprobs.gather(2, expected[:, :, None]).squeeze(2)
+    assert (logprobs - their_logprobs)[response_mask].abs().max() < 1e-5
+    assert their_logprobs[response_mask].std() > 0.1
 
 
-# ---- the reward model's loss -----------------------------------------------------------------------------------------
+# ---- the reward model's loss ---------------------------------------------------------------------
 
 
 def trl_loss(model, inputs, centering):
-    """What TRL's RewardTrainer computes of a model's scores; the trainer around it only logs and counts."""
+    """The loss of TRL's RewardTrainer. The rest of the trainer only logs, so it is a stub."""
     trl = pytest.importorskip("trl")
-    trainer = SimpleNamespace(model=SimpleNamespace(training=True), args=SimpleNamespace(center_rewards_coefficient=centering),
-                              accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x), _tp_size=1,
-                              _total_train_tokens=0, _metrics=defaultdict(lambda: defaultdict(list)))
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(center_rewards_coefficient=centering),
+        accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x),
+        _tp_size=1,
+        _total_train_tokens=0,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
     return trl.RewardTrainer.compute_loss(trainer, model, inputs)
 
 
 @pytest.mark.parametrize("centering", [None, 0.0, 0.1])
 @pytest.mark.parametrize("with_margin", [False, True])
-def test_preference_loss_is_that_of_trl(with_margin, centering):
-    """With a margin, with centring, and its gradient."""
-    scores = (3 * torch.randn(2, 50, generator=randomly())).requires_grad_()
-    margin = torch.rand(50, generator=randomly(1))
-    inputs = dict(attention_mask=torch.ones(100, 4), **(dict(margin=margin) if with_margin else {}))
+def test_the_preference_loss_equals_that_of_trl(with_margin, centering):
+    """The loss and its gradient, with and without margin and centering."""
+    scores = (3 * torch.randn(2, 50, generator=generator())).requires_grad_()
+    margin = torch.rand(50, generator=generator(1)) if with_margin else None
+    inputs = dict(attention_mask=torch.ones(100, 4))
+    if with_margin:
+        inputs["margin"] = margin
     theirs = trl_loss(lambda **_: SimpleNamespace(logits=scores.view(100, 1)), inputs, centering)
-    ours = preference_loss(*scores, margin if with_margin else None, centering or 0.0)
+    ours = preference_loss(*scores, margin, centering or 0.0)
     assert abs(ours.item() - theirs.item()) < 1e-5 and ours.item() > 0.1
     gradients = [torch.autograd.grad(loss, scores)[0] for loss in (ours, theirs)]
     assert (gradients[0] - gradients[1]).abs().max() < 1e-5 * gradients[1].abs().max()
 
 
-def test_a_reward_model_learns_what_trl_would_teach_it(tmp_path):
-    """From ids to the gradient of the trunk: transformers' classifier over the last token, TRL's loss; no value for padding."""
-    peer = peer_model(REDUCED, "GPT2ForSequenceClassification", num_labels=1, pad_token_id=0)
+def test_loss_and_gradients_of_a_reward_model_equal_those_of_trl(tmp_path):
+    """Compares with the classifier of transformers on the last token and the loss of TRL."""
+    one_score = dict(num_labels=1, pad_token_id=0)
+    peer = peer_model(REDUCED, "GPT2ForSequenceClassification", settings=one_score)
     language_model = peer_model(REDUCED)
     language_model.transformer.load_state_dict(peer.transformer.state_dict())
-    ours = through_a_file(language_model, tmp_path)
+    ours = load_from_peer(language_model, tmp_path)
     with torch.no_grad():
         ours.reward_head.weight.copy_(peer.score.weight)
-    chosen, rejected = texts([12, 3, 8, 20], seed=2), texts([5, 9, 8, 2], seed=3)
-    prompts, margins = texts([4, 1, 10, 6], seed=4), [0.5, 0.0, 1.0, 0.25]
-    groups = [PreferenceGroup(tuple(p), (tuple(c), tuple(r)), ((0, 1, margin, 1.0),))
-              for p, c, r, margin in zip(prompts, chosen, rejected, margins)]
-    loss, _ = pair_loss(ours, groups, 0, RewardConfig(centering=0.1, verdict_coef=0.0), total_weight=4.0)
+    prompts = random_sequences([4, 1, 10, 6], seed=4)
+    chosen = random_sequences([12, 3, 8, 20], seed=2)
+    rejected = random_sequences([5, 9, 8, 2], seed=3)
+    margins = [0.5, 0.0, 1.0, 0.25]
+    groups = []
+    for p, c, r, margin in zip(prompts, chosen, rejected, margins):
+        pairs = ((0, 1, margin, 1.0),)
+        groups.append(PreferenceGroup(tuple(p), (tuple(c), tuple(r)), pairs))
+    config = RewardConfig(centering=0.1, auxiliary_coef=0.0)
+    loss, _ = pair_loss(ours, groups, 0, config, total_weight=4.0)
     loss.backward()
-    ids, mask = pad_right([p + r for responses in (chosen, rejected) for p, r in zip(prompts, responses)], 0)
-    theirs = trl_loss(peer, dict(input_ids=ids, attention_mask=mask.long(), margin=torch.tensor(margins)), 0.1)
+    sequences = [p + c for p, c in zip(prompts, chosen)]
+    sequences += [p + r for p, r in zip(prompts, rejected)]
+    ids, mask = pad_right(sequences, 0)
+    inputs = dict(input_ids=ids, attention_mask=mask.long(), margin=torch.tensor(margins))
+    theirs = trl_loss(peer, inputs, 0.1)
     theirs.backward()
     assert abs(loss.item() - theirs.item()) < 1e-5
     trunk = peer.transformer
-    for found, wanted in ((ours.reward_head.weight.grad, peer.score.weight.grad), (ours.wpe.weight.grad, trunk.wpe.weight.grad),
-                          (ours.wte.weight.grad[:VOCAB], trunk.wte.weight.grad),
-                          (ours.blocks[0].attention_in.weight.grad, trunk.h[0].attn.c_attn.weight.grad.T)):
-        assert wanted.norm() > 0 and (found - wanted).norm() < 1e-5 * wanted.norm()
+    for actual, expected in (
+        (ours.reward_head.weight.grad, peer.score.weight.grad),
+        (ours.wpe.weight.grad, trunk.wpe.weight.grad),
+        (ours.wte.weight.grad[:VOCAB], trunk.wte.weight.grad),
+        (ours.blocks[0].attention_in.weight.grad, trunk.h[0].attn.c_attn.weight.grad.T),
+    ):
+        assert expected.norm() > 0
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropies_are_those_of_trl(temperature):
-    """Of a vocabulary longer than one tile of this project's, which never holds all of the logits."""
+def test_logprobs_and_entropies_equal_those_of_trl(temperature):
+    """The vocabulary has several tiles."""
     utils = pytest.importorskip("trl.trainer.utils")
-    hidden, weight = torch.randn(70, 32, generator=randomly()), torch.randn(5000, 32, generator=randomly(1)) / 4
-    targets = torch.randint(0, 5000, (70,), generator=randomly(2))
+    hidden = torch.randn(70, 32, generator=generator())
+    weight = torch.randn(5000, 32, generator=generator(1)) / 4
+    targets = torch.randint(0, 5000, (70,), generator=generator(2))
     logits = hidden @ weight.T
     ours, entropy = token_logprobs(hidden, weight, targets, temperature, entropy=True)
-    assert (ours - utils.selective_log_softmax(logits, targets, temperature)).abs().max() < 1e-5
-    assert (entropy - utils.entropy_from_logits(logits / temperature)).abs().max() < 1e-5
+    expected = utils.selective_log_softmax(logits, targets, temperature)
+    expected_entropy = utils.entropy_from_logits(logits / temperature)
+    assert (ours - expected).abs().max() < 1e-5
+    assert (entropy - expected_entropy).abs().max() < 1e-5
 
 
-# ---- returns and advantages ------------------------------------------------------------------------------------------
+# ---- returns and advantages ----------------------------------------------------------------------
 
 
-def rollout(batch=7, length=75):
-    """rewards, values, mask [B, R], with garbage past the mask, and torchrl's flag of the last step."""
-    rewards, values = torch.randn(2, batch, length, generator=randomly())
+def example(length=75):
+    """rewards, values, mask and is_last, [7, R]. Padding is not 0.
+
+    is_last marks the last token of each row, as torchrl requires.
+    """
+    rewards, values = torch.randn(2, 7, length, generator=generator())
     lengths = torch.tensor([length, 1, 2, 5, length - 1, 12, length])[:, None]
-    mask, last = torch.arange(length) < lengths, torch.arange(length) == lengths - 1
-    return torch.where(mask, rewards, 1e3), torch.where(mask, values, -1e3), mask, last
+    mask = torch.arange(length) < lengths
+    is_last = torch.arange(length) == lengths - 1
+    return torch.where(mask, rewards, 1e3), torch.where(mask, values, -1e3), mask, is_last
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.3])
 @pytest.mark.parametrize("lam", [1.0, 0.95, 0.2])
-@pytest.mark.parametrize("name", ["generalized_advantage_estimate", "vec_generalized_advantage_estimate"])
-def test_gae_is_that_of_torchrl(name, lam, gamma):
-    """A response is over with its last token, cut or not: in torchrl's words, it is done there, and terminated."""
+@pytest.mark.parametrize(
+    "name", ["generalized_advantage_estimate", "vec_generalized_advantage_estimate"]
+)
+def test_gae_equals_that_of_torchrl(name, lam, gamma):
+    """The last token ends the episode: torchrl calls it done and terminated, even if it was cut."""
     functional = pytest.importorskip("torchrl.objectives.value.functional")
-    rewards, values, mask, last = rollout()
-    next_values = torch.cat([values[:, 1:], torch.full((7, 1), 1e3)], dim=1)  # of no account where it is over
-    wanted, returns = getattr(functional, name)(gamma, lam, values, next_values, rewards, last, time_dim=1)
+    rewards, values, mask, is_last = example()
+    # no value counts after the end
+    next_values = torch.cat([values[:, 1:], torch.full((7, 1), 1e3)], dim=1)
+    estimate = getattr(functional, name)
+    expected, returns = estimate(gamma, lam, values, next_values, rewards, is_last, time_dim=1)
     ours = gae(rewards, values, mask, gamma, lam)
-    assert (ours - wanted)[mask].abs().max() < 1e-5 and not ours[~mask].any()
+    assert (ours - expected)[mask].abs().max() < 1e-5 and not ours[~mask].any()
     assert (ours + values - returns)[mask].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.3])
-def test_discounted_returns_are_those_of_torchrl(gamma):
-    """Reward-to-go, of rewards at every step, in rows of different lengths."""
+def test_discounted_returns_equal_those_of_torchrl(gamma):
+    """Rewards at every step, in rows of different lengths."""
     functional = pytest.importorskip("torchrl.objectives.value.functional")
-    rewards, _, mask, last = rollout()
-    wanted = functional.reward2go(rewards, last, gamma, time_dim=1)
+    rewards, _, mask, is_last = example()
+    expected = functional.reward2go(rewards, is_last, gamma, time_dim=1)
     for ours in (discounted_returns(rewards, mask, gamma), reward_to_go(rewards, mask, gamma)):
-        assert (ours - wanted)[mask].abs().max() < 1e-5 and not ours[~mask].any()
+        assert (ours - expected)[mask].abs().max() < 1e-5 and not ours[~mask].any()

@@ -1,48 +1,64 @@
-"""bf16, torch.compile and running out of memory: what they may change, and what a person is told."""
+"""bf16, torch.compile and running out of memory."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from tiny import policy_config, random_model, reward_config, weights, write_inputs
+from tiny import make_samples, policy_config, random_model, reward_config, weights, write_inputs
+from torch import Tensor
 
 import train_policy
 import train_reward
-from minirlhf import flags
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
-from minirlhf.data import pad_left, pad_right
-from minirlhf.device import mixed_precision
-from minirlhf.model import KVCache
-from minirlhf.rollout import evaluate_actions
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data.batches import pad_left, pad_right
+from minirlhf.model import Transformer
+from minirlhf.model.cache import KVCache
+from minirlhf.rl.rollout import evaluate_actions
+from minirlhf.run import command_line
+from minirlhf.run.command_line import flag, run_script
+from minirlhf.run.device import pick_device
+from minirlhf.run.errors import UserError
 
 PAD = 40
-PROMPTS, RESPONSES = pad_left([[1, 2, 3, 4], [5], [5]], PAD), pad_right([[3, 10], [4, 5, 6, 10], [7, 2]], PAD)
+PROMPT_IDS, PROMPT_MASK = pad_left([[1, 2, 3, 4], [5], [5]], PAD)
+RESPONSE_IDS, RESPONSE_MASK = pad_right([[3, 10], [4, 5, 6, 10], [7, 2]], PAD)
+SAMPLES = make_samples(PROMPT_IDS, PROMPT_MASK, RESPONSE_IDS, RESPONSE_MASK)
 
 
-def figures(model, bf16):
-    with mixed_precision(torch.device("cpu"), bf16):
-        return evaluate_actions(model, *PROMPTS, *RESPONSES, 1.0, entropy=True)
+def evaluate(model: Transformer, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, values and entropies of SAMPLES."""
+    model.bf16 = bf16
+    with model.autocast():
+        return evaluate_actions(model, SAMPLES, 1.0, entropy=True)
 
 
-def test_bf16_rounds_products_only_and_keeps_master_weights_and_results_in_float32():
-    """Weights kept in bfloat16 lose every Adam step below 1/256 of their size; log-probs kept in it are off by percents."""
+# ---- bf16 ----------------------------------------------------------------------------------------
+
+
+def test_bf16_rounds_matrix_products_only():
+    """Weights, gradients and results stay float32.
+
+    A bfloat16 weight would lose Adam steps below 1/256 of its size.
+    """
     model = random_model().requires_grad_(True)
-    exact, rounded = figures(model, False), figures(model, True)
-    for wanted, found in zip(exact, rounded):
-        assert found.dtype == torch.float32
-        assert 0 < (found - wanted).abs().max() < 0.3
+    exact = evaluate(model, False)
+    rounded = evaluate(model, True)
+    for expected, actual in zip(exact, rounded):
+        assert actual.dtype == torch.float32
+        assert 0 < (actual - expected).abs().max() < 0.3
     sum(part.sum() for part in rounded).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.blocks.parameters())
 
 
-def test_the_step_after_a_step_sees_the_new_weights_in_bf16():
-    """Autocast keeps the rounded weights for as long as its context lasts: one around a whole epoch trains on stale ones."""
+def test_a_bf16_forward_pass_uses_the_weights_after_the_last_step():
+    """One autocast context over several steps would keep the old rounded weights."""
     model = random_model().requires_grad_(True)
-    before = figures(model, True)[0].detach()
+    old, _, _ = evaluate(model, True)
     with torch.no_grad():
         model.blocks[0].mlp_in.weight += 0.5
-    assert (figures(model, True)[0] - before).abs().max() > 0.05
+    new, _, _ = evaluate(model, True)
+    assert (new - old).detach().abs().max() > 0.05
 
 
 @pytest.fixture(scope="module")
@@ -54,73 +70,123 @@ def inputs(tmp_path_factory):
 
 
 def test_both_scripts_train_in_bf16_to_nearly_the_same_weights(inputs, tmp_path):
-    train_reward.main(reward_config(inputs, tmp_path / "r", bf16=True))
-    for name in ("policy", "rounded"):
-        train_policy.main(policy_config(inputs / "reward", tmp_path / name, bf16=name == "rounded"))
-    for one, other, kind in ((inputs / "reward/reward.pt", tmp_path / "r/reward.pt", "reward"),
-                             (tmp_path / "policy/policy.pt", tmp_path / "rounded/policy.pt", "policy")):
-        exact, rounded = weights(one, kind), weights(other, kind)
+    """Saved weights are float32, differ from those without bf16, and differ little."""
+    reward_run = inputs / "reward"
+    train_reward.main(reward_config(inputs, tmp_path / "reward", bf16=True))
+    train_policy.main(policy_config(reward_run, tmp_path / "exact"))
+    train_policy.main(policy_config(reward_run, tmp_path / "rounded", bf16=True))
+    for exact_path, rounded_path, kind in (
+        (reward_run / "reward.pt", tmp_path / "reward/reward.pt", "reward"),
+        (tmp_path / "exact/policy.pt", tmp_path / "rounded/policy.pt", "policy"),
+    ):
+        exact = weights(exact_path, kind)
+        rounded = weights(rounded_path, kind)
         assert all(x.dtype == torch.float32 for x in rounded.values())
-        assert any(not torch.equal(exact[k], rounded[k]) for k in exact)
-        assert max((exact[k] - rounded[k]).abs().max() for k in exact if "score" not in k) < 0.1
+        assert any(not torch.equal(exact[name], rounded[name]) for name in exact)
+        names = [name for name in exact if "score" not in name]
+        assert max((exact[name] - rounded[name]).abs().max() for name in names) < 0.1
 
 
-def test_bf16_where_there_is_none_is_one_line(monkeypatch):
+def test_bf16_without_support_is_one_error_line(monkeypatch):
+    """The error names the flag and what to do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    with pytest.raises(UserError, match="--bf16: this GPU has no bfloat16"):
-        mixed_precision(torch.device("cuda"), True)
+    with pytest.raises(UserError, match="--bf16: this GPU has no bfloat16.*leave the flag out"):
+        pick_device("cuda", bf16=True)
+    assert pick_device("cuda").type == "cuda"
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow  # half a minute of C++
-def test_compiled_blocks_give_the_same_figures_and_gradients_as_do_those_of_a_copy():
-    """A deep copy that still calls the compiled code of its original trains one model and measures another."""
-    plain, compiled = (random_model().requires_grad_(True) for _ in range(2))
+def test_compiled_blocks_and_their_copies_give_the_same_results_and_gradients():
+    """Catches a deep copy that still calls the compiled code of its original."""
+    plain = random_model().requires_grad_(True)
+    compiled = random_model().requires_grad_(True)
     compiled.compile_blocks()
     for model in (plain, compiled):
-        sum(part.sum() for part in figures(model, False)).backward()
-    for a, b in zip(figures(plain, False), figures(compiled, False)):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    for a, b in zip(plain.blocks.parameters(), compiled.blocks.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
-    ours, theirs = (copy.deepcopy(model) for model in (plain, compiled))
-    for model in (ours, theirs):
+        sum(part.sum() for part in evaluate(model, False)).backward()
+    for actual, expected in zip(evaluate(compiled, False), evaluate(plain, False)):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    for actual, expected in zip(compiled.blocks.parameters(), plain.blocks.parameters()):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    plain_copy = copy.deepcopy(plain)
+    compiled_copy = copy.deepcopy(compiled)
+    for model in (plain_copy, compiled_copy):
         model.blocks[0].mlp_in.weight.data += 0.5
-    torch.testing.assert_close(figures(ours, False)[0], figures(theirs, False)[0], rtol=0, atol=1e-5)
-    cache = KVCache(compiled, PROMPTS[1])
+    actual = evaluate(compiled_copy, False)[0]
+    expected = evaluate(plain_copy, False)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     with torch.no_grad():
-        compiled(*PROMPTS, cache)
-        compiled.decode(torch.tensor([1, 2, 3]), cache)
+        caches = []
+        for model in (plain, compiled):
+            cache = KVCache(model.config, PROMPT_MASK, 1, torch.float32)
+            model(PROMPT_IDS, PROMPT_MASK, cache)
+            caches.append(model.decode(torch.tensor([1, 2, 3]), cache))
+    torch.testing.assert_close(*caches, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
-])
-@pytest.mark.parametrize("config_class, settings, advice", [
-    (PolicyConfig, {}, "--micro-batch-size 32:"), (PolicyConfig, dict(micro_batch_size=8), "--micro-batch-size 4:"),
-    (RewardConfig, {}, "--micro-batch-size 4:"), (RewardConfig, dict(micro_batch_size=1), "--batch-size 4"),
-])
-def test_out_of_memory_names_the_flag_and_its_new_value(error, config_class, settings, advice, capsys):
+# ---- out of memory -------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:126] err == 0. "
+        "DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize(
+    "config_class, settings, advice",
+    [
+        (PolicyConfig, {}, "--micro-batch-size 32:"),
+        (PolicyConfig, dict(micro_batch_size=8), "--micro-batch-size 4:"),
+        (RewardConfig, {}, "--micro-batch-size 4:"),
+        (RewardConfig, dict(micro_batch_size=1), "--batch-size 4"),
+    ],
+)
+def test_out_of_memory_names_the_flag_and_its_new_value(
+    error, config_class, settings, advice, capsys
+):
+    """The message is one line, and the exit status is 2."""
+
     def main(config):
         assert dataclasses.is_dataclass(config)
         raise error
 
+    arguments = []
+    for name, value in settings.items():
+        arguments += [flag(name), str(value)]
     with pytest.raises(SystemExit) as stopped:
-        run_script(main, config_class, [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "out of memory" in said and advice in said
+        run_script(main, config_class, arguments)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message.count("\n") == 1
+    assert "out of memory" in message and advice in message
 
 
-@pytest.mark.parametrize("config, count, advice", [
-    (PolicyConfig(micro_batch_size=16), 8, "--micro-batch-size 4:"), (PolicyConfig(), 3, "--micro-batch-size 11:"),
-    (PolicyConfig(micro_batch_size=128), 1, "--micro-batch-size 32:"), (RewardConfig(), 8, "--batch-size 4")])
-def test_the_advice_is_below_what_a_process_takes_now(config, count, advice, monkeypatch):
-    """Eight processes share a minibatch of 64: --micro-batch-size 8 is what each does already."""
-    monkeypatch.setattr(flags, "processes", lambda: count)
-    assert advice in flags.memory_advice(config)
+@pytest.mark.parametrize(
+    "config, count, advice",
+    [
+        (PolicyConfig(micro_batch_size=16), 8, "--micro-batch-size 4:"),
+        (PolicyConfig(), 3, "--micro-batch-size 11:"),
+        (PolicyConfig(micro_batch_size=128), 1, "--micro-batch-size 32:"),
+        (RewardConfig(), 8, "--batch-size 4"),
+    ],
+)
+def test_the_advice_is_smaller_than_the_share_of_a_process(config, count, advice, monkeypatch):
+    """Eight processes share a minibatch of 64, so each already computes 8 rows."""
+    monkeypatch.setattr(command_line, "process_count", lambda: count)
+    assert advice in command_line.memory_advice(config)
 
 
 def test_any_other_runtime_error_keeps_its_traceback():
+    """A defect of the program is not reported as a mistake of the user."""
+
     def main(config):
         raise RuntimeError("a defect")
 

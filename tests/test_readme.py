@@ -1,6 +1,7 @@
-"""Every command of the README is run in a reduced size: the README's own words, and after them flags that make it small.
+"""Every command of the README runs, with flags appended that make it small.
 
-A command that is not in COMMANDS fails the test, and so does an entry that the README no longer has.
+A command that is not in COMMANDS fails the test, and so does an entry of COMMANDS that is not in
+the README.
 """
 
 import gzip
@@ -25,7 +26,8 @@ from test_gpt2 import gpt2_tensors, safetensors
 
 import train_policy
 import train_reward
-from minirlhf.config import PolicyConfig, RewardConfig, run_script
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.run.command_line import run_script
 from minirlhf.tools import label
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,35 +35,42 @@ PROGRAMS = re.compile(r"(?:(?:python3?|pip|pytest|curl|torchrun|less|git) |train
 
 
 class Run(NamedTuple):
-    """How a command is run. Its folder holds what the README's own commands before it would have left there."""
+    """How to run a command, in a folder with the files that earlier commands of the README make."""
 
     flags: str  # appended
-    product: str  # a file that it makes (a pattern), or "says: " and what stands in its output
+    product: str  # a pattern of a file that it makes, or "says: " and a part of its output
     slow: bool = False
-    after: tuple[str, ...] = ()  # commands that come first, in the same folder
+    after: tuple[str, ...] = ()  # commands to run first, in the same folder
 
 
 class Elsewhere(NamedTuple):
-    """Run by something else, which has to exist: a test file of the default run, or a step of .ci/run with these words."""
+    """Run by another test: this test file, or the step of .ci/run with this command."""
 
     test: str = ""
     step: str = ""
 
 
 class Fetched(NamedTuple):
-    """Run against a server on this machine in the place of the one it names."""
+    """A download, run against a server on this machine."""
 
 
-SHAPE = " --n-layer 1 --n-head 2 --d-model 16 --warmup-sequences 64 --normalise-prompts 8 --device cpu"
-EMBEDDED = SHAPE + " --data desk.jsonl --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.helpdesk"
-OWN = SHAPE + " --tokenizer bytes.tiktoken"  # tiktoken fetches its gpt2 from the network
-HH = OWN + " --warmup-sequences 8 --max-prompt-length 8 --max-response-length 8"
-LABELLED = SHAPE + " --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.helpdesk"
-POLICY = (" --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4 --test-prompts 4 --best-of-n 2"
-          " --device cpu")
+SHAPE = " --n-layer 1 --n-head 2 --d-model 16 --sft-sequences 64 --normalize-prompts 8 --device cpu"
+EMBEDDED = (
+    SHAPE
+    + " --data desk.jsonl --heldout-data desk.jsonl --test-data desk.jsonl"
+    + " --task minirlhf.data.helpdesk"
+)
+OWN = SHAPE + " --tokenizer bytes.tiktoken"  # tiktoken would download its gpt2
+HH = OWN + " --sft-sequences 8 --max-prompt-length 8 --max-response-length 8"
+LABELLED = SHAPE + " --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.data.helpdesk"
+POLICY = (
+    " --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4"
+    " --test-prompts 4 --best-of-n 2 --device cpu"
+)
 VARIANCE = " --batches 3 --reference-batches 3 --value-batches 1 --batch-size 4"
 BENCH = " --quick --device cpu --no-growth"
-POLICY_MADE, REWARD_MADE = "runs/{}-helpdesk-seed{}-1/result.json", "runs/reward-{}-seed{}-1/reward.pt"
+POLICY_MADE = "runs/{}-helpdesk-seed{}-1/result.json"
+REWARD_MADE = "runs/reward-{}-seed{}-1/reward.pt"
 
 COMMANDS = {
     "pip install -r requirements.txt": Elsewhere(step="pip install -q -r requirements.txt"),
@@ -69,8 +78,11 @@ COMMANDS = {
     "pytest tests/test_parity.py": Elsewhere(step="pytest -q tests/test_parity.py"),
     "python -m tests.mutants": Elsewhere(step="python -m tests.mutants"),
     "python -m tests.reliability": Elsewhere(step="python -m tests.reliability brief"),
+    "python -m minirlhf.plain": Elsewhere(step="python -m minirlhf.plain"),
     "python steps.py --algorithm steps": Elsewhere(test="test_tools_own_algorithm.py"),
-    "python steps.py --algorithm steps --reward steps:short_and_sorry": Elsewhere(test="test_tools_own_algorithm.py"),
+    "python steps.py --algorithm steps --reward steps:short_and_sorry": Elsewhere(
+        test="test_tools_own_algorithm.py"
+    ),
     "python steps.py --out runs/NAME --resume": Elsewhere(test="test_tools_own_algorithm.py"),
     "curl -L --create-dirs -o gpt2/model.safetensors "
     "https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors": Fetched(),
@@ -82,81 +94,116 @@ COMMANDS = {
     "python train_policy.py --algorithm rloo": Run(POLICY, POLICY_MADE.format("rloo", 0)),
     "python train_policy.py --algorithm grpo --seed 2": Run(POLICY, POLICY_MADE.format("grpo", 2)),
     "python train_policy.py --kl-target 6": Run(POLICY, POLICY_MADE.format("ppo", 0)),
-    "python train_policy.py --kl-coef 0 --iterations 150 --max-kl 1e5 --eval-every 10": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    "python train_policy.py --kl-coef 0 --iterations 150 --max-kl 1e5 --eval-every 10": Run(
+        POLICY, POLICY_MADE.format("ppo", 0)
+    ),
     "python train_policy.py --reward my_rewards:brevity": Run(POLICY, "says: reward: brevity"),
     "python train_policy.py --out runs/NAME --resume": Run("", "runs/NAME/result.json"),
-    "python train_reward.py --data mine.jsonl.gz more.json --tokenizer gpt2 --max-prompt-length 256 --max-response-length 128":
-        Run(OWN + " --max-prompt-length 8 --max-response-length 8", REWARD_MADE.format("data", 0)),
+    "python train_reward.py --data mine.jsonl.gz more.json --tokenizer gpt2 "
+    "--max-prompt-length 256 --max-response-length 128": Run(
+        OWN + " --max-prompt-length 8 --max-response-length 8", REWARD_MADE.format("data", 0)
+    ),
     "python train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz "
     "--test-data harmless-base/test.jsonl.gz": Run(HH, REWARD_MADE.format("data", 0)),
     "python train_policy.py --preset hh-gpt2": Run(POLICY, POLICY_MADE.format("ppo", 0)),
-    # several processes: two where the README says eight, and two launchers on this machine where it says two machines
-    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz "
-    "--test-data harmless-base/test.jsonl.gz":
-        Run(HH, REWARD_MADE.format("data", 0), slow=True),
-    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2":
-        Run(POLICY, POLICY_MADE.format("ppo", 0), slow=True),
-    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2 --shard":
-        Run(POLICY, POLICY_MADE.format("ppo", 0), slow=True),
-    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint FIRST-MACHINE:29400 "
-    "train_policy.py --preset hh-gpt2 --out runs/HH": Run(POLICY, "runs/HH/result.json", slow=True),
-    "python train_reward.py --init-reward runs/REWARD/reward.pt --data runs/POLICY/labels.jsonl":
-        Run(LABELLED, REWARD_MADE.format("helpdesk", 0)),
+    # several processes: two instead of eight, and two launchers on this machine instead of two
+    # machines
+    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh-gpt2 --init gpt2 "
+    "--data harmless-base/train.jsonl.gz --test-data harmless-base/test.jsonl.gz": Run(
+        HH, REWARD_MADE.format("data", 0), slow=True
+    ),
+    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2": Run(
+        POLICY, POLICY_MADE.format("ppo", 0), slow=True
+    ),
+    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2 --shard": Run(
+        POLICY, POLICY_MADE.format("ppo", 0), slow=True
+    ),
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 "
+    "--rdzv-endpoint FIRST-MACHINE:29400 train_policy.py --preset hh-gpt2 --out runs/HH": Run(
+        POLICY, "runs/HH/result.json", slow=True
+    ),
+    "python train_reward.py --init-reward runs/REWARD/reward.pt "
+    "--data runs/POLICY/labels.jsonl": Run(LABELLED, REWARD_MADE.format("helpdesk", 0)),
     # tools
-    "python -m minirlhf.tools.chat --run runs/ppo-helpdesk-seed0-1":
-        Run(" --prompt Hello", "says: gold", after=("python train_reward.py", "python train_policy.py")),
+    "python -m minirlhf.tools.chat --run runs/ppo-helpdesk-seed0-1": Run(
+        " --prompt Hello", "says: gold", after=("python train_reward.py", "python train_policy.py")
+    ),
     "python -m minirlhf.tools.chat --run runs/POLICY": Run(" --prompt Hello", "says: gold"),
-    "python -m minirlhf.tools.label --run runs/POLICY":
-        Run(" --count 12 --judge minirlhf.helpdesk:preference_probability", "says: train_reward.py --init-reward"),
+    "python -m minirlhf.tools.label --run runs/POLICY": Run(
+        " --count 12 --judge minirlhf.data.helpdesk:preference_probability",
+        "says: train_reward.py --init-reward",
+    ),
     "python -m minirlhf.tools.report runs/A runs/B": Run("", "runs/A/report.html"),
     "python -m minirlhf.tools.bpe OUT.tiktoken --size 1022 FILE...": Run("", "OUT.tiktoken"),
     "less runs/*/samples.md": Run("", "says: **before**"),
     # labs
-    "python -m minirlhf.lab.ladder --seeds 3": Run(" --seeds 1 --quick --algorithms rloo", "runs/ladder/ladder.md", slow=True),
-    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF":
-        Run(VARIANCE, "runs/variance/variance.md"),
-    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY":
-        Run(VARIANCE, "runs/variance/variance.md"),
-    "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD":
-        Run(" --scale tiny", "runs/overoptimization/overoptimization.md", slow=True),
+    "python -m minirlhf.lab.algorithms --seeds 3": Run(
+        " --seeds 1 --quick --algorithms rloo", "runs/algorithms/algorithms.md", slow=True
+    ),
+    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF": Run(
+        VARIANCE, "runs/variance/variance.md"
+    ),
+    "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY": Run(
+        VARIANCE, "runs/variance/variance.md"
+    ),
+    "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD": Run(
+        " --scale tiny", "runs/overoptimization/overoptimization.md", slow=True
+    ),
     "python -m minirlhf.lab.memory": Run("", "says: of it sending"),
-    "python -m minirlhf.lab.second_round --run runs/POLICY": Run(" --quick", "runs/second-round/second_round.md", slow=True),
+    "python -m minirlhf.lab.second_round --run runs/POLICY": Run(
+        " --quick", "runs/second-round/second_round.md", slow=True
+    ),
     "python -m minirlhf.lab.bench": Run(BENCH, "says: not yet measured on a GPU", slow=True),
-    "python -m minirlhf.lab.bench --peers": Run(BENCH + " --only gae", "says: not yet measured on a GPU", slow=True),
-    "python -m minirlhf.lab.bench --peers --shape M --only rollout": Run(BENCH, "says: rollout", slow=True),
-    'python -m minirlhf.lab.bench --peers --only "ppo iteration"': Run(BENCH, "says: ppo iteration", slow=True),
+    "python -m minirlhf.lab.bench --peers": Run(
+        BENCH + " --only gae", "says: not yet measured on a GPU", slow=True
+    ),
+    "python -m minirlhf.lab.bench --peers --shape M --only rollout": Run(
+        BENCH, "says: rollout", slow=True
+    ),
+    'python -m minirlhf.lab.bench --peers --only "ppo iteration"': Run(
+        BENCH, "says: ppo iteration", slow=True
+    ),
 }
 
 
 def commands_of(text: str) -> list[str]:
-    """Every command: the lines of code blocks without a language, and code in prose and tables that begins like one."""
+    """Every command: in code blocks without a language, and in code spans of prose and tables."""
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-    blocks, prose = [block for language, block in fence.findall(text) if not language], fence.sub("", text)
-    pieces = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
-    parts = [part.strip() for piece in pieces for part in re.split(r" && | # ", piece.replace("\n", " "))]
+    blocks = [block for language, block in fence.findall(text) if not language]
+    code = [line for block in blocks for line in block.splitlines()]
+    code += re.findall(r"`([^`]+)`", fence.sub("", text))
+    parts = []
+    for line in code:
+        parts += [part.strip() for part in re.split(r" && | # ", line.replace("\n", " "))]
     return list(dict.fromkeys(part for part in parts if PROGRAMS.match(part)))
 
 
 def write_desk(folder: Path) -> None:
-    """Every input that the README names, next to nothing of each."""
+    """Every input that the README names, as small as possible."""
     tiny.write_inputs(folder)
     records = (tiny.ROOT / "data" / "helpdesk-test.jsonl").read_text().splitlines(keepends=True)
     (folder / "desk.jsonl").write_text("".join(records[:12]))
     (folder / "more.json").write_text('[{"prompt": "x", "chosen": "yes", "rejected": "no"}]')
     (folder / "mine.jsonl.gz").write_bytes(gzip.compress((folder / "pairs.jsonl").read_bytes()))
     (folder / "my_rewards.py").write_text(re.search(r"`(def brevity.*?)`", README)[1] + "\n")
-    (folder / "FILE...").write_text("a text of one's own, of some words\n" * 3)
+    (folder / "FILE...").write_text("a short text of a few words\n" * 3)
     (folder / "gpt2").mkdir()
-    (folder / "gpt2" / "model.safetensors").write_bytes(safetensors(gpt2_tensors(width=64, layers=1)))
+    (folder / "gpt2" / "model.safetensors").write_bytes(
+        safetensors(gpt2_tensors(width=64, layers=1))
+    )
     (folder / "harmless-base").mkdir()
-    talk = '{{"chosen": "\\n\\nHuman: {0}\\n\\nAssistant: Yes, {0}", "rejected": "\\n\\nHuman: {0}\\n\\nAssistant: No"}}\n'
+    pair = (
+        '{{"chosen": "\\n\\nHuman: {0}\\n\\nAssistant: Yes, {0}", '
+        '"rejected": "\\n\\nHuman: {0}\\n\\nAssistant: No"}}\n'
+    )
+    content = gzip.compress("".join(map(pair.format, "abcdefgh")).encode())
     for name in ("train", "test"):
-        (folder / "harmless-base" / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(map(talk.format, "abcdefgh")).encode()))
+        (folder / "harmless-base" / f"{name}.jsonl.gz").write_bytes(content)
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder as the README supposes it: its inputs, and runs by its names, one of them stopped in the middle."""
+    """A folder with the inputs and runs that the README names; runs/NAME was stopped."""
     folder = tmp_path_factory.mktemp("readme")
     write_desk(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -167,72 +214,110 @@ def desk(tmp_path_factory):
         for name in ("HALF", "A", "B"):
             shutil.copytree("runs/POLICY", f"runs/{name}")
         tiny.after_row(patch, 2, tiny.write_and_signal(signal.SIGTERM))
-        assert tiny.ending(train_policy.main, PolicyConfig, [*small, "runs/NAME"]) == 128 + signal.SIGTERM
-        run_script(label.main, label.LabelConfig, shlex.split(
-            "--run runs/POLICY --count 12 --judge minirlhf.helpdesk:preference_probability --out runs/POLICY/labels.jsonl"))
+        assert (
+            tiny.ending(train_policy.main, PolicyConfig, [*small, "runs/NAME"])
+            == 128 + signal.SIGTERM
+        )
+        run_script(
+            label.main,
+            label.LabelConfig,
+            shlex.split(
+                "--run runs/POLICY --count 12 --out runs/POLICY/labels.jsonl "
+                "--judge minirlhf.data.helpdesk:preference_probability"
+            ),
+        )
     return folder
 
 
-def test_the_list_has_every_command_of_the_readme_and_no_other():
-    found = commands_of(README)
-    assert len(found) > 30
-    assert [command for command in found if command not in COMMANDS] == []
-    assert [command for command in COMMANDS if command not in found] == []
+def test_commands_lists_every_command_of_the_readme_and_no_other():
+    """Finds a command that no test runs."""
+    listed = commands_of(README)
+    assert len(listed) > 30
+    assert [command for command in listed if command not in COMMANDS] == []
+    assert [command for command in COMMANDS if command not in listed] == []
 
 
-def test_what_the_rungs_are_said_to_change_stands_in_the_source():
-    changed = [line[1:].strip() for block in re.findall(r"^```diff\n(.*?)^```$", README, re.M | re.S)
-               for line in block.splitlines() if line[0] in "+-"]
-    source = "".join((tiny.ROOT / "minirlhf" / name).read_text() for name in ("advantages.py", "losses.py"))
-    assert len(changed) > 15 and [line for line in changed if line not in source] == []
+def test_commands_of_finds_commands_in_blocks_prose_and_tables():
+    text = (
+        "`pip` and `python a.py`, `pytest`;\n"
+        "```\npip x && pytest\ncd y\n```\n"
+        "| `torchrun z` | `less w` |\n"
+        "```python\npython no\n```\n"
+        "`train_policy.py`, `python\nb.py` after `train_reward.py --c`\n"
+        "```\npython d.py\n```\n"
+    )
+    assert commands_of(text) == [
+        "pip x",
+        "pytest",
+        "python d.py",
+        "python a.py",
+        "torchrun z",
+        "less w",
+        "python b.py",
+        "train_reward.py --c",
+    ]
 
 
-def test_commands_are_found_wherever_they_stand():
-    text = ("`pip` and `python a.py`, `pytest`;\n```\npip x && pytest\ncd y\n```\n| `torchrun z` | `less w` |\n"
-            "```python\npython no\n```\n`train_policy.py`, `python\nb.py` after `train_reward.py --c`\n```\npython d.py\n```\n")
-    assert commands_of(text) == ["pip x", "pytest", "python d.py", "python a.py", "torchrun z", "less w", "python b.py",
-                                 "train_reward.py --c"]
-
-
-@pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if isinstance(how, Elsewhere)])
-def test_what_is_run_elsewhere_is_run_there(command):
-    """The words in COMMANDS must be a whole command of a step of .ci/run, or the command's file that of a test."""
+@pytest.mark.parametrize(
+    "command", [command for command, how in COMMANDS.items() if isinstance(how, Elsewhere)]
+)
+def test_commands_of_other_tests_are_there(command):
+    """The test file names the command's script, or a step of .ci/run is the command."""
     how = COMMANDS[command]
     if how.test:
         assert shlex.split(command)[1] in (tiny.ROOT / "tests" / how.test).read_text()
     else:
-        steps = [line for line in (tiny.ROOT / ".ci" / "run").read_text().splitlines() if re.search(r"^[\w=]* ?step \"", line)]
-        assert any(re.search(rf"\" \d+ {re.escape(how.step)}$", line) for line in steps)
+        ci = (tiny.ROOT / ".ci" / "run").read_text().replace("\\\n", "")  # joins continued lines
+        steps = [line for line in ci.splitlines() if re.search(r"^[\w=]* ?step \"", line)]
+        assert any(re.search(rf"\" \d+\s+{re.escape(how.step)}$", line) for line in steps)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Sends whoever asks on to another address, as the real one does, and answers there."""
+    """Redirects each request to another address, as the real server does, and answers there."""
 
     def do_GET(self):
-        there = self.path.startswith("/store")
-        self.send_response(200 if there else 302)
-        self.send_header(*("Content-Length", "7") if there else ("Location", "/store" + self.path))
-        self.end_headers()
-        self.wfile.write(b"weights" if there else b"")
+        if self.path.startswith("/store"):
+            self.send_response(200)
+            self.send_header("Content-Length", "7")
+            self.end_headers()
+            self.wfile.write(b"weights")
+        else:
+            self.send_response(302)
+            self.send_header("Location", "/store" + self.path)
+            self.end_headers()
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-def test_what_is_fetched_lies_where_the_next_command_reads_it(tmp_path):
+def test_the_download_is_saved_where_the_next_command_reads_it(tmp_path):
+    """The path of curl's output is the one that --init names."""
     (command,) = [command for command, how in COMMANDS.items() if isinstance(how, Fetched)]
     assert shlex.split(command)[-1].startswith("https://huggingface.co/openai-community/")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         local = command.replace("https://huggingface.co", f"http://127.0.0.1:{server.server_port}")
-        subprocess.run([*shlex.split(local), "--noproxy", "*", "--silent", "--fail"], cwd=tmp_path, check=True, timeout=60)
+        subprocess.run(
+            [*shlex.split(local), "--noproxy", "*", "--silent", "--fail"],
+            cwd=tmp_path,
+            check=True,
+            timeout=60,
+        )
         server.shutdown()
     (init,) = {re.search(r"--init (\S+)", other)[1] for other in COMMANDS if "--init " in other}
     assert (tmp_path / init / "model.safetensors").read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] if how.slow else [])
-                                     for command, how in COMMANDS.items() if isinstance(how, Run)])
-def test_a_command_runs_in_a_reduced_size(command, desk, tmp_path, monkeypatch, capsys):
-    how, folder = COMMANDS[command], tmp_path / "desk"
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if how.slow else [])
+        for command, how in COMMANDS.items()
+        if isinstance(how, Run)
+    ],
+)
+def test_every_command_runs(command, desk, tmp_path, monkeypatch, capsys):
+    """The command succeeds, and makes its file or prints its text."""
+    how = COMMANDS[command]
+    folder = tmp_path / "desk"
     shutil.copytree(desk, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
@@ -240,15 +325,18 @@ def test_a_command_runs_in_a_reduced_size(command, desk, tmp_path, monkeypatch, 
         (folder / "runs" / "POLICY" / "labels.jsonl").unlink()
     for earlier in how.after:
         assert execute(earlier + COMMANDS[earlier].flags, folder, monkeypatch, capsys)[0] == 0
-    made = None if how.product.startswith("says: ") else how.product
-    assert not made or not list(folder.glob(made))
-    status, said = execute(command + how.flags, folder, monkeypatch, capsys)
-    assert status == 0, said[-2000:]
-    assert list(folder.glob(made)) if made else how.product.removeprefix("says: ") in said, said[-2000:]
+    says = how.product.startswith("says: ")
+    assert says or not list(folder.glob(how.product))
+    status, output = execute(command + how.flags, folder, monkeypatch, capsys)
+    assert status == 0, output[-2000:]
+    if says:
+        assert how.product.removeprefix("says: ") in output, output[-2000:]
+    else:
+        assert list(folder.glob(how.product)), output[-2000:]
 
 
 def execute(line: str, folder: Path, monkeypatch, capsys) -> tuple[int, str]:
-    """Exit status and output of a command. Python's are run in this process, as the interpreter would run them."""
+    """Exit status and output of a command. Python scripts run in this process."""
     program, *words = shlex.split(line)
     if program.endswith(".py"):
         program, words = "python", [program, *words]
@@ -277,21 +365,34 @@ def execute(line: str, folder: Path, monkeypatch, capsys) -> tuple[int, str]:
 
 
 def launch(words: list[str], folder: Path) -> tuple[int, str]:
-    """Exit status and output of torchrun, in small: two processes, or as many launchers as there shall be machines."""
+    """Exit status and output of torchrun with two processes in all; one launcher per machine."""
     machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     with socket.socket() as free:
         free.bind(("localhost", 0))
         here = f"localhost:{free.getsockname()[1]}"
-    words = [str(tiny.ROOT / word) if word.endswith(".py") else word.replace("FIRST-MACHINE:29400", here) for word in words]
+    words = [
+        str(tiny.ROOT / word) if word.endswith(".py") else word.replace("FIRST-MACHINE:29400", here)
+        for word in words
+    ]
     words[words.index("--nproc-per-node") + 1] = str(2 // machines)
     files = [folder / f"launcher-{number}.txt" for number in range(machines)]
-    launchers = [subprocess.Popen(tiny.python("-m", "torch.distributed.run", *words), env=tiny.environment(), cwd=folder,
-                                  stdout=file.open("w"), stderr=subprocess.STDOUT) for file in files]
+    launchers = [
+        subprocess.Popen(
+            tiny.python("-m", "torch.distributed.run", *words),
+            env=tiny.environment(),
+            cwd=folder,
+            stdout=file.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for file in files
+    ]
     deadline = time.monotonic() + 120
     while all(launcher.poll() is None for launcher in launchers) and time.monotonic() < deadline:
         time.sleep(0.1)
     statuses = []
-    for launcher in launchers:  # torch's agents wait for each other at the end, where the one that hosts their store may be gone
+    for launcher in launchers:
+        # At the end torch's launchers wait for each other, but the one that hosts their store may
+        # already have exited.
         try:
             statuses.append(abs(launcher.wait(20)))
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The shape of the source: small enough to read, in one direction, and told in docstrings."""
+"""The shape of the source: packages in one direction, short functions, documented names."""
 
 import ast
 import io
@@ -10,104 +10,253 @@ import pytest
 from mutants import MUTANTS
 from tiny import ROOT
 
-# What is to be read: all but the task's truth, the Triton versions, experiments and tools.
-CORE = sorted(path for path in [*ROOT.glob("train_*.py"), *ROOT.glob("minirlhf/*.py"), *ROOT.glob("minirlhf/kernels/*.py")]
-              if path.name not in ("__init__.py", "helpdesk.py") and not path.name.endswith("_triton.py"))
-# What one training step and its data pass through: all of that but settings, saved files and judging.
-STEP = [path for path in CORE if path.stem not in ("flags", "config", "checkpoint", "gpt2", "start", "evaluate", "compare")]
-# The order of reading: a module imports only what stands before it.
-ORDER = """seeding parallel log flags config device tokenizer json_files records data task packing model kernels.logprob
-kernels.returns kernels generate losses advantages rollout ladder optim evaluate checkpoint gpt2 start environment compare
-run train_reward train_policy""".split()
-EACH_FILE = pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
-SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+# A unit is a file or folder directly in minirlhf/, or a script. A unit imports only units of
+# earlier lines.
+LAYERS = """
+run kernels
+config
+data
+model
+rl
+evaluation
+plain train_reward train_policy
+tools
+lab
+"""
+ORDER = [line.split() for line in LAYERS.split("\n") if line]
+UNITS = [unit for layer in ORDER for unit in layer]
+
+PACKAGES = ("run", "kernels", "data", "model", "rl", "evaluation")
+SCRIPTS = sorted(ROOT.glob("train_*.py"))
+CORE = sorted(
+    path
+    for path in [
+        *SCRIPTS,
+        ROOT / "minirlhf" / "config.py",
+        *(file for package in PACKAGES for file in (ROOT / "minirlhf" / package).glob("*.py")),
+    ]
+    if path.name != "__init__.py"
+)
+PLAIN = ROOT / "minirlhf" / "plain.py"
+SOURCES = sorted([*SCRIPTS, *(ROOT / "minirlhf").rglob("*.py")])
+ALGORITHM = [*SCRIPTS, *sorted((ROOT / "minirlhf" / "rl").glob("*.py"))]
+EACH_CORE_FILE = pytest.mark.parametrize(
+    "path", [*CORE, PLAIN], ids=lambda path: str(path.relative_to(ROOT))
+)
+EACH_ALGORITHM_FILE = pytest.mark.parametrize("path", ALGORITHM, ids=lambda path: path.name)
+NOT_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def lines_of_code(path: Path) -> int:
     """Without blank lines, comments and docstrings."""
-    text = path.read_text(encoding="utf-8")
-    lines = {line for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in SILENT
-             for line in range(token.start[0], token.end[0] + 1)}
+    text = read(path)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NOT_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node):
+                lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
 
 
-def imported(path: Path) -> list[str]:
-    """The modules of this project that a file imports, wherever it does."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def unit_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "minirlhf" else parts[0]
+
+
+def imported_units(path: Path) -> set[str]:
+    """The units that a file imports anywhere, its own included."""
+    modules = []
+    for node in ast.walk(ast.parse(read(path))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" if node.module == "minirlhf" else node.module for alias in node.names]
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    return [name.removeprefix("minirlhf.") for name in names if name.startswith("minirlhf")]
+            modules += [alias.name for alias in node.names]
+    parts = [module.split(".") for module in modules]
+    return {p[1] if p[0] == "minirlhf" else p[0] for p in parts if len(p) > 1 or p[0] in UNITS} & {
+        *UNITS
+    }
 
 
-def functions(path: Path) -> list[tuple[str, ast.AST, int]]:
-    """(name, function or class, its lines) of a file, methods and nested ones too."""
-    return [(node.name, node, node.end_lineno - node.lineno + 1) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+def edges() -> set[tuple[str, str]]:
+    """(importing unit, imported unit)."""
+    return {
+        (unit_of(path), unit)
+        for path in SOURCES
+        for unit in imported_units(path)
+        if unit_of(path) in UNITS and unit != unit_of(path)
+    }
 
 
-def test_the_core_can_be_read_in_an_evening():
-    """What a step passes through, with its comments and docstrings; and, by its code alone, all but GPT-2's file formats."""
-    assert len(STEP) > 20 and sum(bool(line.strip()) for path in STEP for line in path.read_text("utf-8").splitlines()) <= 2500
-    assert sum(lines_of_code(path) for path in CORE if path.name != "gpt2.py") <= 2500
+def functions(path: Path) -> list[ast.FunctionDef]:
+    """All functions of a file, methods and nested ones included."""
+    return [node for node in ast.walk(ast.parse(read(path))) if isinstance(node, ast.FunctionDef)]
 
 
-def test_lines_are_counted_as_said(tmp_path):
+def length(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+# ---- units ---------------------------------------------------------------------------------------
+
+
+def test_the_units_are_the_listed_ones():
+    units = {unit_of(path) for path in SOURCES} - {"__init__"}
+    assert units == set(UNITS)
+    assert len(UNITS) <= 12
+
+
+def test_there_are_at_most_45_import_edges():
+    assert 20 < len(edges()) <= 45
+
+
+def test_units_import_only_earlier_units():
+    layer = {unit: number for number, units in enumerate(ORDER) for unit in units}
+    back = [(unit, other) for unit, other in edges() if layer[other] >= layer[unit]]
+    assert back == []
+
+
+def test_no_module_imports_a_module_that_imports_it():
+    """A cycle between modules of one package breaks the import in one of the two orders."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    graph = {}
+    for name, path in paths.items():
+        imports = set()
+        for node in ast.parse(read(path)).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                imports |= {other for other in [node.module, *names] if other in paths}
+        graph[name] = imports - {name}
+    done: set[str] = set()
+    while ready := [name for name in graph if name not in done and graph[name] <= done]:
+        done.update(ready)
+    assert sorted(set(graph) - done) == []
+
+
+def test_the_walkthrough_lists_the_packages_in_this_order():
+    text = read(ROOT / "README.md").partition("## Reading order\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\s*[-*|0-9.]*\s*`(?:minirlhf/)?(\w+)(?:\.py|/)`", text, re.MULTILINE)
+    order = [unit for unit in listed if unit in PACKAGES]
+    assert order == [unit for unit in UNITS if unit in PACKAGES]
+
+
+# ---- size ----------------------------------------------------------------------------------------
+
+
+def test_lines_are_counted_without_comments_and_docstrings(tmp_path):
     path = tmp_path / "a.py"
-    path.write_text('"""Doc."""\n\n# comment\nx = [1,\n     2]  # two\n\n\ndef f():\n    """Doc\n    of f."""\n    return x\n')
+    path.write_text(
+        '"""Doc."""\n\n# comment\nx = [1,\n     2]  # two\n\n\n'
+        'def f():\n    """Doc\n    of f."""\n    return x\n'
+    )
     assert lines_of_code(path) == 4
 
 
-@EACH_FILE
-def test_files_and_functions_fit(path):
-    """A file in 250 lines, a function on a screen; the scripts' main is the algorithm itself, and may have one and a half."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 250
-    limit = 80 if path.parent == ROOT else 50
-    assert [(name, lines) for name, node, lines in functions(path) if isinstance(node, ast.FunctionDef) and lines > limit] == []
+def test_plain_has_at_most_300_lines_of_code():
+    assert lines_of_code(PLAIN) <= 300
 
 
-def test_imports_point_one_way():
-    """In the order in which the files are to be read; experiments and tools stand outside."""
-    for path in CORE:
-        own = path.stem if path.parent.name != "kernels" else f"kernels.{path.stem}"
-        before = ORDER[:ORDER.index(own)]
-        late = [name for name in imported(path) if name not in before and not name.endswith("_triton")]
-        assert late == [], f"{own} imports {late}"
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_have_at_most_50_lines(path):
+    """The exception is main in the two scripts, because it contains the training loop."""
+    long = [node.name for node in functions(path) if length(node) > 50]
+    assert [name for name in long if not (name == "main" and path in SCRIPTS)] == []
 
 
-def test_the_readme_names_the_files_in_this_order():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Reading order\n")[2].partition("A file imports")[0]
-    assert re.findall(r"`(\w+)/?`", text) == [name for name in ORDER if "." not in name and not name.startswith("train_")]
+@EACH_ALGORITHM_FILE
+def test_functions_of_the_algorithm_take_at_most_six_parameters(path):
+    for node in functions(path):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [argument.arg for argument in arguments if argument.arg != "self"]
+        assert len(names) <= 6, f"{node.name} takes {names}"
+        assert node.args.kwarg is None, f"{node.name} takes **{node.args.kwarg}"
 
 
-@EACH_FILE
-def test_what_others_use_is_told_in_a_docstring(path):
-    """Unless a line or two say it all."""
-    outer = ast.parse(path.read_text(encoding="utf-8")).body
-    methods = [node for whole in outer if isinstance(whole, ast.ClassDef) and whole.name[0] != "_" for node in whole.body]
-    told = [node for node in outer + methods if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    long = [node for node in told if not node.name.startswith("_") and len(node.body) > 3]
-    assert [node.name for node in long if not ast.get_docstring(node)] == []
+@EACH_ALGORITHM_FILE
+def test_fields_are_read_by_name_not_by_position(path):
+    """`samples[3:]` or `*rollout[:4]` hides which fields are meant."""
+    for node in ast.walk(ast.parse(read(path))):
+        is_slice = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice)
+        if is_slice and isinstance(node.value, ast.Name):
+            assert node.value.id not in ("samples", "rollout", "task"), node.lineno
 
 
-def test_the_policy_loop_is_short_and_its_stages_are_numbered():
-    text = (ROOT / "train_policy.py").read_text(encoding="utf-8")
-    (main,) = [node for name, node, _ in functions(ROOT / "train_policy.py") if name == "main"]
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+def policy_loop() -> tuple[ast.For, str]:
+    """The loop of train_policy.main, and its source."""
+    path = ROOT / "train_policy.py"
+    (main,) = [node for node in functions(path) if node.name == "main"]
     (loop,) = [node for node in ast.walk(main) if isinstance(node, ast.For)]
-    assert loop.end_lineno - loop.lineno + 1 < 60
-    body = "\n".join(text.splitlines()[loop.lineno - 1:loop.end_lineno])
-    assert [body.count(f"# {number}. ") for number in range(1, 7)] == [1, 1, 1, 1, 1, 0]
+    return loop, "\n".join(read(path).splitlines()[loop.lineno - 1 : loop.end_lineno])
+
+
+def test_the_policy_loop_has_at_most_40_lines_and_five_numbered_stages():
+    _, source = policy_loop()
+    lines = [line for line in source.splitlines() if line.strip()]
+    code = [line for line in lines if not line.strip().startswith("#")]
+    assert len(code) <= 40
+    stages = [source.count(f"# {number}. ") for number in range(1, 7)]
+    assert stages == [1, 1, 1, 1, 1, 0]
+
+
+def test_the_reward_script_shows_two_loops():
+    path = ROOT / "train_reward.py"
+    loops = {
+        node.name: [loop for loop in ast.walk(node) if "run.steps()" in ast.unparse(loop)]
+        for node in functions(path)
+    }
+    assert [name for name in loops if loops[name]] == ["finetune", "learn_preferences"]
+
+
+# ---- plain.py ------------------------------------------------------------------------------------
+
+
+def test_plain_imports_only_the_embedded_task():
+    """It is the oracle of the real code, so it must not share code with it."""
+    modules = [
+        node.module
+        for node in ast.walk(ast.parse(read(PLAIN)))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minirlhf")
+    ]
+    assert modules == ["minirlhf.data"]
+    assert "from minirlhf.data import helpdesk\n" in read(PLAIN)
+
+
+# ---- docstrings and mutants ----------------------------------------------------------------------
+
+
+@EACH_CORE_FILE
+def test_public_functions_have_a_docstring(path):
+    """Unless they have three statements or fewer."""
+    module = ast.parse(read(path))
+    assert ast.get_docstring(module)
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    methods = [node for each in classes if not each.name.startswith("_") for node in each.body]
+    for node in [*module.body, *methods]:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert len(node.body) <= 3 or ast.get_docstring(node), node.name
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.id)
 def test_each_mutant_finds_its_text_and_its_test(mutant):
-    """A line that was reworded leaves a fault that nobody tries any more."""
-    assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    """A line that was reworded would leave a bug that is no longer tried."""
+    assert read(ROOT / mutant.file).count(mutant.old) == 1
     file, _, name = mutant.test.partition("::")
     path = ROOT / "tests" / f"test_{file}.py"
-    assert f"test_{name.partition('[')[0]}" in [function for function, _, _ in functions(path)]
+    names = [node.name for node in functions(path)]
+    assert f"test_{name.partition('[')[0]}" in names

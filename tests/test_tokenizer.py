@@ -1,4 +1,4 @@
-"""The tokenizer: any text round-trips, EOS and PAD differ, a malformed rank file is refused in one line."""
+"""The tokenizer: any text round-trips, EOS and PAD differ, bad rank files are refused."""
 
 import base64
 import random
@@ -6,8 +6,7 @@ import random
 import pytest
 import tiktoken
 
-from minirlhf.config import UserError
-from minirlhf.tokenizer import (
+from minirlhf.data.tokenizer import (
     EOS_TEXT,
     GPT2_PATTERN,
     HELPDESK_RANKS,
@@ -17,6 +16,7 @@ from minirlhf.tokenizer import (
     pad_id,
     table_rows,
 )
+from minirlhf.run.errors import UserError
 
 BYTES = [bytes([i]) for i in range(256)]
 MERGES = [b"th", b"the", b" the", b"er", b"\n\n", b"\xc3\xa9"]
@@ -27,7 +27,7 @@ def rank_lines(tokens: list[bytes]) -> list[bytes]:
 
 
 def tiny_rank_file(folder) -> str:
-    """All bytes, in an order that is not theirs, and a few merges."""
+    """All bytes in reverse order, and a few merges."""
     path = folder / "tiny.tiktoken"
     path.write_bytes(b"\n".join(rank_lines(BYTES[::-1] + MERGES)) + b"\n")
     return str(path)
@@ -39,17 +39,37 @@ def enc(request, tmp_path):
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Strings of any characters but surrogates, which no UTF-8 holds: rare planes, controls, blanks, NUL."""
+    """Strings of any characters that UTF-8 can encode, with many blanks and control characters."""
     rng = random.Random(seed)
-    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000), (9, 14), (32, 33)]
+    ranges = [
+        (0, 0x80),
+        (0x80, 0x800),
+        (0x800, 0xD800),
+        (0xE000, 0x10000),
+        (0x10000, 0x110000),
+        (9, 14),
+        (32, 33),
+    ]
     return [
-        "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40))) for _ in range(count)
+        "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
+        for _ in range(count)
     ]
 
 
 def test_any_text_round_trips_and_gives_ordinary_ids_only(enc):
-    """A vocabulary without all 256 bytes, or one that reads '<|endoftext|>' in a text as EOS, would break this."""
-    tricky = ["", "\n\n\n", "a" * 999, "é", "e\u0301", "\ufeff", "\x00\x1b[2J", EOS_TEXT, "日本語 👩‍👧", "don't"]
+    """Fails if a byte has no token, or if "<|endoftext|>" in a text becomes EOS."""
+    tricky = [
+        "",
+        "\n\n\n",
+        "a" * 999,
+        "é",
+        "e\u0301",
+        "\ufeff",
+        "\x00\x1b[2J",
+        EOS_TEXT,
+        "日本語 👩‍👧",
+        "don't",
+    ]
     for text in tricky + random_texts(500):
         ids = enc.encode_ordinary(text)
         assert decode(enc, ids) == text
@@ -57,7 +77,7 @@ def test_any_text_round_trips_and_gives_ordinary_ids_only(enc):
 
 
 def test_eos_is_a_class_and_pad_is_not(enc):
-    """With PAD == EOS, masking the padding masks the EOS action, and the policy never learns to stop."""
+    """If PAD equaled EOS, masking PAD would mask EOS, and the policy would never learn to stop."""
     ordinary = len(enc.token_byte_values())
     assert enc.eot_token == ordinary
     assert enc.special_tokens_set == {EOS_TEXT}
@@ -66,15 +86,15 @@ def test_eos_is_a_class_and_pad_is_not(enc):
     assert table_rows(enc) % 64 == 0 and pad_id(enc) < table_rows(enc) <= pad_id(enc) + 64
 
 
-def test_pad_has_a_row_where_the_classes_fill_the_table(tmp_path):
-    """320 classes are a multiple of 64 already: a table of 320 rows would be indexed out of range by PAD."""
+def test_pad_has_a_row_if_the_number_of_classes_is_a_multiple_of_64(tmp_path):
+    """320 classes are a multiple of 64, but a table of 320 rows has no row for PAD."""
     path = tmp_path / "full.tiktoken"
     path.write_bytes(b"\n".join(rank_lines(BYTES + [b"a%d" % i for i in range(63)])))
     enc = load_tokenizer(str(path))
     assert enc.n_vocab == pad_id(enc) == 320 and table_rows(enc) == 384
 
 
-def test_decode_drops_eos_and_pad_and_mends_half_characters(enc):
+def test_decode_drops_eos_and_pad_and_replaces_incomplete_characters(enc):
     ids = enc.encode_ordinary("hello")
     assert decode(enc, [*ids, enc.eot_token, pad_id(enc), pad_id(enc)]) == "hello"
     assert decode(enc, [enc.encode_single_token(b"\xf0")]) == "\ufffd"
@@ -82,45 +102,63 @@ def test_decode_drops_eos_and_pad_and_mends_half_characters(enc):
 
 def test_the_shipped_ranks_are_the_default():
     enc = load_tokenizer()
-    assert enc.name == "helpdesk" and fingerprint(enc) == fingerprint(load_tokenizer(str(HELPDESK_RANKS)))
+    assert enc.name == "helpdesk" and fingerprint(enc) == fingerprint(
+        load_tokenizer(str(HELPDESK_RANKS))
+    )
     text = "My red kettle arrived broken. Can I get a refund?"
     assert len(enc.encode_ordinary(text)) < len(text) / 2
 
 
-def test_fingerprint_tells_tokenizers_apart(tmp_path):
-    """A checkpoint read with other ranks of the same number would load, and babble."""
+def test_fingerprints_of_different_tokenizers_differ(tmp_path):
+    """A checkpoint would load with other ranks of the same number, and generate nonsense."""
     tiny = load_tokenizer(tiny_rank_file(tmp_path))
     other = tmp_path / "other.tiktoken"
     other.write_bytes(b"\n".join(rank_lines(BYTES + MERGES)))
     assert tiny.n_vocab == load_tokenizer(str(other)).n_vocab
-    assert len({fingerprint(tiny), fingerprint(load_tokenizer(str(other))), fingerprint(load_tokenizer())}) == 3
-    ranks, eos = tiny._mergeable_ranks, {EOS_TEXT: tiny.eot_token}
-    renamed = tiktoken.Encoding("renamed", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=eos)
-    resplit = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=eos)
+    encodings = [tiny, load_tokenizer(str(other)), load_tokenizer()]
+    assert len({fingerprint(encoding) for encoding in encodings}) == 3
+    ranks = tiny._mergeable_ranks
+    eos = {EOS_TEXT: tiny.eot_token}
+    renamed = tiktoken.Encoding(
+        "renamed", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=eos
+    )
+    resplit = tiktoken.Encoding(
+        "tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=eos
+    )
     assert fingerprint(renamed) == fingerprint(tiny) != fingerprint(resplit)
 
 
-def test_holes_and_other_special_tokens_of_a_named_encoding_are_closed(monkeypatch):
-    """p50k_base has a hole where its EOS stands: a table of len(ranks) rows would be indexed out of range."""
+def test_gaps_and_other_special_tokens_of_a_published_encoding_are_removed(monkeypatch):
+    """p50k_base has a gap at its EOS, so a table of len(ranks) rows would be too small."""
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 300, b"the": 301}
-    holed = tiktoken.Encoding("p50k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
-                              special_tokens={EOS_TEXT: 256, "<|fim|>": 400})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: holed)
+    with_gaps = tiktoken.Encoding(
+        "p50k_base",
+        pat_str=r"\S+|\s+",
+        mergeable_ranks=ranks,
+        special_tokens={EOS_TEXT: 256, "<|fim|>": 400},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: with_gaps)
     enc = load_tokenizer("p50k_base")
     assert enc.encode_ordinary("the") == [257] and enc.encode_ordinary("th") == [256]
     assert enc.eot_token == 258 and enc.n_vocab == 259 and enc.special_tokens_set == {EOS_TEXT}
     assert decode(enc, enc.encode_ordinary("<|fim|>")) == "<|fim|>"
 
 
-def test_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"'gtp2' is neither a .tiktoken file nor known; did you mean gpt2\?"):
+def test_error_for_an_unknown_name_suggests_the_closest():
+    with pytest.raises(
+        UserError, match=r"'gtp2' is neither a .tiktoken file nor known; did you mean gpt2\?"
+    ):
         load_tokenizer("gtp2")
-    with pytest.raises(UserError, match=r"'helpdsk' is neither a .tiktoken file nor known; did you mean helpdesk\?"):
+    with pytest.raises(
+        UserError, match=r"'helpdsk' is neither a .tiktoken file nor known; did you mean helpdesk\?"
+    ):
         load_tokenizer("helpdsk")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("unreachable\nhost"), ValueError("Hash mismatch")])
-def test_no_network_and_no_cache_is_one_line(monkeypatch, error):
+@pytest.mark.parametrize(
+    "error", [ConnectionError("unreachable\nhost"), ValueError("Hash mismatch")]
+)
+def test_failed_download_is_one_line(monkeypatch, error):
     def fail(name):
         raise error
 
@@ -130,20 +168,26 @@ def test_no_network_and_no_cache_is_one_line(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("lines, message", [
-    ([], "no token for 256 of the 256 bytes"),
-    ([b"\x00\xff\xfe"], ":1: is not 'BASE64 RANK'"),
-    ([*rank_lines(BYTES), b""], ":257: is not"),
-    ([*rank_lines(BYTES), b"dGg= 256 extra"], ":257: is not"),
-    ([*rank_lines(BYTES), b"dGg= two"], ":257: is not"),
-    ([*rank_lines(BYTES), b"dGg= " + b"9" * 5000], ":257: is not"),
-    ([*rank_lines(BYTES), b"d_g= 256"], ":257: is not"),
-    ([*rank_lines(BYTES), b"==== 256"], ":257: is not"),
-    ([*rank_lines(BYTES), b"dGg= 257"], ":257: should hold rank 256"),
-    ([*rank_lines(BYTES), b"dGg= -1"], ":257: should hold rank 256"),
-    ([*rank_lines(BYTES), b"YQ== 256"], ":257: repeats an earlier token"),
-    (rank_lines(BYTES[:97] + BYTES[98:] + [b"th"]), "no token for 1 of the 256 bytes .the first is 0x61"),
-])
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([], "no token for 256 of the 256 bytes"),
+        ([b"\x00\xff\xfe"], ":1: is not 'BASE64 RANK'"),
+        ([*rank_lines(BYTES), b""], ":257: is not"),
+        ([*rank_lines(BYTES), b"dGg= 256 extra"], ":257: is not"),
+        ([*rank_lines(BYTES), b"dGg= two"], ":257: is not"),
+        ([*rank_lines(BYTES), b"dGg= " + b"9" * 5000], ":257: is not"),
+        ([*rank_lines(BYTES), b"d_g= 256"], ":257: is not"),
+        ([*rank_lines(BYTES), b"==== 256"], ":257: is not"),
+        ([*rank_lines(BYTES), b"dGg= 257"], ":257: should have rank 256"),
+        ([*rank_lines(BYTES), b"dGg= -1"], ":257: should have rank 256"),
+        ([*rank_lines(BYTES), b"YQ== 256"], ":257: repeats an earlier token"),
+        (
+            rank_lines(BYTES[:97] + BYTES[98:] + [b"th"]),
+            "no token for 1 of the 256 bytes .the first is 0x61",
+        ),
+    ],
+)
 def test_malformed_rank_file_names_the_line(tmp_path, lines, message):
     path = tmp_path / "bad.tiktoken"
     path.write_bytes(b"\n".join(lines) + b"\n" if lines else b"")
@@ -152,19 +196,19 @@ def test_malformed_rank_file_names_the_line(tmp_path, lines, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_rank_file_directory_and_giant_are_refused(tmp_path, monkeypatch):
+def test_missing_rank_file_directory_and_too_large_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No such file"):
         load_tokenizer(str(tmp_path / "absent.tiktoken"))
     (tmp_path / "folder.tiktoken").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(str(tmp_path / "folder.tiktoken"))
-    monkeypatch.setattr("minirlhf.tokenizer.MAX_RANK_FILE_BYTES", 100)
+    monkeypatch.setattr("minirlhf.data.tokenizer.MAX_RANK_FILE_BYTES", 100)
     with pytest.raises(UserError, match="larger than 100 bytes"):
         load_tokenizer(tiny_rank_file(tmp_path))
 
 
 def test_mutated_rank_files_load_or_are_refused(tmp_path):
-    """A rank file from a stranger must not end in a traceback, nor in tiktoken's panic at the first byte it lacks."""
+    """No rank file may cause a traceback, or tiktoken's crash on a byte without a token."""
     good = open(tiny_rank_file(tmp_path), "rb").read()
     path = tmp_path / "mutant.tiktoken"
     rng = random.Random(0)
@@ -173,7 +217,7 @@ def test_mutated_rank_files_load_or_are_refused(tmp_path):
         content = bytearray(good)
         for _ in range(rng.randrange(1, 4)):
             start = rng.randrange(len(content))
-            content[start:start + rng.randrange(12)] = rng.randbytes(rng.randrange(4))
+            content[start : start + rng.randrange(12)] = rng.randbytes(rng.randrange(4))
         path.write_bytes(content)
         try:
             enc = load_tokenizer(str(path))

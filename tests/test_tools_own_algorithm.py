@@ -1,4 +1,4 @@
-"""The README's own algorithm and reward do what the README says: the code is taken from there, and run."""
+"""The code of the README's section on a user's own algorithm works as the README describes it."""
 
 import json
 import re
@@ -11,31 +11,45 @@ import torch
 from tiny import as_flags, policy_config
 
 from minirlhf.config import PolicyConfig
-from minirlhf.ladder import LADDER, pick_rung
-from minirlhf.losses import policy_gradient_loss
-from minirlhf.rollout import Rollout
+from minirlhf.rl.algorithms import ALGORITHMS, pick_algorithm
+from minirlhf.rl.losses import policy_gradient_loss
+from minirlhf.rl.rollout import Rollout
 
 
 @pytest.fixture(scope="module")
 def section():
-    """The section's code and its command lines."""
-    found = re.search(r"^## Bring your own algorithm\n(.*?)(?=^## |\Z)", (tiny.ROOT / "README.md").read_text(), re.M | re.S)
-    assert found, "README.md has no section 'Bring your own algorithm'"
-    (first, code), (second, commands) = re.findall(r"^```(\w*)\n(.*?)^```$", found[1], re.M | re.S)
+    """The code of the section, and its command lines."""
+    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    match = re.search(r"^## Bring your own algorithm\n(.*?)(?=^## |\Z)", readme, re.M | re.S)
+    assert match, "README.md has no section 'Bring your own algorithm'"
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", match[1], re.M | re.S)
+    (first, code), (second, commands) = blocks
     assert (first, second) == ("python", "")
     return code, commands.splitlines()
 
 
 @pytest.fixture
 def steps(section, monkeypatch):
-    monkeypatch.setattr("minirlhf.ladder.LADDER", dict(LADDER))
+    """The section's code as a module; its new algorithm is removed after the test."""
+    monkeypatch.setattr("minirlhf.rl.algorithms.ALGORITHMS", dict(ALGORITHMS))
     module = types.ModuleType("steps")
     exec(compile(section[0], "README.md", "exec"), module.__dict__)
     yield module
 
 
-def test_every_command_line_of_the_section_runs(section, reward_run, tmp_path):
-    """In a process of its own, in a reduced size; the run is logged, saved and readable like any other."""
+def run_steps(folder, *flags):
+    return subprocess.run(
+        tiny.python("steps.py", *flags),
+        cwd=folder,
+        env=tiny.environment(),
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
+
+
+def test_all_commands_of_the_section_run(section, reward_run, tmp_path):
+    """Each runs in its own process on a tiny task; its run folder is like any other's."""
     code, commands = section
     assert len(commands) == 2
     (tmp_path / "steps.py").write_text(code)
@@ -44,66 +58,81 @@ def test_every_command_line_of_the_section_runs(section, reward_run, tmp_path):
         assert (start, script) == ("python", "steps.py")
         out = tmp_path / f"run{number}"
         small = as_flags(policy_config(reward_run, out))  # the last of two equal flags counts
-        done = subprocess.run(tiny.python("steps.py", *small, *flags), cwd=tmp_path, env=tiny.environment(), text=True,
-                              capture_output=True, timeout=240)
+        done = run_steps(tmp_path, *small, *flags)
         assert done.returncode == 0 and done.stderr == "", done.stderr
-        assert "algorithm: steps" in done.stdout and ("reward: short_and_sorry" in done.stdout) == (number == 1)
+        assert "algorithm: steps" in done.stdout
+        assert ("reward: short_and_sorry" in done.stdout) == (number == 1)
         assert json.loads((out / "config.json").read_text())["settings"]["algorithm"] == "steps"
-        assert (out / "policy.pt").exists() and len((out / "policy_metrics.jsonl").read_text().splitlines()) == 3
+        assert (out / "policy.pt").exists()
+        assert len((out / "policy_metrics.jsonl").read_text().splitlines()) == 3
     (out / "policy.pt").unlink()
-    done = subprocess.run(tiny.python("steps.py", "--out", out.name, "--resume"), cwd=tmp_path, env=tiny.environment(), text=True,
-                          capture_output=True, timeout=240)
+    done = run_steps(tmp_path, "--out", out.name, "--resume")
     assert done.returncode == 0 and (out / "policy.pt").exists(), done.stderr
 
 
-def test_each_function_of_the_section_is_short(section):
-    """Less than 15 lines each is the promise."""
-    code = section[0]
-    lengths = [len(body.rstrip().split("\n")) for body in re.findall(r"^def .*?(?=^\S)", code + "\n#", re.M | re.S)]
-    assert len(lengths) == 2 and max(lengths) < 15
+def test_each_function_of_the_section_has_less_than_15_lines(section):
+    functions = re.findall(r"^def .*?(?=^\S)", section[0] + "\n#", re.M | re.S)
+    lengths = [len(function.rstrip().split("\n")) for function in functions]
+    assert len(lengths) == 2
+    assert max(lengths) < 15
 
 
-def test_the_reward_by_hand(steps):
-    assert steps.short_and_sorry(["p", "p"], [" I am sorry.", " No no no no"]) == pytest.approx([1.85, -0.2])
+def test_the_reward_equals_values_by_hand(steps):
+    rewards = steps.short_and_sorry(["p", "p"], [" I am sorry.", " No no no no"])
+    assert rewards == pytest.approx([1.85, -0.2])
 
 
 def rollout_of(rewards, mask):
-    blank = torch.zeros_like(rewards)
-    return Rollout(blank, mask, blank, mask, blank, blank, blank, blank[:, 0], rewards)
+    zeros = torch.zeros_like(rewards)
+    ids = torch.zeros_like(mask, dtype=torch.long)
+    samples = tiny.make_samples(ids[:, :1], mask[:, :1], ids, mask)
+    return Rollout(samples, zeros, zeros, zeros, zeros[:, 0], rewards, kl_coef=0.0)
 
 
-def test_the_advantages_by_hand(steps):
-    """Three responses of 3, 2 and 1 tokens; the third token of the first has nobody to be compared with."""
+def test_the_advantages_equal_values_by_hand(steps):
+    """Three responses of 3, 2 and 1 tokens. No other response has a third token."""
     rewards = torch.tensor([[1.0, 0.0, 2.0], [0.0, 4.0, 0.0], [6.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
-    assert pick_rung(PolicyConfig(algorithm="steps")).advantages is steps.minus_others_at_step
-    found = steps.LADDER["steps"].advantages(rollout_of(rewards, mask), PolicyConfig())
-    assert torch.allclose(found, torch.tensor([[3.0 - 5.0, 2.0 - 4.0, 2.0], [4.0 - 4.5, 4.0 - 2.0, 0.0], [6.0 - 3.5, 0.0, 0.0]]))
+    assert pick_algorithm(PolicyConfig(algorithm="steps")).advantages is steps.minus_others_at_step
+    advantages = steps.ALGORITHMS["steps"].advantages(rollout_of(rewards, mask), PolicyConfig())
+    by_hand = [[3.0 - 5.0, 2.0 - 4.0, 2.0], [4.0 - 4.5, 4.0 - 2.0, 0.0], [6.0 - 3.5, 0.0, 0.0]]
+    assert torch.allclose(advantages, torch.tensor(by_hand))
     poisoned = torch.where(mask, rewards, float("nan"))
-    assert torch.equal(steps.minus_others_at_step(rollout_of(poisoned, mask), PolicyConfig()), found)
+    again = steps.minus_others_at_step(rollout_of(poisoned, mask), PolicyConfig())
+    assert torch.equal(again, advantages)
 
 
-def test_the_mean_of_the_gradient_stays_what_it_was(steps):
-    """The README says so: over all pairs of responses of a small policy, the expectation equals that of reward-to-go."""
-    logits = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)  # [step, stop or go on]
-    outcomes = [((0,), 1.0), ((1, 0), -2.0), ((1, 1), 3.0)]  # the actions taken, and what the last of them is paid
+def test_the_expected_gradient_equals_that_of_reward_to_go(steps):
+    """The README claims it. All pairs of responses of a small policy are enumerated."""
+    # [step, action]; action 0 stops
+    logits = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)
+    # (actions, reward of the last one)
+    outcomes = [((0,), 1.0), ((1, 0), -2.0), ((1, 1), 3.0)]
 
-    def expected_gradient(advantages):
-        total = torch.zeros_like(logits)
-        for first, paid in outcomes:
-            for second, paid_too in outcomes:
-                pair, mask = (first, second), torch.zeros(2, 2, dtype=torch.bool)
-                rewards = torch.zeros(2, 2, dtype=torch.float64)
-                for row, (actions, reward) in enumerate(((first, paid), (second, paid_too))):
-                    mask[row, :len(actions)], rewards[row, len(actions) - 1] = True, reward
-                likely = logits.log_softmax(1)
-                logprobs = torch.stack([torch.stack([likely[t, actions[t]] if t < len(actions) else 0 * likely.sum()
-                                                     for t in range(2)]) for actions in pair])
-                probability = logprobs.sum().exp().detach()
-                weights = advantages(rollout_of(rewards, mask), PolicyConfig())
-                loss = policy_gradient_loss(logprobs, weights, mask, 4.0)
-                total += probability * torch.autograd.grad(loss, logits)[0]
-        return total
+    def logprobs_of(actions):
+        logprobs = logits.log_softmax(1)
+        missing = [0 * logprobs.sum()] * (2 - len(actions))
+        return torch.stack([logprobs[t, action] for t, action in enumerate(actions)] + missing)
 
-    ours, wanted = (expected_gradient(steps.LADDER[name].advantages) for name in ("steps", "reward-to-go"))
-    assert wanted.abs().max() > 0.01 and torch.allclose(ours, wanted, rtol=1e-9, atol=1e-12)
+    def gradient_of(pair, advantages):
+        """The gradient for a batch of two responses, times its probability."""
+        mask = torch.zeros(2, 2, dtype=torch.bool)
+        rewards = torch.zeros(2, 2, dtype=torch.float64)
+        for row, (actions, reward) in enumerate(pair):
+            mask[row, : len(actions)] = True
+            rewards[row, len(actions) - 1] = reward
+        logprobs = torch.stack([logprobs_of(actions) for actions, _ in pair])
+        weights = advantages(rollout_of(rewards, mask), PolicyConfig())
+        loss = policy_gradient_loss(logprobs, weights, mask, 4.0)
+        probability = logprobs.sum().exp().detach()
+        return probability * torch.autograd.grad(loss, logits)[0]
+
+    def expected_gradient(name):
+        advantages = steps.ALGORITHMS[name].advantages
+        pairs = [(first, second) for first in outcomes for second in outcomes]
+        return sum(gradient_of(pair, advantages) for pair in pairs)
+
+    actual = expected_gradient("steps")
+    expected = expected_gradient("reward-to-go")
+    assert expected.abs().max() > 0.01
+    assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)

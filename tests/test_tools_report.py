@@ -1,4 +1,4 @@
-"""The page about runs: whole, harmless whatever the runs hold, and readable without matplotlib."""
+"""The HTML page about runs: complete, safe for any content, and readable without matplotlib."""
 
 import html.parser
 import json
@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 import train_policy
-from minirlhf.compare import fenced
+from minirlhf.evaluation.policy import fenced
 from minirlhf.tools import report
-from minirlhf.tools.charts import Panel, draw, load_pyplot, panels, running_mean
+from minirlhf.tools.charts import Panel, draw, load_pyplot, make_panels, running_mean
 from minirlhf.tools.page import sample_blocks
 
 EVIL = "<script>alert('1')</script> & \"quoted\" \x1b[31m\u202e ```"
@@ -24,7 +24,10 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.open = []
+        self.tags = []
+        self.attributes = []
+        self.texts = []
         self.feed(page)
         assert self.open == []
 
@@ -50,160 +53,239 @@ def page_of(*folders, out):
     return out.read_text()
 
 
-def check_harmless(page):
-    """Nothing is fetched, nothing runs, nothing but text came from the run."""
+def check_safe(page):
+    """The page downloads nothing, runs nothing, and has no markup from the run."""
     reader = Reader(page)
-    assert not {"script", "iframe", "object", "embed", "link", "img", "base", "form", "a"} & set(reader.tags)
+    forbidden = {"script", "iframe", "object", "embed", "link", "img", "base", "form", "a"}
+    assert not forbidden & set(reader.tags)
     for tag, name, value in reader.attributes:
-        assert not name.startswith("on") and name != "src" and (not name.endswith("href") or value.startswith("#")), (tag, name)
+        assert not name.startswith("on"), (tag, name)
+        assert name != "src", (tag, name)
+        assert not name.endswith("href") or value.startswith("#"), (tag, name)
     assert not re.search(r"url\((?!#)|@import|javascript:|[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
     assert "default-src 'none'" in page
     ids = [value for _, name, value in reader.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert {*re.findall(r'href="#([^"]*)"', page), *re.findall(r"url\(#([^)]*)\)", page)} <= set(ids)  # to its own chart's
+    used = {*re.findall(r'href="#([^"]*)"', page), *re.findall(r"url\(#([^)]*)\)", page)}
+    assert used <= set(ids)
     return reader
 
 
-def made_up_run(folder, **changes):
-    """A policy run whose every text is hostile."""
+def hostile_run(folder):
+    """A policy run in which every text is an attack."""
     folder.mkdir()
-    settings = dict(algorithm=EVIL, seed=0, **{EVIL: EVIL}) | changes.pop("settings", {})
-    rows = [dict(step=n, score=n * 0.1, gold=n * 0.2, kl=float(n), kl_coef=0.025) for n in range(1, 6)]
+    settings = {"algorithm": EVIL, "seed": 0, EVIL: EVIL}
+    rows = [
+        dict(step=n, score=n * 0.1, gold=n * 0.2, kl=float(n), kl_coef=0.025) for n in range(1, 6)
+    ]
     (folder / "config.json").write_text(json.dumps(dict(settings=settings, facts={EVIL: EVIL})))
-    (folder / "policy_metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "sco')
-    (folder / "samples.md").write_text(f"# Before and after\n\n## 1\n\n{fenced(EVIL)}\n\n**before** (score {EVIL})\n\n"
-                                       f"{fenced(EVIL + ' b')}\n\n**after** (score +1.00)\n\n{fenced('## 2' + EVIL)}\n")
-    (folder / "result.json").write_text(json.dumps({"sampled_gold": 1.25, "sampled_gold_se": None, "best_of_4_score": 2,
-                                                    "sampled_kl": EVIL, "base_sampled_gold": -1.5, EVIL: EVIL}))
+    (folder / "policy_metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "sco'
+    )
+    (folder / "samples.md").write_text(
+        f"# Before and after\n\n## 1\n\n{fenced(EVIL)}\n\n**before** (score {EVIL})\n\n"
+        f"{fenced(EVIL + ' b')}\n\n**after** (score +1.00)\n\n{fenced('## 2' + EVIL)}\n"
+    )
+    (folder / "result.json").write_text(
+        json.dumps(
+            {
+                "sampled_gold": 1.25,
+                "sampled_gold_se": None,
+                "best_of_4_score": 2,
+                "sampled_kl": EVIL,
+                "base_sampled_gold": -1.5,
+                EVIL: EVIL,
+            }
+        )
+    )
     return folder
 
 
-def test_a_page_about_a_real_run_tells_all_of_it(policy_run, tmp_path):
-    """Its closing figures as in result.json, its settings, its first sample, a curve for each figure that moved."""
+def test_a_page_about_a_real_run_is_complete(policy_run, tmp_path):
+    """It has the final metrics of result.json, the settings, the input files and the samples."""
     page = page_of(policy_run, out=tmp_path / "r.html")
-    said = "\n".join(check_harmless(page).texts)
+    content = "\n".join(check_safe(page).texts)
     result = json.loads((policy_run / "result.json").read_text())
-    assert f"{result['sampled_gold']:+.2f}" in said and f"{result['base_greedy_score']:+.2f}" in said
-    assert "minibatch_size" in said and "Before and after" in said and "reward.pt" in said
-    first = sample_blocks((policy_run / "samples.md").read_text())[0]
-    assert first[0].strip() in said and [caption.split()[0] for caption, _ in first[1]] == ["before", "after"]
-    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    assert f"{result['sampled_gold']:+.2f}" in content
+    assert f"{result['base_greedy_score']:+.2f}" in content
+    assert "minibatch_size" in content
+    assert "Before and after" in content
+    assert "reward.pt" in content
+    prompt, responses = sample_blocks((policy_run / "samples.md").read_text())[0]
+    assert prompt.strip() in content
+    assert [caption.split()[0] for caption, _ in responses] == ["before", "after"]
+    assert "prefers-color-scheme: dark" in page
+    assert "width=device-width" in page
 
 
 def test_a_page_about_a_reward_model_shows_its_probes(reward_run, tmp_path):
     page = page_of(reward_run, out=tmp_path / "r.html")
-    reader = check_harmless(page)
-    said = "\n".join(reader.texts)
-    assert "wrong letter" in said and reader.tags.count("meter") == 2 and "Before and after" not in said
+    reader = check_safe(page)
+    content = "\n".join(reader.texts)
+    assert "wrong letter" in content
+    assert reader.tags.count("meter") == 2
+    assert "Before and after" not in content
     shares = re.findall(r"(\d+)% <meter value=([\d.]+)>", page)
-    assert len(shares) == 2 and all(abs(int(percent) - 100 * float(value)) <= 0.5 for percent, value in shares)
+    assert len(shares) == 2
+    assert all(abs(int(percent) - 100 * float(value)) <= 0.5 for percent, value in shares)
     test = json.loads((reward_run / "reward_metrics.jsonl").read_text().splitlines()[-1])
-    assert f"{test['accuracy']:.3f}" in said
+    assert f"{test['accuracy']:.3f}" in content
 
 
-def test_several_runs_stand_side_by_side(reward_run, policy_run, tmp_path):
-    """Settings that differ are on top, the base model they have in common is in the table once, each prompt comes once."""
+def test_a_page_about_two_runs_compares_them(reward_run, policy_run, tmp_path):
+    """Settings that differ come first; the common base model and each prompt are shown once."""
     other = tmp_path / "other"
     train_policy.main(tiny.policy_config(reward_run, other, algorithm="reinforce", lr=1e-3))
     page = page_of(policy_run, other, out=tmp_path / "r.html")
-    check_harmless(page)
-    said = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
-    top = said[said.index("<h2>Settings"):said.index("The same in every run")]
+    check_safe(page)
+    content = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+    top = content[content.index("<h2>Settings") : content.index("Equal in all runs")]
     assert set(re.findall(r"<th scope=row>(\w+)", top)) == {"algorithm", "lr", "out"}
-    rows = re.findall(r"<th scope=row>([^<]*): (base, \w+|policy, \w+|best possible)<", said)
-    assert [name for _, name in rows] == ["base, sampled", "base, greedy", "policy, sampled", "policy, greedy", "best possible",
-                                          "policy, sampled", "policy, greedy"]
-    prompts = re.findall(r"<pre class=prompt>(.*?)</pre>", said)
+    rows = re.findall(r"<th scope=row>([^<]*): (base, \w+|policy, \w+|best possible)<", content)
+    assert [name for _, name in rows] == [
+        "base, sampled",
+        "base, greedy",
+        "policy, sampled",
+        "policy, greedy",
+        "best possible",
+        "policy, sampled",
+        "policy, greedy",
+    ]
+    prompts = re.findall(r"<pre class=prompt>(.*?)</pre>", content)
     assert len(prompts) == len(set(prompts)) == 4
-    assert "var(--run0)" in page and "var(--run1)" in page
+    assert "var(--run0)" in page
+    assert "var(--run1)" in page
 
 
 @pytest.mark.parametrize("with_matplotlib", [True, False])
-def test_whatever_a_run_holds_stays_text(with_matplotlib, tmp_path, monkeypatch, capsys):
-    """A sample with a <script> must be read, not run; a terminal's escapes must not reach it either."""
+def test_all_contents_of_a_run_are_escaped(with_matplotlib, tmp_path, monkeypatch, capsys):
+    """A <script> in a sample must not run, and escape sequences must not reach the terminal."""
     if with_matplotlib:
         pytest.importorskip("matplotlib")
     else:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-    runs = [made_up_run(tmp_path / name) for name in ("a", "<b onclick=x>")]
+    runs = [hostile_run(tmp_path / name) for name in ("a", "<b onclick=x>")]
     page = page_of(*runs, out=tmp_path / "r.html")
-    reader = check_harmless(page)
-    said = "".join(reader.texts)
-    assert said.count("<script>alert('1')</script>") >= 6 and "<b onclick=x>" in said and r"\x1b[31m\u202e" in said
-    assert "+1.25" in said and ("pip install matplotlib" in page) != with_matplotlib
-    assert ("svg" in reader.tags) == with_matplotlib and "The same throughout: KL coefficient 0.025" in said
+    reader = check_safe(page)
+    content = "".join(reader.texts)
+    assert content.count("<script>alert('1')</script>") >= 6
+    assert "<b onclick=x>" in content
+    assert r"\x1b[31m\u202e" in content
+    assert "+1.25" in content
+    assert ("pip install matplotlib" in page) != with_matplotlib
+    assert ("svg" in reader.tags) == with_matplotlib
+    assert "Constant: KL coefficient 0.025" in content
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_without_matplotlib_the_table_has_first_and_last_values(policy_run, tmp_path, monkeypatch):
+def test_without_matplotlib_a_table_shows_the_values(policy_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = page_of(policy_run, out=tmp_path / "r.html")
-    rows = [json.loads(line) for line in (policy_run / "policy_metrics.jsonl").read_text().splitlines()]
-    assert f"1: {rows[1]['score']:.4g}" in said and f"2: {rows[2]['score']:.4g}" in said and "<svg" not in said
+    page = page_of(policy_run, out=tmp_path / "r.html")
+    lines = (policy_run / "policy_metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert f"1: {rows[1]['score']:.4g}" in page
+    assert f"2: {rows[2]['score']:.4g}" in page
+    assert "<svg" not in page
 
 
-def test_a_table_of_many_values_ends_with_the_last():
+def test_a_table_of_many_points_ends_with_the_last_one():
     run = report.RunFiles("r", dict(algorithm="ppo"), {}, [], {}, "")
-    said = report.curve_table([Panel("T", "", [(0, [(x, 2.0 * x) for x in range(30)])], [], [])], [run], "step")
-    assert "0: 0 " in said and "28: 56   29: 58<" in said and 10 < said.count(": ") < 20
+    panel = Panel("T", "", [(0, [(x, 2.0 * x) for x in range(30)])], [], [])
+    shown = report.curve_table([panel], [run], "step")
+    assert "0: 0 " in shown
+    assert "28: 56   29: 58<" in shown
+    assert 10 < shown.count(": ") < 20
 
 
-def test_a_run_under_way_has_a_page_too(tmp_path):
-    """Neither samples nor figures nor a whole last row, and values of the wrong type."""
-    folder = made_up_run(tmp_path / "run")
+def test_an_unfinished_run_has_a_page(tmp_path):
+    """It has no samples, no final metrics, half a last row, and values of the wrong type."""
+    folder = hostile_run(tmp_path / "run")
     for name in ("samples.md", "result.json"):
         (folder / name).unlink()
     rows = '{"step": 1, "score": "high", "kl": null, "gold": [1]}\n[]\n{"step": true}\n{"ste'
     (folder / "policy_metrics.jsonl").write_text(rows)
-    said = "".join(check_harmless(page_of(folder, out=tmp_path / "r.html")).texts)
-    assert "No closing figures yet." in said and "No samples yet." in said and "There is no curve yet." in said
+    content = "".join(check_safe(page_of(folder, out=tmp_path / "r.html")).texts)
+    assert "There are no final metrics yet." in content
+    assert "There are no samples yet." in content
+    assert "There are no curves yet." in content
     (folder / "policy_metrics.jsonl").unlink()
-    check_harmless(page_of(folder, out=tmp_path / "r.html"))
+    check_safe(page_of(folder, out=tmp_path / "r.html"))
 
 
-def test_curves_hold_the_values_of_the_log():
-    rows = [dict(step=0, eval_sampled_gold=1.0, eval_greedy_gold=2.0), dict(step=1, gold=3.0), dict(step=2, gold=float("nan"))]
-    (panel,) = panels([[], rows], True)
-    assert panel == Panel(panel.title, panel.explanation, [(1, [(1.0, 3.0)])], [(1, [(0.0, 1.0)])], [(1, [(0.0, 2.0)])])
-    rewards = panels([[dict(stage="warmup", step=1, loss=2.0), dict(stage="reward", step=1, loss=0.7)]], False)
-    assert [(p.title, p.lines[0][1]) for p in rewards] == [("Warm-up loss", [(1, 2.0)]), ("Preference loss", [(1, 0.7)])]
+def test_curves_have_the_values_of_the_metrics_file():
+    rows = [
+        dict(step=0, eval_sampled_gold=1.0, eval_greedy_gold=2.0),
+        dict(step=1, gold=3.0),
+        dict(step=2, gold=float("nan")),
+    ]
+    (panel,) = make_panels([[], rows], is_policy=True)
+    assert panel.lines == [(1, [(1.0, 3.0)])]
+    assert panel.sampled == [(1, [(0.0, 1.0)])]
+    assert panel.greedy == [(1, [(0.0, 2.0)])]
+    rows = [dict(stage="sft", step=1, loss=2.0), dict(stage="reward", step=1, loss=0.7)]
+    panels = make_panels([rows], is_policy=False)
+    assert [(panel.title, panel.lines[0][1]) for panel in panels] == [
+        ("Fine-tuning loss", [(1, 2.0)]),
+        ("Preference loss", [(1, 0.7)]),
+    ]
 
 
-def test_a_sample_may_hold_a_fence_of_its_own():
-    """Code in a response ends at the fence that began it, which is longer, and not at the first."""
-    said = "one\n```\n**after** (no caption)\n````x"
-    page = f"## 1\n\n{fenced('p')}\n\n**before** (score 1)\n\n{fenced(said)}\n\n**after**\n\n{fenced('b')}\n"
-    assert sample_blocks(page) == [("p", [("before (score 1)", said), ("after", "b")])]
+def test_a_sample_may_contain_a_code_fence():
+    """A response ends at a fence as long as the opening one, not at a shorter one inside it."""
+    response = "one\n```\n**after** (no caption)\n````x"
+    page = (
+        f"## 1\n\n{fenced('p')}\n\n**before** (score 1)\n\n{fenced(response)}\n\n"
+        f"**after**\n\n{fenced('b')}\n"
+    )
+    assert sample_blocks(page) == [("p", [("before (score 1)", response), ("after", "b")])]
 
 
 def test_marks_of_greedy_decoding_are_open():
     pytest.importorskip("matplotlib")
-    full, opened = (draw(Panel("t", "e", [], *marks), 0, "step", load_pyplot())
-                    for marks in (([(0, [(1, 1)])], []), ([], [(0, [(1, 1)])])))
-    assert "fill: var(--run0)" in full and "fill: var(--run0)" not in opened and "stroke: var(--run0)" in opened
+    marks = [(0, [(1, 1)])]
+    filled = draw(Panel("t", "e", [], marks, []), 0, "step", load_pyplot())
+    opened = draw(Panel("t", "e", [], [], marks), 0, "step", load_pyplot())
+    assert "fill: var(--run0)" in filled
+    assert "fill: var(--run0)" not in opened
+    assert "stroke: var(--run0)" in opened
 
 
-def test_a_running_mean_keeps_length_and_mean_of_a_line():
+def test_a_running_mean_of_a_straight_line_is_the_line():
+    """The ends of the line are excepted, and the length stays the same."""
     points = [(x, 2.0 * x) for x in range(400)]
     smooth = running_mean(points)
-    assert [x for x, _ in smooth] == list(range(400)) and smooth[200] == points[200] and 0 < smooth[0][1] < 10
+    assert [x for x, _ in smooth] == list(range(400))
+    assert smooth[200] == points[200]
+    assert 0 < smooth[0][1] < 10
 
 
-def test_each_chart_takes_its_colours_from_the_page():
-    """Hard-coded black on a dark page is invisible."""
+def test_charts_use_the_colors_of_the_page():
+    """Fixed black would be invisible on a dark page."""
     pytest.importorskip("matplotlib")
-    svg = draw(Panel("t", "e", [(0, [(0, 1), (1, 2)]), (9, [(0, 2), (1, 1)])], [(0, [(1, 1)])], []), 3, "step", load_pyplot())
-    assert svg.startswith("<svg") and all(name in svg for name in ("currentColor", "var(--run0)", "var(--run1)", "var(--line)"))
-    assert not re.search(r"#(?!p3-)[0-9a-f]{6}\b", svg) and "http" not in re.sub(r'xmlns\S*="[^"]*"', "", svg)
+    lines = [(0, [(0, 1), (1, 2)]), (9, [(0, 2), (1, 1)])]
+    svg = draw(Panel("t", "e", lines, [(0, [(1, 1)])], []), 3, "step", load_pyplot())
+    assert svg.startswith("<svg")
+    for color in ("currentColor", "var(--run0)", "var(--run1)", "var(--line)"):
+        assert color in svg
+    assert not re.search(r"#(?!p3-)[0-9a-f]{6}\b", svg)
+    assert "http" not in re.sub(r'xmlns\S*="[^"]*"', "", svg)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["{tmp}/none"], "none: no such folder"), (["{tmp}"], "config.json: missing or damaged; is this a run folder?"),
-    (["{run}", "{reward_run}"], "make a page of each kind"), (["{run}", "--out", "{tmp}/no/r.html"], "No such file or directory"),
-])
-def test_bad_input_is_one_line(arguments, words, policy_run, reward_run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["{tmp}/none"], "none: no such folder"),
+        (["{tmp}"], "config.json: missing or damaged; is this a run folder?"),
+        (["{run}", "{reward_run}"], "make one page for each kind"),
+        (["{run}", "--out", "{tmp}/no/r.html"], "No such file or directory"),
+    ],
+)
+def test_bad_input_gives_one_error_line(arguments, words, policy_run, reward_run, tmp_path, capsys):
     fill = dict(tmp=tmp_path, run=policy_run, reward_run=reward_run)
     with pytest.raises(SystemExit) as stop:
         report.main([text.format(**fill) for text in arguments])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said
+    output = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert words in output

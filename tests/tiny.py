@@ -1,6 +1,7 @@
 """A task, settings and a model so small that a run of either script takes a tenth of a second.
 
-The task: the reply to "b 3:" should be " bb", the letter twice. This module is also the task's truth: --task tiny.
+The task: the response to "b 3:" should be " bb", the letter twice. This module is also the task's
+ground truth: --task tiny.
 """
 
 import base64
@@ -13,23 +14,26 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.checkpoint import load_checkpoint
-from minirlhf.config import PolicyConfig, RewardConfig, run_script
-from minirlhf.log import Metrics
-from minirlhf.model import ModelConfig, Transformer
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.model.transformer import ModelConfig, Transformer
+from minirlhf.rl.sampling import Samples
+from minirlhf.run.checkpoint import load_checkpoint
+from minirlhf.run.command_line import run_script
+from minirlhf.run.metrics import Metrics
 
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and sums are the same bits in every process
+# Tiny tensors gain nothing from more threads, and sums have the same bits in every process.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 LETTERS = "abcd"
-EOS, PAD, VOCAB = 256, 257, 257  # of the tokenizer that write_inputs makes: a token for each byte
+EOS, PAD, VOCAB = 256, 257, 257  # of write_inputs: a token for each byte
 
 
-# ---- the truth -------------------------------------------------------------------------------------------------------
+# ---- the ground truth ----------------------------------------------------------------------------
 
 
 def gold(prompt: str, response: str, finished: bool = True) -> float:
-    """+1 for each of the first two letters that is right, -0.25 for every other character, -1 for not ending."""
+    """+1 for each correct one of the first two letters, -0.25 per other character, -1 if cut."""
     said = response.removeprefix(" ")
     right = min(2, said.count(prompt[0]))
     return right - 0.25 * (len(said) - right) - (0.0 if finished else 1.0)
@@ -48,39 +52,71 @@ def preference_probability(prompt: str, a: str, b: str) -> float:
 
 
 def letters_right(prompts: list[str], responses: list[str]) -> list[float]:
-    """A reward of the user's own, for --reward tiny:letters_right."""
+    """A user's reward function, for --reward tiny:letters_right."""
     return [gold(prompt, response) for prompt, response in zip(prompts, responses)]
 
 
-# ---- inputs and settings ---------------------------------------------------------------------------------------------
+# ---- inputs and settings -------------------------------------------------------------------------
 
 
 def write_inputs(folder: Path) -> None:
     """pairs.jsonl, 40 pairs of 20 prompts, and bytes.tiktoken."""
-    records = [dict(prompt=f"{letter} {number}:", chosen=f" {letter * 2}", rejected=rejected)
-               for number in range(5) for place, letter in enumerate(LETTERS)
-               for rejected in (f" {LETTERS[place - 1]}", f" {letter}x")]
+    records = [
+        dict(prompt=f"{letter} {number}:", chosen=f" {letter * 2}", rejected=rejected)
+        for number in range(5)
+        for place, letter in enumerate(LETTERS)
+        for rejected in (f" {LETTERS[place - 1]}", f" {letter}x")
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "bytes.tiktoken").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    (folder / "bytes.tiktoken").write_bytes(
+        b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    )
 
 
 def reward_config(inputs: Path, out: Path | str, **changes) -> RewardConfig:
-    """3 steps of warm-up and 4 of preferences; inputs: the folder of write_inputs."""
-    settings = dict(data=(str(inputs / "pairs.jsonl"),), tokenizer=str(inputs / "bytes.tiktoken"), task="tiny", holdout=0.3,
-                    n_layer=1, n_head=2, d_model=16, max_prompt_length=6, max_response_length=5, warmup_sequences=24,
-                    warmup_batch_size=8, warmup_lr=1e-2, batch_size=4, lr=1e-2, normalise_prompts=8, device="cpu", out=str(out))
+    """3 steps of fine-tuning, 4 of preferences. inputs: the folder of write_inputs."""
+    settings = dict(
+        data=(str(inputs / "pairs.jsonl"),),
+        tokenizer=str(inputs / "bytes.tiktoken"),
+        task="tiny",
+        holdout=0.3,
+        n_layer=1,
+        n_head=2,
+        d_model=16,
+        max_prompt_length=6,
+        max_response_length=5,
+        sft_sequences=24,
+        sft_batch_size=8,
+        sft_lr=1e-2,
+        batch_size=4,
+        lr=1e-2,
+        normalize_prompts=8,
+        device="cpu",
+        out=str(out),
+    )
     return RewardConfig(**{**settings, **changes})
 
 
 def policy_config(reward_run: Path, out: Path | str, **changes) -> PolicyConfig:
     """2 iterations of 8 responses."""
-    settings = dict(reward_run=str(reward_run), iterations=2, batch_size=8, minibatch_size=4, lr=1e-2, eval_prompts=4,
-                    test_prompts=4, best_of_n=0, save_every=1, device="cpu", out=str(out))
+    settings = dict(
+        reward_run=str(reward_run),
+        iterations=2,
+        batch_size=8,
+        minibatch_size=4,
+        lr=1e-2,
+        eval_prompts=4,
+        test_prompts=4,
+        best_of_n=0,
+        save_every=1,
+        device="cpu",
+        out=str(out),
+    )
     return PolicyConfig(**{**settings, **changes})
 
 
 def as_flags(config) -> list[str]:
-    """The command line that says the same as a configuration."""
+    """The command line of a configuration."""
     flags = []
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
@@ -93,9 +129,13 @@ def as_flags(config) -> list[str]:
     return flags
 
 
-def random_model(seed: int = 0, vocab: int = 11, context: int = 24, spread: float = 0.3) -> Transformer:
-    """2 layers, far from uniform, and with heads that say something."""
-    model = Transformer(ModelConfig(vocab, table_rows=64, n_layer=2, n_head=2, d_model=16, context=context))
+def random_model(
+    seed: int = 0, vocab: int = 11, context: int = 24, spread: float = 0.3
+) -> Transformer:
+    """2 layers, far from uniform, with nonzero heads."""
+    model = Transformer(
+        ModelConfig(vocab, table_rows=64, n_layer=2, n_head=2, d_model=16, context=context)
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -103,7 +143,21 @@ def random_model(seed: int = 0, vocab: int = 11, context: int = 24, spread: floa
     return model.requires_grad_(False)
 
 
-# ---- what a run left behind ------------------------------------------------------------------------------------------
+def make_samples(
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    response_ids: torch.Tensor,
+    response_mask: torch.Tensor,
+) -> Samples:
+    """Samples without texts, all of them finished."""
+    texts = [""] * len(prompt_ids)
+    finished = [True] * len(prompt_ids)
+    return Samples(
+        texts, list(texts), finished, prompt_ids, prompt_mask, response_ids, response_mask
+    )
+
+
+# ---- files of a run ------------------------------------------------------------------------------
 
 
 def weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
@@ -117,24 +171,34 @@ def assert_same_weights(ours: Path, theirs: Path, kind: str) -> None:
 
 
 def rows(path: Path) -> list[dict]:
-    """Metrics, each line of which must be one whole JSON object, without the wall clock's figures."""
+    """Metrics without wall-clock values. Every line must be one complete JSON object."""
     lines = path.read_text().split("\n")
     assert lines.pop() == ""
-    return [{key: value for key, value in json.loads(line).items()
-             if not key.startswith("seconds") and key != "tokens_per_second"} for line in lines]
+    return [
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if not key.startswith("seconds") and key != "tokens_per_second"
+        }
+        for line in lines
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-# ---- runs that end badly ---------------------------------------------------------------------------------------------
+# ---- runs that fail ------------------------------------------------------------------------------
 
 
 def ending(main, config_class, arguments: list[str]) -> int:
     """The exit status of a script run in this process; 0 if it returns.
 
-    Not pytest.raises: what that returns holds the frames of the run, and with them the lock on its folder.
+    pytest.raises would keep the frames of the run, and with them the lock on its folder.
     """
     try:
         run_script(main, config_class, arguments)
@@ -144,9 +208,10 @@ def ending(main, config_class, arguments: list[str]) -> int:
 
 
 def refused(capsys, main, config_class, arguments: list[str]) -> str:
-    """The one line with which a script refuses: exit status 2, "error: ..." alone on stderr."""
+    """The one error line of a script: exit status 2, "error: ..." alone on stderr."""
     capsys.readouterr()
-    status, output = ending(main, config_class, arguments), capsys.readouterr()
+    status = ending(main, config_class, arguments)
+    output = capsys.readouterr()
     assert output.err.startswith("error: ") and output.err.endswith("\n"), output.err
     assert output.err.count("\n") == 1 and "Traceback" not in output.out + output.err, output.err
     assert status == 2
@@ -158,7 +223,7 @@ class Killed(BaseException):
 
 
 def after_row(monkeypatch, number: int, action) -> None:
-    """Once: action(metrics, row) instead of writing the number-th row (from 1) of this process from now on."""
+    """Call action(metrics, row) once, instead of writing the number-th row from now (from 1)."""
     write, written = Metrics.write, []
 
     def counting_write(metrics, row):
@@ -176,11 +241,12 @@ def write_and_signal(number: int = signal.SIGINT):
     def action(metrics, row):
         metrics.write(row)
         os.kill(os.getpid(), number)
+
     return action
 
 
 def tear_and_die(metrics, row) -> None:
-    """A kill in the middle of a step, which leaves half a row."""
+    """A kill in the middle of a step that leaves half a row."""
     line = json.dumps(row, default=str).encode()
     metrics.file.write(line[: len(line) // 2])
     raise Killed

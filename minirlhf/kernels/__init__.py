@@ -1,7 +1,8 @@
-"""The two computations that every trainer spends its time in: log-probs of tokens and discounted sums of rewards.
+"""Two computations in which every trainer spends its time: log-probs and discounted returns.
 
-Each exists as a PyTorch version that runs anywhere and as a Triton version for CUDA, with one signature and one set of
-tests. CUDA tensors go to Triton where it is installed, all others to PyTorch; `impl` forces one of the two.
+Each has a PyTorch version that runs anywhere and a Triton version for CUDA, with one signature and
+one set of tests. CUDA tensors use Triton if it is installed, all others PyTorch; `impl` forces one
+of them.
 """
 
 from minirlhf.kernels.logprob import token_logprobs

@@ -1,24 +1,27 @@
-"""`statistics` and `logit_gradients` of logprob.py in Triton: a matrix product whose logits never leave the registers.
+"""`statistics` and `logit_gradients` of logprob.py in Triton: the logits never leave the registers.
 
-Each program owns one tile and every element of its output: no atomics, no locks, the same bits at every run.
+Each program owns one tile and every element of its output: no atomics, no locks, the same bits in
+every run.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# A tile of dz is an operand of two cuBLAS products: large enough for their full speed, and 128 MiB in bfloat16.
+# A tile of dz is an operand of two cuBLAS products: large enough for their full speed, and 128 MiB
+# in bfloat16.
 ROWS, COLUMNS = 8192, 8192
 
-# The tile of one program: rows, vocabulary, step along D. In half precision two programs fit on one multiprocessor of
-# an H200 (128 registers a thread, save for the gradient of the entropy; 96 KiB), so that one multiplies while the other
-# computes exponentials. float32 has no exact matrix unit, and its products need registers: smaller tiles.
+# The tile of one program: rows, vocabulary, step along D. In half precision two programs fit on one
+# multiprocessor of an H200 (128 registers per thread, except for the gradient of the entropy;
+# 96 KiB), so that one multiplies while the other computes exponentials. float32 has no exact matrix
+# unit, and its products need registers: smaller tiles.
 HALF = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=3)
 FLOAT32 = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, num_warps=4, num_stages=3)
 
 
 def statistics(hidden, weight, targets, inv_temperature, entropy):
-    """Logit of each row's target [N], and per tile of the vocabulary log-sum-exp and entropy (or None), [tiles, N]."""
+    """(target logit [N], log-sum-exp [tiles, N], entropy [tiles, N] or None)."""
     config = _config(hidden)
     hidden, weight = _row_major(hidden), _row_major(weight)
     grid = triton.cdiv(len(weight), config["BLOCK_V"]), triton.cdiv(len(hidden), config["BLOCK_N"])
@@ -28,28 +31,36 @@ def statistics(hidden, weight, targets, inv_temperature, entropy):
     with torch.cuda.device_of(hidden):
         statistics_kernel[grid](
             hidden, weight, targets.contiguous(), target_logit, lse, entropies,
-            *hidden.shape, len(weight), hidden.stride(0), weight.stride(0), inv_temperature, **config)
+            *hidden.shape, len(weight), hidden.stride(0), weight.stride(0), inv_temperature,
+            **config)
     return target_logit, lse, entropies
 
 
 def logit_gradients(hidden, weight, inv_temperature, targets, lse, g, constant, slope):
-    """Yield (rows, columns, dz) tile by tile, in the operands' dtype: dz = g onehot + p (constant + slope log p)."""
+    """Yield (rows, columns, dz) for each tile, in the operands' dtype.
+
+    dz = g onehot + p (constant + slope log p)
+    """
     config = _config(hidden)
     hidden, weight = _row_major(hidden), _row_major(weight)
-    width = triton.cdiv(min(COLUMNS, len(weight)), 8) * 8  # rows start at multiples of 16 bytes: cuBLAS's fast kernels
+    # rows start at multiples of 16 bytes, for cuBLAS's fast kernels
+    width = triton.cdiv(min(COLUMNS, len(weight)), 8) * 8
     buffer = hidden.new_empty(min(ROWS, len(hidden)), width)
     for v in range(0, len(weight), COLUMNS):
         slab = weight[v:v + COLUMNS]
         for n in range(0, len(hidden), ROWS):
             block = hidden[n:n + ROWS]
-            rows, columns = slice(n, n + len(block)), slice(v, v + len(slab))
+            rows = slice(n, n + len(block))
+            columns = slice(v, v + len(slab))
             dz = buffer[:len(block), :len(slab)]
-            grid = triton.cdiv(len(slab), config["BLOCK_V"]), triton.cdiv(len(block), config["BLOCK_N"])
+            grid = (triton.cdiv(len(slab), config["BLOCK_V"]),
+                    triton.cdiv(len(block), config["BLOCK_N"]))
             with torch.cuda.device_of(hidden):
                 gradient_kernel[grid](
                     block, slab, targets[rows] - v, lse[rows], g[rows], constant[rows],
                     None if slope is None else slope[rows], dz,
-                    *block.shape, len(slab), hidden.stride(0), weight.stride(0), width, inv_temperature, **config)
+                    *block.shape, len(slab), hidden.stride(0), weight.stride(0), width,
+                    inv_temperature, **config)
             yield rows, columns, dz
 
 
@@ -59,11 +70,12 @@ def statistics_kernel(
     N, D, V, hidden_stride, weight_stride, inv_temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """lse = log sum_v exp z and, unless entropies is None, H = -sum_v p log p, over the columns v of one tile."""
+    """lse = log sum_v exp z and, unless entropies is None, H = -sum_v p log p, over one tile."""
     row_tile, column_tile = _position()
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = _logits(hidden, weight, rows, columns, N, D, V, hidden_stride, weight_stride, inv_temperature, BLOCK_D)
+    z = _logits(hidden, weight, rows, columns, N, D, V, hidden_stride, weight_stride,
+                inv_temperature, BLOCK_D)
 
     z_max = tl.max(z, 1)
     shifted = z - z_max[:, None]
@@ -85,11 +97,12 @@ def gradient_kernel(
     N, D, V, hidden_stride, weight_stride, dz_stride, inv_temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """dz = g onehot + p (constant + slope log p) on one tile, log p = z - lse; slope may be None."""
+    """dz = g onehot + p (constant + slope log p) on a tile; log p = z - lse; slope or None."""
     row_tile, column_tile = _position()
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = _logits(hidden, weight, rows, columns, N, D, V, hidden_stride, weight_stride, inv_temperature, BLOCK_D)
+    z = _logits(hidden, weight, rows, columns, N, D, V, hidden_stride, weight_stride,
+                inv_temperature, BLOCK_D)
 
     log_p = z - tl.load(lse + rows, mask=rows < N, other=0.0)[:, None]
     factor = tl.load(constant + rows, mask=rows < N, other=0.0)[:, None]
@@ -102,13 +115,18 @@ def gradient_kernel(
     gradient += tl.where(columns[None, :] == target[:, None], g_row[:, None], 0.0)
 
     inside = (rows < N)[:, None] & (columns < V)[None, :]
-    tl.store(dz + rows[:, None] * dz_stride + columns[None, :], gradient.to(dz.dtype.element_ty), mask=inside)
+    tl.store(dz + rows[:, None] * dz_stride + columns[None, :],
+             gradient.to(dz.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _position():
-    """(row tile, vocabulary tile) of this program: neighbours form groups of 8 row tiles and share operands in L2."""
-    return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    """(row tile, vocabulary tile) of this program.
+
+    Neighbors form groups of 8 row tiles and share operands in the L2 cache.
+    """
+    return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1),
+                        tl.num_programs(0), 8)
 
 
 @triton.jit
@@ -116,8 +134,9 @@ def _logits(
     hidden, weight, rows, columns,
     N, D, V, hidden_stride, weight_stride, inv_temperature, BLOCK_D: tl.constexpr,
 ):
-    """z = hidden[rows] @ weight[columns].T * inv_temperature, summed in float32; -1e30 beyond the vocabulary."""
-    h_rows = hidden + rows.to(tl.int64)[:, None] * hidden_stride  # 64 bits: a large table has more than 2^31 elements
+    """z = hidden[rows] @ weight[columns].T * inv_temperature in float32; -1e30 beyond V."""
+    # 64 bits, because a large table has more than 2^31 elements
+    h_rows = hidden + rows.to(tl.int64)[:, None] * hidden_stride
     w_rows = weight + columns.to(tl.int64)[None, :] * weight_stride
     z = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for d_start in range(0, D, BLOCK_D):

@@ -1,4 +1,4 @@
-"""Discounted sums of rewards: one reverse linear recurrence, as a handful of small matrix products."""
+"""Discounted returns: one reverse linear recurrence, computed as a few small matrix products."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from minirlhf.kernels.logprob import describe, require, use_triton
 
-BLOCK = 32  # columns per block: of 16, 32, 64 and 128 the fastest on CPU from 64 x 64 to 2048 x 256
+BLOCK = 32  # columns; of 16, 32, 64 and 128 the fastest on CPU from 64 x 64 to 2048 x 256
 
 
 def discounted_returns(rewards, mask, gamma, impl="auto"):
@@ -15,12 +15,14 @@ def discounted_returns(rewards, mask, gamma, impl="auto"):
 
     x_t = m_t (r_t + gamma x_{t+1}), so that x_t = sum_{k >= t} gamma^(k-t) r_k over the mask
 
-    rewards [B, R] floating point; mask [B, R], 0/1 or bool, a prefix of ones in each row; gamma in [0, 1].
-    Returns [B, R] in the units of the rewards, 0 outside the mask, whose rewards are never read (NaN does no harm);
-    float64 for float64 rewards, float32 for all others. A target, not a function to differentiate: no gradient flows.
+    rewards [B, R] floating point; mask [B, R], 0/1 or bool, a prefix of ones in each row; gamma in
+    [0, 1].
+    Returns [B, R] in the units of the rewards, 0 outside the mask, where rewards may be NaN.
+    float64 for float64 rewards, otherwise float32. No gradient flows: returns are targets.
 
-    impl: as in token_logprobs. Raises ValueError that names the argument if a shape, dtype, device or value is wrong,
-    or if rewards require grad (on CUDA a mask that is no prefix stops the device asynchronously).
+    impl: as in token_logprobs.
+    Raises ValueError that names the argument if a shape, dtype, device or value is wrong, or if
+    rewards require grad. On CUDA a mask that is not a prefix stops the device later.
 
     >>> import torch
     >>> discounted_returns(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1, 1, 0]]), 0.5)
@@ -36,31 +38,36 @@ def discounted_returns(rewards, mask, gamma, impl="auto"):
 def _check(rewards, mask, gamma):
     """Raise ValueError for a bad argument; return the mask as bool."""
     if rewards.ndim != 2 or rewards.numel() == 0 or not rewards.is_floating_point():
-        raise ValueError(f"rewards must be a non-empty floating-point [B, R], got {describe(rewards)}")
+        raise ValueError("rewards must be a non-empty floating-point [B, R], "
+                         f"got {describe(rewards)}")
     if rewards.requires_grad:
-        raise ValueError(f"rewards {describe(rewards)} require grad, but returns are targets: pass rewards.detach()")
+        raise ValueError(f"rewards {describe(rewards)} require grad, but returns are targets: "
+                         "pass rewards.detach()")
     if mask.shape != rewards.shape or mask.device != rewards.device:
-        raise ValueError(f"mask must be {list(rewards.shape)} on {rewards.device}, got {describe(mask)}")
+        raise ValueError(f"mask must be {list(rewards.shape)} on {rewards.device}, "
+                         f"got {describe(mask)}")
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
     valid = mask.bool()
     is_prefix = valid == mask
     is_prefix[:, 1:] &= valid[:, 1:] <= valid[:, :-1]
-    require(is_prefix, f"mask must be a prefix of ones followed by zeros in every row, got {describe(mask)}")
+    require(is_prefix, "mask must be a prefix of ones followed by zeros in every row, "
+                       f"got {describe(mask)}")
     return valid
 
 
 def _scan(rewards, valid, gamma):
-    """The recurrence in blocks: inside one a product with a triangle of powers, then the carry from the block after it.
+    """The recurrence in blocks: a product inside each block, then the carry from the next block.
 
-    With rewards 0 beyond the mask the coefficient is gamma everywhere, and the recurrence is x = rewards @ L with
-    L[s, t] = gamma^(s-t) for s >= t: R^2 products a row. Blocks of K columns need only K R.
+    With rewards 0 beyond the mask, x = rewards @ L with L[s, t] = gamma^(s-t) for s >= t. That
+    costs R^2 products per row; blocks of K columns cost only K R.
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     batch, length = rewards.shape
     triangle, to_next_block = _powers(float(gamma), dtype, rewards.device)
     x = torch.where(valid, rewards, 0).to(dtype)
-    x = F.pad(x, (0, -length % BLOCK)) if length % BLOCK else x  # pad copies
+    if length % BLOCK:  # pad copies, so only if necessary
+        x = F.pad(x, (0, -length % BLOCK))
     x = (x.reshape(-1, BLOCK) @ triangle).view(batch, -1, BLOCK)
     for b in range(x.shape[1] - 2, -1, -1):
         x[:, b].addcmul_(x[:, b + 1, :1], to_next_block)
@@ -69,7 +76,7 @@ def _scan(rewards, valid, gamma):
 
 @functools.lru_cache(maxsize=16)
 def _powers(gamma, dtype, device):
-    """gamma^(s-t) for s >= t, else 0, at [s, t] of [K, K], and gamma^(K-t), [K]; computed in float64, once a gamma."""
+    """(gamma^(s-t) for s >= t, else 0, at [s, t] of [K, K]; gamma^(K-t), [K])."""
     t = torch.arange(BLOCK, dtype=torch.float64)
     triangle = torch.tril(gamma ** (t[:, None] - t).clamp(min=0))
     return triangle.to(device, dtype), (gamma ** (BLOCK - t)).to(device, dtype)

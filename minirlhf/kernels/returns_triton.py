@@ -1,11 +1,11 @@
-"""The scan of returns.py in Triton: each program keeps a tile of rows in registers and scans it from the right."""
+"""The scan of returns.py in Triton: each program scans a tile of rows from the right."""
 
 import torch
 import triton
 import triton.language as tl
 
-TILE = 2048  # elements of one program's tile: with 4 warps, 16 a thread, four 128-bit loads in flight
-MAX_BLOCK_R = 1024  # a longer row is scanned in blocks of this many columns, from the last to the first
+TILE = 2048  # elements per program: 16 per thread with 4 warps, four 128-bit loads
+MAX_BLOCK_R = 1024  # columns; a longer row is scanned in blocks, from the last to the first
 
 
 def scan(rewards, valid, gamma):
@@ -23,6 +23,7 @@ def scan(rewards, valid, gamma):
 
 @triton.jit
 def scan_kernel(rewards, valid, returns, B, R, gamma, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The returns of BLOCK_B rows, in blocks of BLOCK_R columns from the last to the first."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     after = tl.zeros([BLOCK_B], tl.float32)  # x in the first column after the block
     blocks = tl.cdiv(R, BLOCK_R)
@@ -33,7 +34,8 @@ def scan_kernel(rewards, valid, returns, B, R, gamma, BLOCK_B: tl.constexpr, BLO
         inside = (rows < B)[:, None] & (t < R)[None, :]
         r = tl.load(rewards + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.where(tl.load(valid + at, mask=inside, other=0) != 0, r, 0.0)
-        # x: the sums inside the block; power: gamma^(columns from t to its end), the weight of what comes after it.
+        # x: sums inside the block.  power: gamma^(columns from t to its end), the weight of what
+        # follows the block.
         power, x = tl.associative_scan((tl.zeros_like(r) + gamma, r), 1, _then, reverse=True)
         x += power * after[:, None]
         tl.store(returns + at, x, mask=inside)

@@ -1,39 +1,48 @@
-"""What bench.py measures: each part of the project at one shape, with the arithmetic and the bytes that it cannot do without."""
+"""The cases of the benchmark: each part of the project at one shape, and the least work for it."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import gae
 from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.data import PreferenceGroup
-from minirlhf.generate import generate
+from minirlhf.data.batches import PreferenceGroup, pad_right
 from minirlhf.kernels import discounted_returns, token_logprobs
 from minirlhf.lab import bench_naive as naive
-from minirlhf.lab.bench_naive import half
-from minirlhf.ladder import LADDER, advantages_and_returns
-from minirlhf.model import ModelConfig, Transformer, sequence_scores
-from minirlhf.optim import make_optimizer, step_optimizer
-from minirlhf.rollout import collect_rollout
-from minirlhf.seeding import row_uniforms
-from train_policy import learners_pass, update
+from minirlhf.model import ModelConfig, Transformer
+from minirlhf.model.generate import generate
+from minirlhf.rl.advantages import gae
+from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
+from minirlhf.rl.reward import Reward, score
+from minirlhf.rl.rollout import Rollout, measure, token_rewards
+from minirlhf.rl.sampling import Samples
+from minirlhf.run.optimizer import make_optimizer, step_optimizer
+from minirlhf.run.seeding import row_uniforms
+from train_policy import update
 from train_reward import pair_loss
 
-EOS, PAD = 0, 1  # EOS is the first token, so that a uniform of 0 draws it
+EOS = 0  # the first token, so that a uniform of 0 samples it
+PAD = 1
+LR = 3e-6
 
 
 class Shape(NamedTuple):
+    """Sizes of the model and of the batch."""
+
     config: ModelConfig
-    batch: int
-    prompt: int
-    response: int
+    batch: int  # responses
+    prompt: int  # tokens
+    response: int  # tokens
 
 
-def shape(layers: int, heads: int, width: int, vocab: int, batch: int, prompt: int, response: int) -> Shape:
-    return Shape(ModelConfig(vocab, vocab + -vocab % 64 + 64, layers, heads, width, prompt + response), batch, prompt, response)
+def shape(layers: int, heads: int, width: int, vocab: int, batch: int, prompt: int,
+          response: int) -> Shape:
+    table_rows = vocab + -vocab % 64 + 64
+    config = ModelConfig(vocab, table_rows, layers, heads, width, prompt + response)
+    return Shape(config, batch, prompt, response)
 
 
 SHAPES = {
@@ -44,202 +53,294 @@ SHAPES = {
 
 
 class Case(NamedTuple):
+    """One row of the table: the same work in several ways."""
+
     name: str
-    tokens: int  # handled by one run
-    flops: float  # that any way of doing it needs; a multiply-add is two
-    bytes: float  # that have to pass through memory once
+    tokens: int  # in one run
+    flops: float  # that any way needs; a multiply-add is two
+    bytes: float  # that must pass through memory once
     ours: Callable
     plain: Callable | None = None
-    plain_work: float = 1.0  # the plain way's arithmetic in units of flops
+    plain_work: float = 1.0  # arithmetic of the plain way, as a multiple of flops
     peers: dict[str, Callable] = {}
-    trainer: Callable | None = None  # (rounds, between) of another library: it runs the rounds, and we take our turn between
+    # (name, train): train(rounds, between) of another library calls between(seconds) after each
+    # of its steps
+    trainer: tuple[str, Callable] | None = None
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+def make_model(config: ModelConfig, device: torch.device) -> Transformer:
+    model = Transformer(config).to(device)
+    model.bf16 = naive.uses_bf16(device)
+    return model
 
 
 def number_bytes(device: torch.device) -> int:
     return 2 if device.type == "cuda" else 4
 
 
-def kernel_cases(s: Shape, device: torch.device, peers) -> list[Case]:
-    """Log-probs of batch x (prompt + response) tokens; returns and GAE of 8 batch x 16 response (512 x 1024 in S) and 64 x 64."""
-    tokens, width, vocab, size = s.batch * (s.prompt + s.response), s.config.d_model, s.config.vocab_size, number_bytes(device)
-    dtype = torch.bfloat16 if size == 2 else torch.float32
-    hidden = torch.randn(tokens, width, device=device, dtype=dtype)
-    weight = torch.randn(vocab, width, device=device, dtype=dtype) / width**0.5
-    targets, upstream = torch.randint(vocab, (tokens,), device=device), torch.randn(tokens, device=device)
-
-    def both(logprobs):
-        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        return lambda: torch.autograd.grad(logprobs(h, w, targets), (h, w), upstream)
-
-    product, touched = 2.0 * tokens * width * vocab, float(size * (tokens + vocab) * width)
-    theirs = peers.logprobs() if peers else {}
-    ways = {name: (lambda way=way: way(hidden, weight, targets)) for name, way in theirs.items()}
-    return [
-        Case("token_logprobs forward", tokens, product, touched, lambda: token_logprobs(hidden, weight, targets),
-             lambda: naive.whole_logprobs(hidden, weight, targets), peers=ways),
-        Case("token_logprobs forward and backward", tokens, 3 * product, 2 * touched, both(token_logprobs),
-             both(naive.whole_logprobs), peers={name: both(way) for name, way in theirs.items()}),
-        *scan_cases(8 * s.batch, 16 * s.response, device, peers), *scan_cases(64, 64, device, peers),
-    ]
-
-
-def scan_cases(rows: int, columns: int, device: torch.device, peers) -> list[Case]:
-    """The two sums over time; the plain way is the loop of TRL's PPOTrainer."""
-    rewards, values = torch.randn(2, rows, columns, device=device)
-    mask, zeros, size = torch.ones_like(rewards, dtype=torch.bool), torch.zeros_like(values), rewards.numel()
-    return [
-        Case(f"discounted_returns {rows} x {columns}", size, 0, 9.0 * size, lambda: discounted_returns(rewards, mask, 0.95),
-             lambda: naive.gae_by_loop(rewards, zeros, 0.95, 1.0)),
-        Case(f"gae {rows} x {columns}", size, 0, 13.0 * size, lambda: gae(rewards, values, mask, 1.0, 0.95),
-             lambda: naive.gae_by_loop(rewards, values, 1.0, 0.95), peers=peers.gae(rewards, values) if peers else {}),
-    ]
-
-
-def trunk_flops(config: ModelConfig, tokens: int, length: int, read: int) -> float:
-    """Of a forward pass over texts of this mean length: 24 D^2 a layer and token, and 2 D length of causal attention. Where
-    only `read` tokens' states are read, the others need no more than 6 D^2 in the last layer, their keys, values and queries."""
-    whole = tokens * config.n_layer * (24 * config.d_model**2 + 2 * config.d_model * length)
-    return whole - 18 * config.d_model**2 * (tokens - read)
-
-
-def pass_flops(config: ModelConfig, tokens: int, length: int, sampled: int) -> float:
-    """Of a forward pass that asks for the logits of the tokens sampled."""
-    return trunk_flops(config, tokens, length, sampled) + 2.0 * sampled * config.d_model * config.vocab_size
-
-
-def prompts(s: Shape, device: torch.device, ragged: bool = False) -> tuple[Tensor, Tensor]:
-    """Random ids and mask [B, P]; ragged: left-padded, a quarter to all of P long."""
+def random_prompts(s: Shape, device: torch.device, ragged: bool = False) -> tuple[Tensor, Tensor]:
+    """Random ids and mask [B, P]. ragged: left-padded, with lengths from a quarter of P to P."""
     ids = torch.randint(2, s.config.vocab_size, (s.batch, s.prompt), device=device)
-    lengths = torch.randint(max(1, s.prompt // 4), s.prompt + 1, (s.batch, 1), device=device)
-    mask = torch.arange(s.prompt, device=device) >= s.prompt - lengths if ragged else torch.ones_like(ids, dtype=torch.bool)
+    lengths = torch.full((s.batch, 1), s.prompt, device=device)
+    if ragged:
+        shortest = max(1, s.prompt // 4)
+        lengths = torch.randint(shortest, s.prompt + 1, (s.batch, 1), device=device)
+    mask = torch.arange(s.prompt, device=device) >= s.prompt - lengths
     return ids.masked_fill(~mask, PAD), mask
 
 
 def geometric_lengths(s: Shape) -> Tensor:
-    """[B] response lengths of mean 20 / 64 of the longest, memoryless as those of a model that ends at any token alike."""
-    lengths = torch.distributions.Geometric(64 / 20 / s.response).sample((s.batch,)).long() + 1
-    return lengths.clamp(max=s.response)
+    """[B] lengths of responses that end at each token with the same probability.
+
+    Their mean is about 20 / 64 of the longest.
+    """
+    distribution = torch.distributions.Geometric(64 / 20 / s.response)
+    return (distribution.sample((s.batch,)).long() + 1).clamp(max=s.response)
 
 
-def ending_after(lengths: Tensor, response: int) -> Tensor:
-    """[B, R] uniforms with which row b draws EOS as token lengths[b], and, as EOS is unlikely, not before."""
+def uniforms_for(lengths: Tensor, response: int) -> Tensor:
+    """[B, R] uniforms with which row b samples EOS as its token number lengths[b].
+
+    It does not sample EOS earlier, because EOS is unlikely and the other uniforms are large.
+    """
     uniforms = 0.2 + 0.8 * torch.rand(len(lengths), response)
     uniforms[torch.arange(len(lengths)), lengths - 1] = 0.0
     return uniforms
 
 
-def rollout_case(kind: str, model: Transformer, s: Shape, device: torch.device, peers, plain: bool = True) -> Case:
-    """kind: fixed, ragged (left-padded prompts) or geometric (rows end at their own lengths)."""
-    c, (ids, mask) = model.config, prompts(s, device, kind == "ragged")
-    lengths = geometric_lengths(s) if kind == "geometric" else torch.full((s.batch,), s.response)
-    eos = EOS if kind == "geometric" else -1  # -1: nobody ends early
-    uniforms = ending_after(lengths, s.response).to(device)
-    tokens, steps, size = int(lengths.sum()), int(lengths.max()), number_bytes(device)
-    real = int(mask.sum()) + tokens
-    weights = sum(p.numel() for p in model.blocks.parameters()) + c.vocab_size * c.d_model
-    cache = 2 * c.n_layer * c.d_model * tokens * (s.prompt + tokens / s.batch / 2)
+def make_samples(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
+                 response_mask: Tensor) -> Samples:
+    """Samples without texts."""
+    texts = [""] * len(prompt_ids)
+    return Samples(texts, texts, [True] * len(prompt_ids), prompt_ids, prompt_mask, response_ids,
+                   response_mask)
+
+
+# ---- the least work ------------------------------------------------------------------------------
+
+
+def forward_flops(config: ModelConfig, tokens: int, length: int, needed: int) -> float:
+    """Of the hidden states of `tokens` tokens in sequences of this mean length.
+
+    24 D^2 for each layer and token, and 2 D length for causal attention. If the states of only
+    `needed` tokens are used, the others need only queries, keys and values in the last layer.
+    """
+    per_token = config.n_layer * (24 * config.d_model**2 + 2 * config.d_model * length)
+    return tokens * per_token - 18 * config.d_model**2 * (tokens - needed)
+
+
+def logit_flops(config: ModelConfig, tokens: int, length: int, needed: int) -> float:
+    """forward_flops, and the logits of the needed tokens."""
+    head = 2.0 * needed * config.d_model * config.vocab_size
+    return forward_flops(config, tokens, length, needed) + head
+
+
+def optimizer_bytes(model: Transformer) -> float:
+    """Of one AdamW step: it reads four numbers for each weight and writes three."""
+    return 4.0 * 7 * sum(p.numel() for p in model.parameters())
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def logprob_case(backward: bool, s: Shape, device: torch.device, peers) -> Case:
+    """Log-probs of batch x (prompt + response) tokens, with or without gradients."""
+    tokens = s.batch * (s.prompt + s.response)
+    width = s.config.d_model
+    vocab = s.config.vocab_size
+    size = number_bytes(device)
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    hidden = torch.randn(tokens, width, device=device, dtype=dtype)
+    weight = torch.randn(vocab, width, device=device, dtype=dtype) / width**0.5
+    targets = torch.randint(vocab, (tokens,), device=device)
+    upstream = torch.randn(tokens, device=device)
+
+    def run_of(logprobs: Callable) -> Callable:
+        if not backward:
+            return lambda: logprobs(hidden, weight, targets)
+        inputs = (hidden.detach().requires_grad_(), weight.detach().requires_grad_())
+        return lambda: torch.autograd.grad(logprobs(*inputs, targets), inputs, upstream)
+
+    name = "token_logprobs forward" + (" and backward" if backward else "")
+    flops = 2.0 * tokens * width * vocab * (3 if backward else 1)
+    touched = float(size * (tokens + vocab) * width) * (2 if backward else 1)
+    others = peers.logprobs() if peers else {}
+    return Case(name, tokens, flops, touched, run_of(token_logprobs), run_of(naive.full_logprobs),
+                peers={library: run_of(logprobs) for library, logprobs in others.items()})
+
+
+def returns_case(rows: int, columns: int, device: torch.device) -> Case:
+    """Discounted returns; the plain way is a loop over columns."""
+    rewards = torch.randn(rows, columns, device=device)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    zeros = torch.zeros_like(rewards)
+    size = rewards.numel()
+    return Case(f"discounted_returns {rows} x {columns}", size, 0, 9.0 * size,
+                lambda: discounted_returns(rewards, mask, 0.95),
+                lambda: naive.gae_loop(rewards, zeros, 0.95, 1.0))
+
+
+def gae_case(rows: int, columns: int, device: torch.device, peers) -> Case:
+    rewards, values = torch.randn(2, rows, columns, device=device)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    size = rewards.numel()
+    return Case(f"gae {rows} x {columns}", size, 0, 13.0 * size,
+                lambda: gae(rewards, values, mask, 1.0, 0.95),
+                lambda: naive.gae_loop(rewards, values, 1.0, 0.95),
+                peers=peers.gae(rewards, values) if peers else {})
+
+
+# ---- parts of training ---------------------------------------------------------------------------
+
+
+def rollout_case(kind: str, model: Transformer, s: Shape, device: torch.device, peers,
+                 plain: bool = True) -> Case:
+    """kind: fixed, ragged (left-padded prompts) or geometric (rows end at different lengths)."""
+    config = model.config
+    ids, mask = random_prompts(s, device, kind == "ragged")
+    is_geometric = kind == "geometric"
+    lengths = geometric_lengths(s) if is_geometric else torch.full((s.batch,), s.response)
+    eos = EOS if is_geometric else -1  # -1: no row ends early
+    uniforms = uniforms_for(lengths, s.response).to(device)
 
     def ours():
-        with half(device):
+        with model.autocast():
             return generate(model, ids, mask, s.response, eos, PAD, uniforms)
 
-    def first():
-        with half(device):
-            naive.rollout_without_cache(model, ids, mask, s.response)
+    def without_cache():
+        with naive.autocast(device):
+            naive.sample_without_cache(model, ids, mask, s.response)
 
-    return Case(f"rollout, {kind}", tokens, pass_flops(c, real, real / s.batch, tokens),
-                float(size) * (steps * weights + cache), ours, first if plain else None, s.response / 2,
-                peers.rollout(model, ids, mask, s.response, lengths if eos == EOS else None) if peers else {})
+    sampled = int(lengths.sum())
+    tokens = int(mask.sum()) + sampled
+    steps = int(lengths.max())
+    weights = sum(p.numel() for p in model.blocks.parameters())
+    weights += config.vocab_size * config.d_model
+    cache = 2 * config.n_layer * config.d_model * sampled * (s.prompt + sampled / s.batch / 2)
+    ends = lengths if is_geometric else None
+    return Case(f"rollout, {kind}", sampled,
+                logit_flops(config, tokens, tokens / s.batch, sampled),
+                float(number_bytes(device)) * (steps * weights + cache), ours,
+                without_cache if plain else None, s.response / 2,
+                peers.rollout(model, ids, mask, s.response, ends) if peers else {})
 
 
-def reward_case(model: Transformer, s: Shape, device: torch.device, peers, pairs: int = 32) -> Case:
-    """One optimiser step of the reward model on pairs, of lengths from a quarter of the longest up."""
+def reward_case(model: Transformer, s: Shape, device: torch.device, peers,
+                pairs: int = 32) -> Case:
+    """One optimizer step of the reward model; texts of a quarter of the context to all of it."""
     longest = s.prompt + s.response
     lengths = torch.randint(max(2, longest // 4), longest + 1, (2 * pairs,)).tolist()
-    texts = [tuple(torch.randint(2, s.config.vocab_size, (length,)).tolist()) for length in lengths]
-    groups = [PreferenceGroup((), (texts[i], texts[pairs + i]), ((0, 1, 0.0, 1.0),)) for i in range(pairs)]
-    learner, first, config = copy.deepcopy(model), copy.deepcopy(model), RewardConfig()
-    optimizer, first_optimizer = make_optimizer(learner, 1e-4), make_optimizer(first, 1e-4)
-    ids = torch.tensor([[*text, *[PAD] * (longest - len(text))] for text in texts], device=device)
-    mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    texts = [tuple(torch.randint(2, s.config.vocab_size, (length,)).tolist())
+             for length in lengths]
+    groups = [PreferenceGroup((), (texts[i], texts[pairs + i]), ((0, 1, 0.0, 1.0),))
+              for i in range(pairs)]
+    config = RewardConfig()
+    learner = copy.deepcopy(model)
+    optimizer = make_optimizer(learner, 1e-4)
+    plain_model = copy.deepcopy(model)
+    plain_optimizer = make_optimizer(plain_model, 1e-4)
+    ids, mask = (x.to(device) for x in pad_right(texts, PAD))
 
     def ours():
-        with half(device):
-            loss, figures = pair_loss(learner, groups, PAD, config, float(pairs))
+        with learner.autocast():
+            loss, metrics = pair_loss(learner, groups, PAD, config, float(pairs))
         loss.backward()
+        metrics = {name: value.item() for name, value in metrics.items()}
         step_optimizer(learner, optimizer, 1e-4, 1.0)
-        return {name: figure.item() for name, figure in figures.items()}
+        return metrics
 
-    def plain():
-        naive.reward_step(first, first_optimizer, ids, mask)
-
-    weights = 4.0 * 7 * sum(p.numel() for p in model.parameters())  # AdamW reads four numbers a weight and writes three
-    flops = 3 * trunk_flops(s.config, sum(lengths), longest * 5 // 8, sum(lengths))
-    return Case("reward-model step, ragged pairs", sum(lengths), flops, weights, ours, plain,
+    tokens = sum(lengths)
+    return Case("reward-model step, ragged pairs", tokens,
+                3 * forward_flops(s.config, tokens, longest * 5 // 8, tokens),
+                optimizer_bytes(model), ours,
+                lambda: naive.reward_step(plain_model, plain_optimizer, ids, mask),
                 trainer=peers.reward_trainer(model, texts, device) if peers else None)
 
 
-def rl_config(algorithm: str, s: Shape, epochs: int, device: torch.device) -> PolicyConfig:
-    return PolicyConfig(algorithm=algorithm, batch_size=s.batch, minibatch_size=s.batch, ppo_epochs=epochs,
-                        bf16=device.type == "cuda", kl_coef=0.05)
+def policy_config(algorithm: str, s: Shape, epochs: int) -> PolicyConfig:
+    return PolicyConfig(algorithm=algorithm, batch_size=s.batch, minibatch_size=s.batch,
+                        ppo_epochs=epochs, lr=LR, lr_decay=False, kl_coef=0.05)
 
 
-def distinct(token_ids: list[list[int]]) -> list[float]:
-    """A reward that costs nothing: the share of a response's tokens that differ."""
+def distinct_share(token_ids: list[list[int]]) -> list[float]:
+    """A reward that takes no time: the share of a response's tokens that are distinct."""
     return [len(set(tokens)) / len(tokens) for tokens in token_ids]
 
 
-def iteration_case(algorithm: str, model: Transformer, s: Shape, device: torch.device, peers) -> Case:
-    """Sample, score (ppo: by a reward model; else by `distinct`), measure under policy and reference, advantages, update."""
-    rung, epochs = LADDER[algorithm], 4 if algorithm == "ppo" else 1
-    config, (ids, mask) = rl_config(algorithm, s, epochs, device), prompts(s, device)
-    if rung.grouped:
-        ids = ids[: s.batch // config.group_size].repeat_interleave(config.group_size, 0)
-    policy, first = copy.deepcopy(model), copy.deepcopy(model)
-    optimizer, first_optimizer, turn = make_optimizer(policy, 3e-6), make_optimizer(first, 3e-6), iter(range(10**9))
+def iteration_case(name: str, model: Transformer, s: Shape, device: torch.device, peers) -> Case:
+    """One iteration of train_policy.py, without logging.
+
+    name: the algorithm. ppo is scored by a reward model, the others by distinct_share.
+    """
+    algorithm = ALGORITHMS[name]
+    epochs = 4 if name == "ppo" else 1
+    config = policy_config(name, s, epochs)
+    ids, mask = random_prompts(s, device)
+    copies = config.group_size if algorithm.grouped else 1
+    ids = ids[: s.batch // copies].repeat_interleave(copies, 0)
+    policy = copy.deepcopy(model)
+    optimizer = make_optimizer(policy, LR)
+    plain_policy = copy.deepcopy(model)
+    plain_optimizer = make_optimizer(plain_policy, LR)
+    reward = Reward("bench", model, 0.0)
+    steps = itertools.count()
 
     def ours():
-        with half(device), torch.no_grad():
-            uniforms = row_uniforms(0, "bench", next(turn), list(range(s.batch)), s.response).to(device)
-            response, response_mask = generate(policy, ids, mask, s.response, EOS, PAD, uniforms)
-            if algorithm == "ppo":
-                whole = torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1)
-                scores = sequence_scores(model, *whole)
-            else:
-                scores = torch.tensor(distinct(response.tolist()), device=device)
-            sampled = ids, mask, response, response_mask
-        with half(device):
-            measured = learners_pass(policy, config, rung, sampled)
-            kl_coef = config.kl_coef if rung.kl_in_reward else 0.0
-            rollout = collect_rollout(policy, model, *sampled, scores, kl_coef, 1.0, 0, measured)
-        weights = advantages_and_returns(rung, rollout, config)
-        return update(policy, optimizer, rung, rollout, *weights, config, config.kl_coef, 3e-6, s.response, 0, measured)
+        uniforms = row_uniforms(0, "bench", next(steps), list(range(s.batch)), s.response)
+        with policy.autocast():
+            response_ids, response_mask = generate(policy, ids, mask, s.response, EOS, PAD,
+                                                   uniforms.to(device))
+        samples = make_samples(ids, mask, response_ids, response_mask)
+        if name == "ppo":
+            scores = score(reward, samples)
+        else:
+            scores = torch.tensor(distinct_share(response_ids.tolist()), device=device)
+        logprobs, values = measure(policy, samples, config)
+        ref_logprobs, _ = measure(model, samples, config)
+        kl_coef = config.kl_coef if algorithm.kl_in_reward else 0.0
+        rewards = token_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
+        rollout = Rollout(samples, logprobs, ref_logprobs, values, scores, rewards, config.kl_coef)
+        rollout = estimate_advantages(algorithm, rollout, config)
+        return update(policy, optimizer, rollout, config, 0, s.response)
 
-    tokens, length = s.batch * s.response, s.prompt + s.response
-    real = tokens + s.batch * s.prompt // (config.group_size if rung.grouped else 1)
-    forward = pass_flops(s.config, real, length, tokens)
-    # sampling, reference, forward and backward; where a rollout serves more than once, the policy; the reward model
-    passes = 2 + 3 * epochs + (epochs > 1) + (algorithm == "ppo")
-    sampling = rollout_case("fixed", model, s, device, None, False)
-    return Case(f"{algorithm} iteration", tokens, passes * forward, sampling.bytes, ours,
-                lambda: naive.naive_iteration(first, model, first_optimizer, ids, mask, s.response, epochs),
+    sampled = s.batch * s.response
+    tokens = sampled + s.batch * s.prompt // copies
+    # Sampling, reference, forward and backward; the old log-probs, which the forward pass of a
+    # single optimizer step could give too; the reward model.
+    passes = 2 + 3 * epochs + (epochs > 1) + (name == "ppo")
+    return Case(f"{name} iteration", sampled,
+                passes * logit_flops(s.config, tokens, s.prompt + s.response, sampled),
+                rollout_case("fixed", model, s, device, None, False).bytes, ours,
+                lambda: naive.ppo_iteration(plain_policy, model, plain_optimizer, ids, mask,
+                                            s.response, epochs),
                 (s.response / 2 + passes) / passes,
-                trainer=peers.rl_trainer(algorithm, model, ids, s.response, device) if peers else None)
+                trainer=peers.rl_trainer(name, model, ids, s.response, device) if peers else None)
 
 
 def update_case(model: Transformer, s: Shape, device: torch.device, peers) -> Case:
-    """One optimiser step of PPO on a rollout: train_policy.update, metrics and all."""
-    policy, (ids, mask) = copy.deepcopy(model), prompts(s, device)
-    config, optimizer = rl_config("ppo", s, 1, device), make_optimizer(policy, 3e-6)
+    """One optimizer step of PPO on a rollout: train_policy.update, with its metrics."""
+    policy = copy.deepcopy(model)
+    optimizer = make_optimizer(policy, LR)
+    config = policy_config("ppo", s, 1)
+    ids, mask = random_prompts(s, device)
     response = torch.randint(2, s.config.vocab_size, (s.batch, s.response), device=device)
-    with half(device):
-        rollout = collect_rollout(policy, model, ids, mask, response, torch.ones_like(response, dtype=torch.bool),
-                                  torch.randn(s.batch, device=device), 0.05, 1.0, 0)
-    advantages, returns = advantages_and_returns(LADDER["ppo"], rollout, config)
-    tokens, length = s.batch * (s.prompt + s.response), s.prompt + s.response
-    forward = pass_flops(s.config, tokens, length, s.batch * s.response)
-    weights = 28.0 * sum(p.numel() for p in policy.parameters())
-    what = policy, optimizer, LADDER["ppo"], rollout, advantages, returns, config, 0.05, 3e-6, s.response, 0
-    return Case(f"policy update, {s.batch} x {length} tokens", tokens, 3 * forward, weights, lambda: update(*what),
-                lambda: naive.update_once(policy, optimizer, ids, mask, response, rollout.logprobs, advantages),
-                peers=peers.policy_update(model, ids, response, rollout.logprobs, advantages) if peers else {})
+    samples = make_samples(ids, mask, response, torch.ones_like(response, dtype=torch.bool))
+    scores = torch.randn(s.batch, device=device)
+    logprobs, values = measure(policy, samples, config)
+    ref_logprobs, _ = measure(model, samples, config)
+    rewards = token_rewards(scores, logprobs, ref_logprobs, samples.response_mask, config.kl_coef)
+    rollout = Rollout(samples, logprobs, ref_logprobs, values, scores, rewards, config.kl_coef)
+    rollout = estimate_advantages(ALGORITHMS["ppo"], rollout, config)
+    advantages = rollout.advantages
+    length = s.prompt + s.response
+    tokens = s.batch * length
+    flops = 3 * logit_flops(s.config, tokens, length, s.batch * s.response)
+    others = peers.policy_update(model, ids, response, logprobs, advantages) if peers else {}
+    return Case(
+        f"policy update, {s.batch} x {length} tokens", tokens, flops, optimizer_bytes(policy),
+        lambda: update(policy, optimizer, rollout, config, 0, s.response),
+        lambda: naive.policy_step(policy, optimizer, ids, mask, response, logprobs, advantages),
+        peers=others)

@@ -1,8 +1,7 @@
-"""Time and memory of one call, and what the machine can do at best."""
+"""Time and memory of a call, and the speed limits of the machine."""
 
 import ctypes
 import gc
-import platform
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import torch
 
 
 def seconds(run: Callable, device: torch.device, repeat: int = 1) -> float:
+    """Mean time of one call."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -21,15 +21,11 @@ def seconds(run: Callable, device: torch.device, repeat: int = 1) -> float:
     return (time.perf_counter() - start) / repeat
 
 
-def allocator_as_delivered() -> None:
-    """What glibc comes to by itself in a process that handles tensors: it hands memory back beyond 64 MiB at the top. Only this
-    project's scripts ask it for more (keep_freed_memory), so other libraries are timed without."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
-
-
 def peak_bytes(run: Callable, device: torch.device) -> float:
-    """Highest memory during a run above that before it; on a processor by Linux's high-water mark, nan elsewhere."""
+    """Peak memory during a call, above that before it.
+
+    On a CPU it is Linux's peak of resident memory; NaN on other systems.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -37,9 +33,10 @@ def peak_bytes(run: Callable, device: torch.device) -> float:
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, and count for nothing
+        # return freed memory to the system; if it were reused, it would not count
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+            file.write("5")  # resets the peak
         before = kilobytes("/proc/self/status", "VmRSS")
         run()
         return 1024.0 * (kilobytes("/proc/self/status", "VmHWM") - before)
@@ -61,12 +58,14 @@ def free_bytes(device: torch.device) -> float:
         return float("inf")
 
 
-def ceilings(device: torch.device, quick: bool) -> tuple[float, float]:
-    """(matrix-product FLOP/s, copied bytes/s) of this device, the best of ten."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (256 if quick else 1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**20 if quick else 2**28 if device.type == "cuda" else 2**24, device=device)
+def speed_limits(device: torch.device, quick: bool) -> tuple[float, float]:
+    """(FLOP/s of matrix products, bytes/s copied) of this device, the best of ten."""
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 256 if quick else 1024
+    dtype = torch.bfloat16 if is_gpu else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    source = torch.randn(2**20 if quick else 2**28 if is_gpu else 2**24, device=device)
     target = torch.empty_like(source)
     product = min(seconds(lambda: a @ b, device) for _ in range(10))
-    copying = min(seconds(lambda: target.copy_(source), device) for _ in range(10))
-    return 2 * size**3 / product, 2 * source.numel() * 4 / copying
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * size**3 / product, 2 * source.numel() * 4 / copy

@@ -1,79 +1,98 @@
-"""What bench.py measures beside the project's own code: the same work as one writes it first in PyTorch."""
+"""The benchmark's plain PyTorch: the same work, written in the most direct way."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.device import mixed_precision
 from minirlhf.model import Transformer
 
 
-def half(device: torch.device) -> torch.autocast:
-    """bfloat16 products on a GPU, float32 elsewhere: what everything is measured in, whoever wrote it."""
-    return mixed_precision(device, device.type == "cuda")
+def uses_bf16(device: torch.device) -> bool:
+    """Whether all code is measured with bfloat16 products: on a GPU."""
+    return device.type == "cuda"
 
 
-def padded_trunk(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, D] the trunk as one writes it first: every column of every row, padding too, under a dense mask."""
+def autocast(device: torch.device) -> torch.autocast:
+    """The precision of the code that is not this project's; the same as Transformer.autocast()."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device))
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def padded_forward(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
+    """[B, T, D] hidden states of every column, padding included, with a dense attention mask."""
     batch, length = ids.shape
-    visible = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril() & mask[:, None, :]
-    visible = (visible | torch.eye(length, dtype=torch.bool, device=ids.device))[:, None]
+    square = torch.ones(length, length, dtype=torch.bool, device=ids.device)
+    is_visible = square.tril() & mask[:, None, :]
+    is_visible = (is_visible | torch.eye(length, dtype=torch.bool, device=ids.device))[:, None]
     x = model.wte(ids) + model.wpe((mask.cumsum(1) - 1).clamp(min=0))
     for block in model.blocks:
-        qkv = block.attention_in(block.ln_1(x)).view(batch, length, 3, model.config.n_head, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, attn_mask=visible)
-        x = x + block.attention_out(mixed.transpose(1, 2).reshape(x.shape))
+        qkv = block.attention_in(block.ln_1(x)).view(batch, length, 3, model.config.n_head, -1)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=is_visible)
+        x = x + block.attention_out(attended.transpose(1, 2).reshape(x.shape))
         x = x + block.mlp_out(F.gelu(block.mlp_in(block.ln_2(x)), approximate="tanh"))
     return model.ln_f(x)
 
 
 @torch.no_grad()
-def rollout_without_cache(model: Transformer, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    """[B, length] each token from a pass over the whole text so far, drawn by torch.multinomial."""
+def sample_without_cache(model: Transformer, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """[B, length] responses; each token needs a forward pass over the whole text so far."""
     start = ids.shape[1]
     for _ in range(length):
-        logits = padded_trunk(model, ids, mask)[:, -1] @ model.lm_weight.T
+        logits = padded_forward(model, ids, mask)[:, -1] @ model.lm_weight.T
         ids = torch.cat([ids, torch.multinomial(logits.float().softmax(-1), 1)], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return ids[:, start:]
 
 
-def whole_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """[N] log-probs by way of all logits at once."""
-    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+def full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """[N] log-probs from all logits [N, V] at once."""
+    log_pi = (hidden @ weight.T).float().log_softmax(-1)
+    return log_pi.gather(1, targets[:, None]).squeeze(1)
 
 
-def padded_logprobs(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
+def response_logprobs(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor,
+                      response_ids: Tensor) -> Tensor:
     """[B, R] log-probs of responses of full length."""
+    ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, torch.ones_like(response_ids, dtype=torch.bool)], dim=1)
-    hidden = padded_trunk(model, torch.cat([prompt_ids, response_ids], dim=1), mask)[:, prompt_ids.shape[1] - 1:-1]
-    return whole_logprobs(hidden.flatten(0, 1), model.lm_weight, response_ids.flatten()).view(response_ids.shape)
+    hidden = padded_forward(model, ids, mask)[:, prompt_ids.shape[1] - 1:-1]
+    logprobs = full_logprobs(hidden.flatten(0, 1), model.lm_weight, response_ids.flatten())
+    return logprobs.view(response_ids.shape)
 
 
-def gae_by_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """[B, R] the recurrence of generalised advantages, a column at a time from the last, as TRL's PPOTrainer has it."""
-    columns, carry = [], 0.0
+def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """[B, R] advantages, one column at a time from the last, as in TRL's PPOTrainer."""
+    columns = []
+    advantage = 0.0
     for t in range(rewards.shape[1] - 1, -1, -1):
-        after = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
-        carry = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * carry
-        columns.append(carry)
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * advantage
+        columns.append(advantage)
     return torch.stack(columns[::-1], dim=1)
 
 
-def reward_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor) -> None:
-    """One step on pairs, chosen responses in the first half of the rows and rejected ones in the second."""
-    with half(ids.device):
-        hidden = padded_trunk(model, ids, mask)
-    last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-    chosen, rejected = model.reward_head(last).float().squeeze(-1).chunk(2)
-    step(model, optimizer, -F.logsigmoid(chosen - rejected).mean())
+# ---- optimizer steps -----------------------------------------------------------------------------
 
 
-def step(model: Transformer, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def reward_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor,
+                mask: Tensor) -> None:
+    """One step on pairs: chosen responses in the first half of the rows, rejected in the second."""
+    with autocast(ids.device):
+        hidden = padded_forward(model, ids, mask)
+    last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+    chosen, rejected = model.reward_head(last).float().squeeze(-1).chunk(2)
+    step(model, optimizer, -F.logsigmoid(chosen - rejected).mean())
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
@@ -81,19 +100,22 @@ def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
-def naive_iteration(policy: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor,
-                    length: int, epochs: int) -> None:
-    """One PPO iteration with all of the above: sample, measure under both models, GAE, clipped steps."""
-    with torch.no_grad(), half(ids.device):
-        response = rollout_without_cache(policy, ids, mask, length)
-        old, ref = (padded_logprobs(model, ids, mask, response) for model in (policy, reference))
-        advantages = gae_by_loop(-0.05 * (old - ref), torch.zeros_like(old), 1.0, 0.95) + 1.0
-    for _ in range(epochs):
-        update_once(policy, optimizer, ids, mask, response, old, advantages)
-
-
-def update_once(policy: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor, response: Tensor, old: Tensor,
-                advantages: Tensor) -> None:
-    with half(ids.device):
-        loss = policy_loss(padded_logprobs(policy, ids, mask, response), old, advantages)
+def policy_step(policy: Transformer, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor,
+                response: Tensor, old: Tensor, advantages: Tensor) -> None:
+    """One step of PPO without a value function."""
+    with autocast(ids.device):
+        logprobs = response_logprobs(policy, ids, mask, response)
+        loss = policy_loss(logprobs, old, advantages)
     step(policy, optimizer, loss)
+
+
+def ppo_iteration(policy: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer,
+                  ids: Tensor, mask: Tensor, length: int, epochs: int) -> None:
+    """Sample, measure with policy and reference, compute advantages, take clipped steps."""
+    with torch.no_grad(), autocast(ids.device):
+        response = sample_without_cache(policy, ids, mask, length)
+        old = response_logprobs(policy, ids, mask, response)
+        ref = response_logprobs(reference, ids, mask, response)
+        advantages = gae_loop(-0.05 * (old - ref), torch.zeros_like(old), 1.0, 0.95) + 1.0
+    for _ in range(epochs):
+        policy_step(policy, optimizer, ids, mask, response, old, advantages)

@@ -1,4 +1,4 @@
-"""What the labs share: runs of the two scripts in processes of their own, rows that outlive a stop, tables, pictures."""
+"""Shared by the labs: runs of the two scripts as processes, result files, tables, pictures."""
 
 import contextlib
 import dataclasses
@@ -14,36 +14,41 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.checkpoint import write_atomically
-from minirlhf.config import PolicyConfig, RewardConfig, UserError, run_script
-from minirlhf.flags import fail, flag, read_config
-from minirlhf.log import Progress, rounded
-from minirlhf.run import FREE
-from minirlhf.task import HELPDESK
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data.splits import HELPDESK_FILES
+from minirlhf.run.checkpoint import write_atomically
+from minirlhf.run.command_line import fail, flag, run_script
+from minirlhf.run.errors import UserError
+from minirlhf.run.folder import NO_EFFECT, read_config
+from minirlhf.run.metrics import rounded
+from minirlhf.run.terminal import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Black and white apart by line and marker as well as by lightness (colours: Okabe and Ito 2008, safe for the colour-blind).
-STYLES = (("#000000", "-", "o"), ("#E69F00", "--", "s"), ("#56B4E9", "-.", "^"), ("#009E73", ":", "D"),
-          ("#D55E00", "-", "v"), ("#0072B2", "--", "P"), ("#CC79A7", "-.", "X"))
+# (color, line, marker). Colors are safe for color-blind readers (Okabe and Ito 2008); lines and
+# markers also differ, for print without color.
+STYLES = (("#000000", "-", "o"), ("#E69F00", "--", "s"), ("#56B4E9", "-.", "^"),
+          ("#009E73", ":", "D"), ("#D55E00", "-", "v"), ("#0072B2", "--", "P"),
+          ("#CC79A7", "-.", "X"))
 
 
 def run_lab(main: Callable, config_class) -> None:
-    """run_script, and for a Ctrl-C one line and status 130: what is finished is on the disk."""
+    """run_script; Ctrl-C ends with one line and status 130. Finished results are on disk."""
     try:
         run_script(main, config_class)
     except KeyboardInterrupt:
-        sys.exit(fail("stopped; the same command goes on from here", 130))
+        sys.exit(fail("stopped; run the same command again to resume", 130))
 
 
-# ---- runs of the scripts ---------------------------------------------------------------------------------------------
+# ---- runs of the scripts -------------------------------------------------------------------------
+
 
 class Job(NamedTuple):
-    """One run of train_reward.py or train_policy.py, in config.out; started when the run folder that it needs is finished."""
+    """One run of train_reward.py or train_policy.py, in the folder config.out."""
 
     script: str
     config: RewardConfig | PolicyConfig
-    needs: str = ""
+    needs: str = ""  # a run folder that must be finished first
 
     @property
     def folder(self) -> Path:
@@ -51,7 +56,7 @@ class Job(NamedTuple):
 
 
 def flags_of(config) -> list[str]:
-    """The shortest command line that says the same as a configuration."""
+    """The shortest command line that gives this configuration."""
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -59,95 +64,117 @@ def flags_of(config) -> list[str]:
             continue
         if isinstance(value, bool):
             flags.append(flag(field.name) if value else flag("no_" + field.name))
+        elif isinstance(value, tuple):
+            flags += [flag(field.name), *value]
         else:
-            flags += [flag(field.name), *([str(value)] if not isinstance(value, tuple) else value)]
+            flags += [flag(field.name), str(value)]
     return flags
 
 
 def finished(job: Job) -> bool:
-    """Whether the run has ended as it should. Raises UserError where the folder holds a run with other settings."""
+    """Whether the run is complete. Raises UserError if its folder has a run with other settings."""
     if not (job.folder / "config.json").exists():
         return False
     stored = read_config(type(job.config), job.folder / "config.json")
     for field in dataclasses.fields(job.config):
-        old, new = getattr(stored, field.name), getattr(job.config, field.name)
-        if old != new and field.name not in FREE:
-            raise UserError(f"{job.folder}: holds a run with {flag(field.name)} {old}, not {new}; "
-                            "name another folder, or delete it")
+        old = getattr(stored, field.name)
+        new = getattr(job.config, field.name)
+        if old != new and field.name not in NO_EFFECT:
+            raise UserError(f"{job.folder}: contains a run with {flag(field.name)} {old}, "
+                            f"not {new}; use another folder, or delete it")
     if isinstance(job.config, PolicyConfig):
         return (job.folder / "result.json").exists()
-    return any(row["stage"] == "test" for row in read_rows(job.folder / "reward_metrics.jsonl"))
+    return bool(reward_test_rows(job.folder))
+
+
+def reward_test_rows(folder: Path) -> list[dict]:
+    """The metrics of a reward run on its test pairs: one row, or none if it is not finished."""
+    return [row for row in read_rows(folder / "reward_metrics.jsonl") if row["stage"] == "test"]
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
-    """Run what is not finished yet, so many at once, one thread each; a stopped run goes on where its checkpoint is.
+    """Run the jobs that are not finished, at most `at_once` at a time, with one thread each.
 
-    What the scripts print goes to logs/NAME.txt. Raises UserError, once all others are through, if a run failed; after a
-    Ctrl-C every run saves its state first.
+    A stopped run resumes from its checkpoint. The output goes to logs/NAME.txt.
+    If a run fails, the others still finish; then UserError is raised.
+    After Ctrl-C every run saves its state first.
     """
-    waiting, running, failed = [job for job in jobs if not finished(job)], {}, {}
+    waiting = [job for job in jobs if not finished(job)]
+    running: dict[subprocess.Popen, Job] = {}
+    failed: dict[str, str] = {}  # folder -> message
     logs.mkdir(parents=True, exist_ok=True)
-    progress, total = Progress("run", len(jobs), len(jobs) - len(waiting), plain_lines=len(jobs)), len(jobs)
+    progress = Progress("run", len(jobs), len(jobs) - len(waiting), plain_lines=len(jobs))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            unready = {str(job.folder) for job in [*waiting, *running.values()]} | set(failed)
-            for job in [job for job in waiting if job.needs not in unready][: at_once - len(running)]:
+            for job in ready(waiting, list(running.values()), failed)[:at_once - len(running)]:
                 waiting.remove(job)
                 running[start(job, logs)] = job
             if not running:
-                break  # what still waits needs a run that failed
+                break  # the remaining jobs need a run that failed
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
+                result = "done"
                 if process.returncode or not finished(job):
-                    failed[str(job.folder)] = f"{job.folder} failed: {last_line(logs / f'{job.folder.name}.txt')}"
-                progress.show(total - len(waiting) - len(running),
-                              f"{job.folder.name} {'failed' if str(job.folder) in failed else 'done'} ")
+                    result = "failed"
+                    message = last_line(logs / f"{job.folder.name}.txt")
+                    failed[str(job.folder)] = f"{job.folder} failed: {message}"
+                done = len(jobs) - len(waiting) - len(running)
+                progress.show(done, f"{job.folder.name} {result}")
     except KeyboardInterrupt:
         for process in running:
-            process.send_signal(signal.SIGINT)  # each saves its state and ends
+            process.send_signal(signal.SIGINT)  # it saves its state and exits
         for process in running:
             process.wait()
         raise
     if failed:
-        raise UserError(f"{'; '.join(failed.values())}; the other runs are kept, and the same command goes on from here")
+        raise UserError(f"{'; '.join(failed.values())}; the other runs are kept; "
+                        "run the same command again to resume")
+
+
+def ready(waiting: list[Job], running: list[Job], failed: dict[str, str]) -> list[Job]:
+    """The waiting jobs whose needed run is finished."""
+    unfinished = {str(job.folder) for job in waiting + running} | set(failed)
+    return [job for job in waiting if job.needs not in unfinished]
 
 
 def start(job: Job, logs: Path) -> subprocess.Popen:
-    """The script as a process, in a group of its own: a Ctrl-C reaches it once, through run_jobs."""
+    """Start the script. It gets its own process group, so that only run_jobs sends it Ctrl-C."""
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     command = [sys.executable, str(ROOT / job.script), *flags_of(job.config), *resume]
-    one_thread = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    environment = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with open(logs / f"{job.folder.name}.txt", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **one_thread},
-                                process_group=0)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                env=environment, process_group=0)
 
 
 def last_line(path: Path) -> str:
-    return (path.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
 
 
 def train_subset(folder: Path, groups: int) -> str:
-    """The first groups of the embedded task's training preferences as a file of their own in the folder; its path."""
+    """The path of a file in the folder with the first groups of the help desk's training data."""
     path = folder / f"preferences-{groups}.jsonl"
     if not path.exists():
-        with gzip.open(HELPDESK["train"], "rb") as file:
+        with gzip.open(HELPDESK_FILES["train"], "rb") as file:
             write_atomically(path, b"".join(itertools.islice(file, groups)))
     return str(path)
 
 
 def need_files(folder: Path, names: Sequence[str], command: str) -> None:
-    """Raises UserError that says which command makes what the folder lacks."""
+    """Raise UserError with the command that creates the files that the folder lacks."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder}: has no {' and no '.join(missing)}; make it with: {command}")
+        raise UserError(f"{folder}: has no {', no '.join(missing)}; create it with: {command}")
 
 
-# ---- rows, tables, pictures ------------------------------------------------------------------------------------------
+# ---- result files, tables, pictures --------------------------------------------------------------
+
 
 def read_rows(path: Path) -> list[dict]:
-    """The whole rows of a jsonl file; what a crash tore is passed over."""
+    """The complete rows of a jsonl file. Half a row, left by a crash, is skipped."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -160,24 +187,27 @@ def as_line(row: dict) -> bytes:
 
 
 class Rows:
-    """Finished rows of a lab, by key: a lab that was stopped computes only what is not there yet."""
+    """Results of a lab in a jsonl file, by key. A lab that was stopped computes only the others."""
 
     def __init__(self, path: Path, about: dict):
-        """about: what the rows depend on (settings, checksums of inputs). Raises UserError if the file has other rows."""
-        about, path.parent.mkdir(parents=True, exist_ok=True)
-        found = read_rows(path)
+        """about: what the results depend on: settings, and checksums of inputs.
+
+        Raises UserError if the file has results that depend on something else.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
         about = json.loads(json.dumps(about))
-        if found and found[0].get("about") != about:
-            raise UserError(f"{path}: holds rows of other settings or inputs; name another --out, or delete it")
-        self.rows = {row["key"]: row for row in found if "key" in row}
-        whole = found or [dict(about=about)]
-        write_atomically(path, b"".join(map(as_line, whole)))  # without what a crash tore
+        stored = read_rows(path) or [dict(about=about)]
+        if stored[0].get("about") != about:
+            raise UserError(f"{path}: contains results of other settings or inputs; "
+                            "use another --out, or delete it")
+        self.rows = {row["key"]: row for row in stored if "key" in row}
+        write_atomically(path, b"".join(map(as_line, stored)))  # without half a row
         self.file = open(path, "ab", buffering=0)
 
     def get(self, key: str, compute: Callable[[], dict]) -> dict:
-        """The row of this key, computed and written down if it is not there yet."""
+        """The result of this key; computed and appended to the file if it is new."""
         if key not in self.rows:
-            row = rounded(dict(key=key, **compute()))
+            row = rounded(dict(key=key) | compute())
             self.file.write(as_line(row))
             self.rows[key] = row
         return self.rows[key]
@@ -207,16 +237,22 @@ def mean_spread(values: Sequence[float], form: str) -> str:
     return f"{form.format(mean)} ± {form.replace('+', '').format(deviation)}"
 
 
-def save_picture(path: Path, draw: Callable, **subplots) -> None:
-    """draw(axes) on a matplotlib figure of plt.subplots(**subplots), saved at path; one line instead where there is none."""
+def save_picture(path: Path, draw: Callable, size: tuple[float, float], rows: int = 1,
+                 columns: int = 1) -> None:
+    """Call draw(axes) on a matplotlib figure and save it. Without matplotlib print one line.
+
+    size: width and height in inches.
+    """
     try:
         import matplotlib
     except ImportError:
-        print(f"no {path.name}: matplotlib is not installed; `pip install matplotlib`, and the same command draws it at once")
+        print(f"no {path.name}: matplotlib is not installed; `pip install matplotlib`, then run "
+              "the same command again; finished runs are kept")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(**subplots)
+
+    figure, axes = plt.subplots(nrows=rows, ncols=columns, figsize=size, layout="constrained")
     draw(axes)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -1,9 +1,10 @@
-"""Memory and time of one policy iteration by count of GPUs, computed; `--check` measures small shapes on this machine's CPU.
+"""Compute the memory and time of one policy iteration on 1 to 8 GPUs.
 
     python -m minirlhf.lab.memory [--tflops 100] [--hbm 2000] [--link 100] [--check]
 
-All is float32, for the batch sizes of --preset hh-gpt2, with every prompt and response of full length. Nothing in the table is
-measured: times follow from the assumed speeds, which are printed. P stands for the bytes of one copy of the weights.
+Everything is in float32, with the batch sizes of --preset hh-gpt2 and prompts and responses of
+full length. Nothing in the table is measured: times follow from the assumed speeds, which are
+printed. --check measures small shapes on this machine's CPU.
 """
 
 import dataclasses
@@ -13,34 +14,45 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from minirlhf import parallel
-from minirlhf.config import PolicyConfig, RewardConfig, UserError
-from minirlhf.device import prepare_training
-from minirlhf.flags import check_ranges, setting
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.lab.bench_cases import make_samples
+from minirlhf.lab.bench_machine import kilobytes
 from minirlhf.lab.common import ROOT, markdown_table, run_lab
-from minirlhf.ladder import LADDER, advantages_and_returns
 from minirlhf.model import ModelConfig, Transformer
-from minirlhf.optim import make_optimizer
-from minirlhf.rollout import collect_rollout
+from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
+from minirlhf.rl.rollout import Rollout, measure, token_rewards
+from minirlhf.run.command_line import check_ranges, setting
+from minirlhf.run.device import prepare_training
+from minirlhf.run.errors import UserError
+from minirlhf.run.optimizer import make_optimizer
+from minirlhf.run.parallel import finish_processes, init_processes, is_main
 from train_policy import update
 
 GIB = 2**30
-GPT2 = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
+FLOAT = 4  # bytes
+GPT2 = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280),
+        "xl": (48, 25, 1600)}  # layers, heads, width
+GPT2_VOCAB = 50257
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Memory and time of one policy iteration, computed for GPT-2's four sizes."""
+    """Compute the memory and time of one policy iteration, for GPT-2's four sizes."""
 
-    tflops: float = setting(100.0, "assumed: 10^12 operations a second that a GPU sustains in matrix products", 1e-6)
-    hbm: float = setting(2000.0, "assumed: GB/s at which it reads its own memory (weights and cache, while decoding)", 1e-6)
+    tflops: float = setting(
+        100.0, "assumed: 10^12 operations per second of a GPU's matrix products", 1e-6)
+    hbm: float = setting(
+        2000.0, "assumed: GB/s at which a GPU reads its memory (weights and cache, in decoding)",
+        1e-6)
     link: float = setting(100.0, "assumed: GB/s that each GPU sends to the others", 1e-6)
-    check: bool = setting(False, "measure small shapes on this CPU, with 1 and 2 processes, beside what is computed")
+    check: bool = setting(
+        False, "measure small shapes on this CPU, with 1 and 2 processes, and compare")
 
 
 class Work(NamedTuple):
@@ -59,191 +71,251 @@ class Work(NamedTuple):
 
     @property
     def sizes(self) -> ModelConfig:
-        context = max(self.prompt + self.response, 1024 if self.vocab == 50257 else 0)
-        return ModelConfig(self.vocab, -(-(self.vocab + 1) // 64) * 64, self.layers, self.heads, self.width, context)
+        length = self.prompt + self.response
+        context = max(length, 1024) if self.vocab == GPT2_VOCAB else length
+        table_rows = -(-(self.vocab + 1) // 64) * 64
+        return ModelConfig(self.vocab, table_rows, self.layers, self.heads, self.width, context)
 
     def parameters(self) -> tuple[int, int]:
         """(all, those of one block)."""
         block = 12 * self.width**2 + 13 * self.width
-        outside = (self.sizes.table_rows + self.sizes.context + 4) * self.width + 2  # tables, last norm, two heads
-        return self.layers * block + outside, block
+        # embeddings, the final LayerNorm and two heads
+        others = (self.sizes.table_rows + self.sizes.context + 4) * self.width + 2
+        return self.layers * block + others, block
 
 
 def hh_gpt2(size: str) -> Work:
     policy = dataclasses.replace(PolicyConfig(), **PolicyConfig.presets["hh-gpt2"])
     reward = dataclasses.replace(RewardConfig(), **RewardConfig.presets["hh-gpt2"])
-    return Work(*GPT2[size], 50257, reward.max_prompt_length, reward.max_response_length, policy.batch_size,
-                policy.minibatch_size, policy.micro_batch_size, policy.ppo_epochs)
+    return Work(*GPT2[size], GPT2_VOCAB, reward.max_prompt_length, reward.max_response_length,
+                policy.batch_size, policy.minibatch_size, policy.micro_batch_size,
+                policy.ppo_epochs)
 
 
-# ---- what is computed ------------------------------------------------------------------------------------------------
+# ---- computed ------------------------------------------------------------------------------------
 
 
 def memory(w: Work, count: int, shard: bool) -> dict[str, float]:
-    """Bytes on one of `count` GPUs, part by part, and the peak of an iteration.
+    """Bytes on one of `count` GPUs: each part, each phase, and the peak of an iteration.
 
-    A forward pass that will be differentiated keeps 17 D floats per token and layer: the block's input, two norms' results,
-    queries, keys and values (3 D), what attention read and its rearranged copy, the second residual, and twice 4 D in the MLP.
-    One that will not holds about 11 D at a time, in one layer. All rows of a process are prefilled and scored together.
+    A forward pass with gradients keeps 17 D floats for each token and layer: the block's input,
+    the results of two LayerNorms, queries, keys and values (3 D), the attention output and its
+    transposed copy, the second residual, and 2 x 4 D in the MLP. A pass without gradients needs
+    about 11 D at a time, in one layer. A process samples and scores all its rows together.
     """
-    p, block = (4 * n for n in w.parameters())
-    outside, parts = p - w.layers * block, count if shard else 1
+    model, block = (FLOAT * n for n in w.parameters())
+    outside_blocks = model - w.layers * block
+    is_sharded = shard and count > 1
+    parts = count if is_sharded else 1
+    length = w.prompt + w.response
     rows = -(-w.batch // count)
-    some = min(w.micro or w.minibatch, -(-w.minibatch // count)) * (w.prompt + w.response)
-    part = dict(weights=p / parts, gradients=p / parts, adam=2 * p / parts, frozen=2 * p)
-    # sharded: whole during the update are the tables with their gradients, and of blocks the one at work, the next one, the
-    # gradients of the one at work, and what lies ready to be gathered and summed; while sampling, a copy of all
-    part["whole"] = 2 * outside + 6 * block if shard and count > 1 else 0
-    part["activations"] = 4 * some * w.width * (17 * w.layers + 4)
-    part["backward"] = 4 * some * w.width * 12  # gradients in one block: of the residual stream, and of twice 4 D in its MLP
-    part["head"] = 4 * w.sizes.table_rows * w.width  # the tied table's gradient, begun by the head; sharded, its copy to send
-    part["cache"] = 4 * 2 * w.layers * w.width * (w.prompt + w.response) * rows
-    passing = 4 * 11 * w.width * rows * (w.prompt + w.response)
-    replicas = count > 1 and not shard  # their gradients lie in the buckets of the exchange, for as long as the run lasts
-    kept = part["weights"] + part["adam"] + part["frozen"] + (part["gradients"] if replicas else 0)
-    copy = p if shard and count > 1 else 0
-    # of a single micro-batch gradients grow while activations go; of several they are there already
-    both = (0 if replicas else part["gradients"], part["activations"] + part["backward"] + part["head"])
-    several = w.micro and -(-w.minibatch // count) > w.micro
-    part["update"] = kept + (sum(both) if several else max(both)) + part["whole"]
-    part["sample"] = kept + copy + part["cache"] + 4 * 11 * w.width * rows * w.prompt
-    part["score"] = kept + copy + passing
+    minibatch_rows = -(-w.minibatch // count)
+    tokens = min(w.micro or w.minibatch, minibatch_rows) * length  # of a micro-batch
+    row = FLOAT * w.width  # one vector
+    part = dict(
+        weights=model / parts, gradients=model / parts, adam=2 * model / parts, frozen=2 * model,
+        # Sharded: full embeddings with their gradients; of the blocks, the current one, the next
+        # one, the current gradients, and the buffers of all-gather and reduce-scatter.
+        unsharded=2 * outside_blocks + 6 * block if is_sharded else 0,
+        activations=tokens * row * (17 * w.layers + 4),
+        backward=tokens * row * 12,  # gradients in one block: the residual, and 2 x 4 D in the MLP
+        head=w.sizes.table_rows * row,  # a gradient of the embedding table
+        cache=2 * w.layers * row * length * rows)
+    # DistributedDataParallel keeps all gradients during the whole run, in the exchange's buckets.
+    keeps_gradients = count > 1 and not shard
+    kept = part["weights"] + part["adam"] + part["frozen"]
+    kept += part["gradients"] if keeps_gradients else 0
+    gradients = 0 if keeps_gradients else part["gradients"]
+    # The LM head's gradient of the table exists from the start of the backward pass, that of the
+    # embedding at its end, when the activations are gone.
+    start = part["activations"] + part["backward"] + part["head"]
+    end = gradients + part["head"]
+    has_micro_batches = w.micro and minibatch_rows > w.micro
+    needed = gradients + start if has_micro_batches else max(start, end)
+    part["update"] = kept + needed + part["unsharded"]
+    copy = model if is_sharded else 0  # unsharded, for sampling and scoring
+    part["sample"] = kept + copy + part["cache"] + 11 * row * rows * w.prompt
+    part["score"] = kept + copy + 11 * row * rows * length
     part["peak"] = max(part["update"], part["sample"], part["score"])
     return part
 
 
-def moved(w: Work, count: int, shard: bool) -> float:
-    """Bytes that each GPU sends in an iteration: a ring all-reduce of n bytes sends 2 n (count - 1) / count, a ring all-gather
-    or reduce-scatter half of that. Sharded, each micro-batch gathers twice and scatters once; sampling and scoring gather."""
-    p, steps = 4 * w.parameters()[0], w.epochs * -(-w.batch // w.minibatch)
-    if not shard:
-        return 2 * p * steps * (count - 1) / count
-    most = -(-w.minibatch // count)
-    return (3 * steps * -(-most // (w.micro or most)) + 2) * p * (count - 1) / count
+def sent_bytes(w: Work, count: int, shard: bool) -> float:
+    """Bytes that each GPU sends in an iteration.
+
+    A ring all-reduce of n bytes sends 2 n (count - 1) / count, a ring all-gather or reduce-scatter
+    half of that. Sharded, each micro-batch gathers twice and scatters once; sampling and scoring
+    gather once each.
+    """
+    steps = w.epochs * -(-w.batch // w.minibatch)
+    if shard:
+        rows = -(-w.minibatch // count)
+        transfers = 3 * steps * -(-rows // (w.micro or rows)) + 2
+    else:
+        transfers = 2 * steps
+    return transfers * FLOAT * w.parameters()[0] * (count - 1) / count
 
 
 def flops(w: Work, count: int) -> dict[str, float]:
-    """Per GPU and iteration, by phase; a multiply-add is two. Forward 2 per weight and token, backward 4; attention 2 T^2 D a
-    layer and row under the causal mask; the head only where tokens were sampled, and there once more in the backward pass. The
-    last layer goes on, after its attention, with the tokens alone whose states are read: those sampled, or the last."""
-    rows, length = -(-w.batch // count), w.prompt + w.response
+    """Operations of each GPU in an iteration, by phase; a multiply-add is two.
+
+    Forward 2 for each weight and token, backward 4; causal attention 2 T^2 D for each layer and
+    row; the LM head only on sampled tokens, where the backward pass computes the logits again.
+    """
+    rows = -(-w.batch // count)
+    length = w.prompt + w.response
     body = 2 * 12 * w.width**2 * w.layers
     head = 2 * w.vocab * w.width
 
-    def forward(tokens: int, read: int) -> float:
-        return rows * (body * tokens - 18 * w.width**2 * (tokens - read) + 2 * tokens**2 * w.width * w.layers)
+    def forward(tokens: int) -> float:
+        return rows * (body * tokens + 2 * tokens**2 * w.width * w.layers)
 
-    return dict(prefill=forward(w.prompt, 1), decode=rows * w.response * (body + head),
-                score=2 * forward(length, w.response) + forward(length, 1) + 2 * rows * w.response * head,
-                update=w.epochs * (3 * forward(length, w.response) + 4 * rows * w.response * head))
+    sampled = rows * w.response
+    return dict(prefill=forward(w.prompt), decode=sampled * (body + head),
+                score=3 * forward(length) + 2 * sampled * head,  # policy, reference, reward model
+                update=w.epochs * (3 * forward(length) + 4 * sampled * head))
 
 
 def seconds(w: Work, count: int, shard: bool, config: MemoryConfig) -> dict[str, float]:
-    """By phase. A decoding step takes as long as its arithmetic or as reading weights and cache, whichever is longer."""
-    rate, done, p = config.tflops * 1e12, flops(w, count), 4 * w.parameters()[0]
-    read = w.response * (p + memory(w, count, shard)["cache"] * 0.75) / (config.hbm * 1e9)
-    row = dict(sample=done["prefill"] / rate + max(done["decode"] / rate, read), score=done["score"] / rate,
-               update=done["update"] / rate, exchange=moved(w, count, shard) / (config.link * 1e9))
+    """Seconds by phase.
+
+    Decoding takes the time of its arithmetic, or of reading weights and cache if that is longer.
+    """
+    rate = config.tflops * 1e12
+    work = flops(w, count)
+    read = w.response * (FLOAT * w.parameters()[0] + memory(w, count, shard)["cache"])
+    row = dict(sample=work["prefill"] / rate + max(work["decode"] / rate, read / config.hbm / 1e9),
+               score=work["score"] / rate, update=work["update"] / rate,
+               exchange=sent_bytes(w, count, shard) / (config.link * 1e9))
     return row | dict(total=sum(row.values()))
 
 
 def table(config: MemoryConfig) -> str:
+    columns = ("weights", "gradients", "adam", "frozen", "activations", "cache", "peak")
     rows = []
     for size in GPT2:
         w = hh_gpt2(size)
         for count, shard in [(1, False)] + [(n, s) for n in (2, 4, 8) for s in (False, True)]:
-            m, t = memory(w, count, shard), seconds(w, count, shard, config)
-            gib = [f"{m[key] / GIB:.1f}" for key in ("weights", "gradients", "adam", "frozen", "activations", "cache", "peak")]
-            rows.append([size, f"{count}{' --shard' if shard else ''}", *gib, f"{moved(w, count, shard) / 1e9:.1f}",
-                         f"{t['total']:.1f}", f"{t['exchange'] / t['total']:.0%}"])
-    return markdown_table(["GPT-2", "GPUs", "weights", "gradients", "Adam", "reference + reward", "activations", "cache",
-                           "peak, GiB", "GB sent", "seconds", "of it sending"], rows)
+            part = memory(w, count, shard)
+            time_of = seconds(w, count, shard, config)
+            rows.append([size, f"{count}{' --shard' if shard else ''}",
+                         *(f"{part[column] / GIB:.1f}" for column in columns),
+                         f"{sent_bytes(w, count, shard) / 1e9:.1f}", f"{time_of['total']:.1f}",
+                         f"{time_of['exchange'] / time_of['total']:.0%}"])
+    return markdown_table(["GPT-2", "GPUs", "weights", "gradients", "Adam", "reference + reward",
+                           "activations", "cache", "peak, GiB", "GB sent", "seconds",
+                           "of it sending"], rows)
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- measured ------------------------------------------------------------------------------------
 
-CHECKS = {"3 x 512": Work(3, 8, 512, 4000, 48, 80, 8, 8, 8, 1), "6 x 256": Work(6, 8, 256, 4000, 48, 80, 16, 16, 0, 1)}
+CHECKS = {"3 x 512": Work(3, 8, 512, 4000, 48, 80, 8, 8, 8, 1),
+          "6 x 256": Work(6, 8, 256, 4000, 48, 80, 16, 16, 0, 1)}
 
 
-def peak_of(run) -> tuple[float, float]:
-    """(bytes at the peak of resident memory while run() lasts, seconds); Linux alone can start that figure anew."""
-    Path("/proc/self/clear_refs").write_text("5")
+def peak_of(run: Callable) -> tuple[float, float]:
+    """(peak of resident memory during run() in bytes, seconds); only on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = time.perf_counter()
     run()
     taken = time.perf_counter() - start
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024, taken
+    return kilobytes("/proc/self/status", "VmHWM") * 1024, taken
 
 
-def prepared(w: Work, shard: bool):
-    """A function that does the update of one iteration, on random weights and tokens."""
-    config = dataclasses.replace(PolicyConfig(), batch_size=w.batch, minibatch_size=w.minibatch, micro_batch_size=w.micro,
-                                 ppo_epochs=w.epochs, shard=shard)
-    policy, base, reward = (Transformer(w.sizes, seed) for seed in range(3))
-    for frozen in (base, reward):
-        frozen.requires_grad_(False)
+def prepare_update(w: Work, shard: bool) -> tuple[Callable, list[Transformer]]:
+    """(function that does one update on random weights and tokens, reference and reward model).
+
+    The second is not used, but occupies memory as in a run.
+    """
+    config = PolicyConfig(batch_size=w.batch, minibatch_size=w.minibatch, micro_batch_size=w.micro,
+                          ppo_epochs=w.epochs, lr=1e-4, lr_decay=False, kl_coef=0.1, shard=shard)
+    policy, reference, reward_model = (Transformer(w.sizes, seed) for seed in range(3))
+    reference.requires_grad_(False)
+    reward_model.requires_grad_(False)
     learner = prepare_training(policy, config, torch.device("cpu"), ["value_head"])
-    optimizer = make_optimizer(policy, 1e-4)
+    optimizer = make_optimizer(policy, config.lr)
     generator = torch.Generator().manual_seed(0)
-    prompts, responses = (torch.randint(w.vocab, (w.batch, n), generator=generator) for n in (w.prompt, w.response))
-    sampled = [x for ids in (prompts, responses) for x in (ids, torch.ones_like(ids, dtype=torch.bool))]
-    rollout = collect_rollout(parallel.whole(policy), base, *sampled, torch.randn(w.batch, generator=generator), 0.1, 1.0, 8)
-    rung = LADDER["ppo"]
-    advantages, returns = advantages_and_returns(rung, rollout, config)
+    prompts, responses = (torch.randint(w.vocab, (w.batch, n), generator=generator)
+                          for n in (w.prompt, w.response))
+    samples = make_samples(prompts, torch.ones_like(prompts, dtype=torch.bool),
+                           responses, torch.ones_like(responses, dtype=torch.bool))
+    scores = torch.randn(w.batch, generator=generator)
+    small = dataclasses.replace(config, micro_batch_size=8)
+    logprobs, values = measure(policy, samples, small)
+    ref_logprobs, _ = measure(reference, samples, small)
+    rewards = token_rewards(scores, logprobs, ref_logprobs, samples.response_mask, config.kl_coef)
+    rollout = Rollout(samples, logprobs, ref_logprobs, values, scores, rewards, config.kl_coef)
+    rollout = estimate_advantages(ALGORITHMS["ppo"], rollout, config)
+    return (lambda: update(learner, optimizer, rollout, config, 0, w.response),
+            [reference, reward_model])
 
-    def step(beside=(base, reward)):  # they lie in memory during an update, as in a run
-        return update(learner, optimizer, rung, rollout, advantages, returns, config, 0.1, 1e-4, w.response, 0)
 
-    return step
+def measure_update(w: Work, shard: bool) -> dict[str, float]:
+    """One update, in one of one or more processes; bytes beyond those before the model exists.
 
-
-def measure(w: Work, shard: bool) -> dict[str, float]:
-    """In a process of its own, or several: one update, once Adam has its state; bytes beyond those before the model."""
-    parallel.start()
-    prepared(Work(1, 1, 32, 100, 4, 4, 8, 8, 0, 1), shard)()  # the code itself comes into memory when it first runs
-    empty, _ = peak_of(lambda: None)
-    step = prepared(w, shard)
-    step()
-    peak, taken = peak_of(step)
+    rate: operations per second of a matrix product, measured in the same process.
+    """
+    init_processes()
+    run, _ = prepare_update(Work(1, 1, 32, 100, 4, 4, 8, 8, 0, 1), shard)
+    run()  # loads the code into memory
+    before, _ = peak_of(lambda: None)
+    run, others = prepare_update(w, shard)
+    run()  # creates the optimizer's state
+    peak, taken = peak_of(run)
     a = torch.randn(1024, 1024)
     start = time.perf_counter()
     for _ in range(20):
         a @ a
     rate = 20 * 2 * 1024**3 / (time.perf_counter() - start)
-    return dict(bytes=peak - empty, seconds=taken, rate=rate)
+    return dict(bytes=peak - before, seconds=taken, rate=rate)
+
+
+def run_measurement(name: str, count: int, shard: bool) -> dict[str, float]:
+    """measure_update in `count` new processes with one thread each. Raises UserError."""
+    command = [sys.executable, "-m"]
+    if count > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                    "--module"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        command += ["minirlhf.lab.memory", "measure", name, str(int(shard)), str(out)]
+        try:
+            subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.PIPE,
+                           env=os.environ | dict(OMP_NUM_THREADS="1"))
+        except subprocess.CalledProcessError as error:
+            end = error.stderr.decode()[-300:]
+            raise UserError(f"a measuring process failed: {end}") from None
+        return json.loads(out.read_text())
 
 
 def check() -> str:
-    """Raises UserError with the last words of a process that failed."""
-    rows, environment = [], {**os.environ, "OMP_NUM_THREADS": "1"}
+    """A table that compares computed with measured values. Raises UserError."""
+    rows = []
     for name, w in CHECKS.items():
         for count, shard in ((1, False), (2, False), (2, True)):
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "out"
-                command = [sys.executable, *launch, "--module" if launch else "-m", "minirlhf.lab.memory", "measure", name]
-                command += [str(int(shard)), str(out)]
-                try:
-                    subprocess.run(command, check=True, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-                except subprocess.CalledProcessError as error:
-                    raise UserError(f"a measured process failed: {error.stderr.decode()[-300:]}") from None
-                found = json.loads(out.read_text())
-            wanted, rate = memory(w, count, shard)["update"], found["rate"]
-            expected = flops(w, count)["update"] / rate
-            rows.append([name, f"{count}{' --shard' if shard else ''}", f"{wanted / 2**20:.0f}", f"{found['bytes'] / 2**20:.0f}",
-                         f"{wanted / found['bytes'] - 1:+.0%}", f"{expected:.1f}", f"{found['seconds']:.1f}",
-                         f"{expected / found['seconds'] - 1:+.0%}"])
-    return markdown_table(["layers x width", "processes", "computed, MiB", "measured", "error", "computed, s", "measured",
-                           "error"], rows)
+            measured = run_measurement(name, count, shard)
+            computed_bytes = memory(w, count, shard)["update"]
+            computed_seconds = flops(w, count)["update"] / measured["rate"]
+            rows.append([name, f"{count}{' --shard' if shard else ''}",
+                         f"{computed_bytes / 2**20:.0f}", f"{measured['bytes'] / 2**20:.0f}",
+                         f"{computed_bytes / measured['bytes'] - 1:+.0%}",
+                         f"{computed_seconds:.1f}", f"{measured['seconds']:.1f}",
+                         f"{computed_seconds / measured['seconds'] - 1:+.0%}"])
+    return markdown_table(["layers x width", "processes", "computed, MiB", "measured", "error",
+                           "computed, s", "measured", "error"], rows)
 
 
 def main(config: MemoryConfig) -> None:
+    """Print the table, or with --check the comparison. Raises UserError."""
     check_ranges(config)
     if config.check:
-        print("One update, one thread a process, times at the rate of a 1024^3 matrix product measured in the same process:\n")
+        print("One update, one thread in each process. Computed times assume the speed of a "
+              "1024^3 matrix product, measured in the same process.\n")
         print(check())
         return
-    print(f"Computed, not measured: float32, --preset hh-gpt2, {config.tflops:g} TFLOP/s in matrix products, {config.hbm:g} GB/s "
-          f"of memory, {config.link:g} GB/s to the other GPUs, none of it overlapping.\n")
+    print(f"Computed, not measured: float32, --preset hh-gpt2, {config.tflops:g} TFLOP/s in "
+          f"matrix products, {config.hbm:g} GB/s of memory, {config.link:g} GB/s to the other "
+          "GPUs, no overlap.\n")
     print(table(config))
 
 
@@ -251,9 +323,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         _, _, name, shard, out = sys.argv
         torch.set_num_threads(1)
-        found = measure(CHECKS[name], shard == "1")
-        if int(os.environ.get("RANK", 0)) == 0:
-            Path(out).write_text(json.dumps(found))
-        parallel.stop()
+        result = measure_update(CHECKS[name], shard == "1")
+        if is_main():
+            Path(out).write_text(json.dumps(result))
+        finish_processes()
     else:
         run_lab(main, MemoryConfig)

@@ -1,1 +1,1 @@
-"""Programs around training, one file each: `python -m minirlhf.tools.NAME`. The core imports none of them."""
+"""Programs around training: `python -m minirlhf.tools.NAME`. The core imports none of them."""

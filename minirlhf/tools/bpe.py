@@ -1,6 +1,6 @@
-"""A byte-level BPE trainer that writes tiktoken's rank files.
+"""Train a byte-level BPE tokenizer. `python -m minirlhf.tools.bpe OUT --size 1022 FILE...`
 
-`python -m minirlhf.tools.bpe OUT --size 1022 FILE...` learns from preference files (all strings) or plain text.
+Learns from preference files (all their strings) or plain text; writes tiktoken's rank file.
 """
 
 import argparse
@@ -13,45 +13,52 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import regex  # the standard re lacks \p{L}; tiktoken itself requires this package, so it is always there
+import regex  # the standard re lacks \p{L}; tiktoken requires this package as well
 
-from minirlhf.flags import UserError, fail
-from minirlhf.tokenizer import GPT2_PATTERN
+from minirlhf.data.tokenizer import GPT2_PATTERN
+from minirlhf.run.command_line import fail
+from minirlhf.run.errors import UserError
 
 
 def merge(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
-    """Join the two neighbours of lowest rank, leftmost first, until no two neighbours make a token: tiktoken's rule.
+    """Merge a word's tokens by tiktoken's rule.
+
+    Join the adjacent pair of lowest rank, the leftmost if equal, until no pair makes a token.
 
     >>> merge([b"a", b"b", b"a", b"b"], {b"ab": 256})
     [b'ab', b'ab']
     """
     parts = list(parts)
     while len(parts) > 1:
-        rank, place = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        rank, place = min((ranks.get(a + b, math.inf), i)
+                          for i, (a, b) in enumerate(zip(parts, parts[1:])))
         if rank == math.inf:
             break
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
     return parts
 
 
-def train_ranks(texts: Iterable[str], n_ranks: int, pattern: str = GPT2_PATTERN) -> dict[bytes, int]:
-    """Token bytes -> rank: the 256 bytes, then, one at a time, the most frequent join of two neighbours inside a word.
+def train_ranks(texts: Iterable[str], n_ranks: int,
+                pattern: str = GPT2_PATTERN) -> dict[bytes, int]:
+    """A dict token -> rank: the 256 bytes, then new tokens in the order of learning.
 
-    Ties go to the join that is first in byte order. Fewer than n_ranks come back where the words run out of pairs.
-    A join is known by its bytes and not by its two halves, since tiktoken too looks up only the joined bytes.
+    Each new token joins the most frequent adjacent pair inside words; of equally frequent pairs,
+    the first in byte order. Two pairs with the same joined bytes count as one, because tiktoken
+    looks up the joined bytes. Returns fewer than n_ranks if no pairs are left.
     """
     if n_ranks < 256:
-        raise ValueError(f"n_ranks {n_ranks} is below 256: every byte needs a rank")
+        raise ValueError(f"n_ranks {n_ranks} is below 256: each byte needs a rank")
     ranks = {bytes([byte]): byte for byte in range(256)}
     words = collections.Counter(word for text in texts for word in regex.findall(pattern, text))
     counts = list(words.values())
     splits = [[bytes([byte]) for byte in word.encode()] for word in words]
-    frequency, where = collections.Counter(), collections.defaultdict(set)
+    frequency: collections.Counter[bytes] = collections.Counter()
+    words_with = collections.defaultdict(set)  # joined pair -> indices of words
 
     def count(word: int, sign: int) -> None:
         for a, b in zip(splits[word], splits[word][1:]):
             frequency[a + b] += sign * counts[word]
-            where[a + b].add(word)
+            words_with[a + b].add(word)
 
     for word in range(len(splits)):
         count(word, 1)
@@ -60,21 +67,23 @@ def train_ranks(texts: Iterable[str], n_ranks: int, pattern: str = GPT2_PATTERN)
         if frequency[join] == 0:
             break
         ranks[join] = len(ranks)
-        for word in where.pop(join):
+        for word in words_with.pop(join):
             count(word, -1)
             splits[word] = merge(splits[word], ranks)
             count(word, 1)
-        where.pop(join, None)
+        words_with.pop(join, None)
     return ranks
 
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
-    """tiktoken's own format: one line per token, base64 of its bytes, a blank, its rank."""
+    """Write tiktoken's format: one line per token, "BASE64 RANK", in order of rank."""
     ordered = sorted(ranks, key=ranks.__getitem__)
-    Path(path).write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % ranks[token] for token in ordered))
+    Path(path).write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % ranks[token]
+                                    for token in ordered))
 
 
 def strings_in(value) -> Iterator[str]:
+    """All strings of a JSON value, without the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
@@ -83,7 +92,10 @@ def strings_in(value) -> Iterator[str]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The strings of a .json or .jsonl file (or of either, gzipped); the whole of any other file as one text."""
+    """The strings of a .json or .jsonl file, plain or as .gz; any other file is one text.
+
+    Raises UserError.
+    """
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -96,19 +108,25 @@ def read_texts(path: Path) -> Iterator[str]:
         else:
             yield text
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give preference files or UTF-8 text") from None
+        raise UserError(f"{path}: cannot be read ({error}); "
+                        "give preference files or UTF-8 text") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Learn a tiktoken rank file.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--size", type=int, default=1022, help="ranks; with EOS and PAD best a multiple of 64")
+    """Write the rank file. A user's error is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser.add_argument("out", type=Path, help="the rank file to write, for --tokenizer")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE",
+                        help="preference files or plain text")
+    parser.add_argument("--size", type=int, default=1022,
+                        help="number of ranks (default: 1022); size + 2 should be a multiple of "
+                             "64, because EOS and PAD are added")
     options = parser.parse_args(arguments)
     try:
         if options.size < 256:
-            raise UserError(f"--size {options.size} is below 256: every byte needs a rank")
-        ranks = train_ranks((text for path in options.files for text in read_texts(path)), options.size)
+            raise UserError(f"--size {options.size} is below 256: each byte needs a rank")
+        texts = (text for path in options.files for text in read_texts(path))
+        ranks = train_ranks(texts, options.size)
         write_ranks(options.out, ranks)
     except UserError as error:
         sys.exit(fail(str(error), 2))

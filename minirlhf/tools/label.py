@@ -1,6 +1,7 @@
-"""Let a person compare samples of a policy. `python -m minirlhf.tools.label --run runs/NAME`
+"""Compare pairs of a policy's samples by hand. `python -m minirlhf.tools.label --run runs/NAME`
 
-    two samples per prompt -> one key -> a line in labels.jsonl -> train_reward.py --init-reward ... --data labels.jsonl
+    two samples per prompt -> one key -> one line in labels.jsonl
+    -> train_reward.py --init-reward ... --data labels.jsonl
 """
 
 import dataclasses
@@ -14,105 +15,141 @@ import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minirlhf.config import DEVICES, RewardConfig, UserError, run_script
-from minirlhf.data import encode_prompts, unique_prompts
-from minirlhf.device import pick_device
-from minirlhf.environment import Prompts, model_scorer, next_prompts, sample_responses
-from minirlhf.flags import check_ranges, flag, setting
-from minirlhf.log import Progress
-from minirlhf.records import read_prompts
-from minirlhf.seeding import derive_seed
-from minirlhf.task import HELPDESK, load_function, load_splits
-from minirlhf.tools.labels import LabelFile, Pair
-from minirlhf.tools.terminal import at_terminal, can_redraw, raw_keys, read_key, side_by_side, wrap
+from minirlhf.config import DEVICES, RewardConfig
+from minirlhf.data.preference_files import read_prompts
+from minirlhf.data.prompts import Prompts, encode_prompts, prompts_of_step, unique_prompts
+from minirlhf.data.splits import HELPDESK_FILES, load_function, load_splits
+from minirlhf.rl.reward import Reward, score_responses
+from minirlhf.rl.sampling import sample_responses
+from minirlhf.run.command_line import check_ranges, flag, run_script, setting
+from minirlhf.run.device import pick_device
+from minirlhf.run.errors import UserError
+from minirlhf.run.seeding import derive_seed
+from minirlhf.run.terminal import Progress
+from minirlhf.tools.labels import PREFERENCES, LabelFile, Pair
+from minirlhf.tools.terminal import (
+    can_redraw,
+    is_interactive,
+    raw_keys,
+    read_key,
+    side_by_side,
+    wrap,
+)
 from minirlhf.tools.trained import Trained, identity, load_trained
 
-KEYS = {"left": "left", "a": "left", "1": "left", "right": "right", "d": "right", "2": "right", "t": "tie", "=": "tie",
-        "s": "skip", "u": "undo", "q": "quit", "": "quit", "\x04": "quit"}
-HELP = "   ".join(part.replace(" ", "\u00a0") for part in (  # no line breaks between a key and what it does
-    "1/a/← left is better", "2/d/→ right is better", "t tie", "s skip", "u undo", "q quit"))
-ROWS = 128  # responses sampled at a time when a program judges
-DULL = 200  # prompts in a row on which the policy says one thing only, after which there is nothing to ask
+KEYS = {"left": "left", "a": "left", "1": "left", "right": "right", "d": "right", "2": "right",
+        "t": "tie", "=": "tie", "s": "skip", "u": "undo", "q": "quit", "": "quit", "\x04": "quit"}
+HELP = ("1/a/← left is better", "2/d/→ right is better", "t tie", "s skip", "u undo", "q quit")
+CHUNK = 128  # responses to sample at a time if a program answers
+MAX_SKIPPED = 200  # stop after this many consecutive prompts without a usable pair
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    """Compare samples of a finished policy run, one key each, and keep the answers as preferences to learn from."""
+    """Compare samples of a finished policy run, one key each; save the answers as preferences."""
 
     run: str = setting("", "folder of a finished policy run")
-    out: str = setting("", "file of the answers, gone on with if it exists; empty: labels.jsonl in the run folder")
-    pick: str = setting("next", "uncertain: of --candidates pairs per prompt, the one on which the reward model is least sure",
-                        choices=("next", "uncertain"))
+    out: str = setting(
+        "", "file of answers, continued if it exists; empty: labels.jsonl in the run folder")
+    pick: str = setting(
+        "next", "uncertain: of --candidates pairs per prompt, show the pair whose reward-model "
+                "probability is closest to 1/2",
+        choices=("next", "uncertain"))
     candidates: int = setting(8, "pairs sampled per prompt for --pick uncertain", 1)
-    count: int = setting(0, "stop when the file holds so many answers, skipped ones included; 0: go on until q", 0)
-    judge: str = setting("", "module:function(prompt, a, b) -> probability that a is better, None to skip; in a person's place")
-    temperature: float = setting(0.0, "of sampling; 0: the run's own", 0)
-    max_response_length: int = setting(0, "tokens, EOS included; 0: the run's own", 0)
-    seed: int = setting(0, "every random choice derives from it", 0)
-    device: str = setting("auto", "auto takes cuda when there is one, else cpu", choices=DEVICES)
+    count: int = setting(
+        0, "stop when the file has this many answers, skipped ones included; 0: continue until q",
+        0)
+    judge: str = setting(
+        "", "let a program answer: module:function(prompt, a, b) -> probability that a is better, "
+            "or None to skip the pair")
+    temperature: float = setting(0.0, "of sampling; 0: as in training", 0)
+    max_response_length: int = setting(0, "tokens, EOS included; 0: as in training", 0)
+    seed: int = setting(0, "every random choice is a function of it", 0)
+    device: str = setting("auto", "auto: cuda if there is one, otherwise cpu", choices=DEVICES)
 
 
 def main(config: LabelConfig) -> dict:
-    """Ask until there is an end; returns the answers by kind. Raises UserError."""
+    """Collect answers; returns the number of answers of each kind. Raises UserError."""
     check_ranges(config)
-    judge = load_function(config.judge, "--judge") if config.judge else None
-    if judge and not config.count:
-        raise UserError("--judge needs --count: a program does not get tired")
-    if not judge and not at_terminal():
-        raise UserError("labelling takes a terminal, and this is not one; run it in one (over ssh: ssh -t), or name a --judge")
+    function = load_function(config.judge, "--judge") if config.judge else None
+    if function and not config.count:
+        raise UserError("--judge needs --count: the number of answers to write")
+    if not function and not is_interactive():
+        raise UserError("labeling needs a terminal; start this program in one "
+                        "(over ssh: ssh -t), or let a program answer with --judge")
     trained = load_trained(config.run, pick_device(config.device))
     path = Path(config.out) if config.out else trained.folder / "labels.jsonl"
     labels = LabelFile(path, identity(trained), config.run)
-    if labels.mended:
-        print(f"{path}: the last answer was cut short when the program ended; that pair comes again")
+    if labels.repaired:
+        print(f"{path}: the last answer was incomplete and has been removed; "
+              "its pair will be shown again")
     pairs = fresh_pairs(trained, training_prompts(trained), labels.next_number(), config)
     try:
-        if judge:
-            ask_program(judge, labels, pairs, config)
+        if function:
+            ask_program(function, labels, pairs, config)
         else:
             ask_person(labels, pairs, config)
-    except KeyboardInterrupt:  # as good as q
+    except KeyboardInterrupt:  # the same as q
         pass
-    finally:  # also when the disk is full
+    finally:  # also if the disk is full
         print(f"\n{path}: {labels.summary()}")
     if labels.rows:
-        print(f"\nto learn from them:\n  {next_command(trained, path)}")
-    return {answer: sum(row["answer"] == answer for row in labels.rows) for answer in ("left", "right", "tie", "skip")}
+        print(f"\nto train on these answers:\n  {next_command(trained, path)}")
+    return {answer: sum(row["answer"] == answer for row in labels.rows) for answer in PREFERENCES}
+
+
+# ---- which pairs to compare ----------------------------------------------------------------------
 
 
 def training_prompts(trained: Trained) -> Prompts:
     """The prompts that the policy was trained on."""
-    named = trained.config.prompts
-    texts = read_prompts(named) if named else unique_prompts(load_splits(trained.reward_config).train)
-    return Prompts(texts, encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)[0])
+    path = trained.config.prompts
+    if path:
+        texts = read_prompts(path)
+    else:
+        texts = unique_prompts(load_splits(trained.reward_config).train)
+    return encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)
 
 
-def fresh_pairs(trained: Trained, prompts: Prompts, number: int, config: LabelConfig) -> Iterator[Pair]:
-    """Pairs that can be learnt from, from this number on, sampled when asked for; each a function of seed and number alone.
-    Raises UserError when the policy keeps saying the same."""
-    each = 2 * (config.candidates if config.pick == "uncertain" else 1)
-    at_once, dull = max(1, ROWS // each) if config.judge else 1, 0
+def fresh_pairs(trained: Trained, prompts: Prompts, number: int,
+                config: LabelConfig) -> Iterator[Pair]:
+    """Yield pairs of samples, starting with this number. A pair depends on seed and number only.
+
+    Skips prompts for which all sampled pairs are useless for training.
+    Raises UserError if there are MAX_SKIPPED such prompts in a row.
+    """
+    copies = 2 * (config.candidates if config.pick == "uncertain" else 1)
+    count = max(1, CHUNK // copies) if config.judge else 1  # prompts at a time
     sampling = trained.sampling(config.temperature, config.max_response_length, config.seed)
-    scorer, scale = model_scorer(trained.reward_model, 0.0), float(trained.reward_model.score_scale)
+    reward = Reward("reward model", trained.reward_model, missing_eos_penalty=0.0)
+    scale = float(trained.reward_model.score_scale)
+    skipped = 0
     while True:
-        chosen = [next_prompts(prompts, 1, each, config.seed, n) for n in range(number, number + at_once)]
-        some = Prompts(*([x for part in column for x in part] for column in zip(*chosen)))
-        rows = list(range(number * each, (number + at_once) * each))
-        samples = sample_responses(trained.policy, *some, sampling, "label", rows=rows)
-        scores = (scorer(samples).double() * scale).tolist()
-        for start in range(0, len(scores), each):
-            pairs = [Pair(number, samples.prompts[i], samples.responses[i:i + 2], sigmoid(scores[i] - scores[i + 1]))
-                     for i in range(start, start + each, 2) if askable(*samples.responses[i:i + 2])]
-            dull = 0 if pairs else dull + 1
-            if dull == DULL:
-                raise UserError(f"on {DULL} prompts in a row the policy said the same twice, or nothing; raise --temperature")
+        steps = [prompts_of_step(prompts, 1, copies, config.seed, step)
+                 for step in range(number, number + count)]
+        chunk = Prompts([text for step in steps for text in step.texts],
+                        [ids for step in steps for ids in step.ids])
+        rows = list(range(number * copies, (number + count) * copies))
+        samples = sample_responses(trained.policy, chunk, sampling, "label", rows=rows)
+        raw_scores = (score_responses(reward, samples).double() * scale).tolist()
+        for start in range(0, len(rows), copies):
+            pairs = []
+            for i in range(start, start + copies, 2):
+                responses = samples.responses[i:i + 2]
+                if is_usable(*responses):
+                    probability = sigmoid(raw_scores[i] - raw_scores[i + 1])
+                    pairs.append(Pair(number, samples.prompts[i], responses, probability))
+            skipped = 0 if pairs else skipped + 1
+            if skipped == MAX_SKIPPED:
+                raise UserError(f"for {skipped} prompts in a row, the policy's samples were equal "
+                                "or empty; raise --temperature")
             if pairs:
                 yield min(pairs, key=lambda pair: abs(pair.probability - 0.5))
             number += 1
 
 
-def askable(a: str, b: str) -> bool:
-    """Whether training takes a preference between these: it drops blank and equal responses, and refuses a NUL character."""
+def is_usable(a: str, b: str) -> bool:
+    """Whether training can use this pair: different, not blank, and without NUL characters."""
     return a.strip() != b.strip() and all(text.strip() and "\0" not in text for text in (a, b))
 
 
@@ -120,84 +157,108 @@ def sigmoid(x: float) -> float:
     return 0.5 + 0.5 * math.tanh(x / 2)  # cannot overflow
 
 
-def ask_program(judge: Callable, labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) -> None:
-    """Draw each answer with the probability that the judge states."""
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def ask_program(function: Callable, labels: LabelFile, pairs: Iterator[Pair],
+                config: LabelConfig) -> None:
+    """Draw each answer with the probability that the function returns. Raises UserError."""
     progress = Progress("answer", config.count, len(labels.rows))
+    name = f"--judge {config.judge}"
     while len(labels.rows) < config.count:
         pair = next(pairs)
         try:
-            probability = judge(pair.prompt, *pair.responses)
+            probability = function(pair.prompt, *pair.responses)
             valid = probability is None or 0.0 <= probability <= 1.0
-        except Exception as error:  # whatever the user's function raises is the user's to mend
-            raise UserError(f"--judge {config.judge} raised {type(error).__name__}: {error}") from None
+        except Exception as error:  # the user's function can raise anything
+            raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
         if not valid:
-            raise UserError(f"--judge {config.judge} returned {probability!r}; it must be a probability, or None to skip")
+            raise UserError(f"{name} returned {probability!r}; "
+                            "it must be a probability, or None to skip the pair")
         drawn = random.Random(derive_seed(config.seed, "judge", pair.number)).random()
-        labels.add(pair, "skip" if probability is None else "left" if drawn < probability else "right")
+        if probability is None:
+            labels.add(pair, "skip")
+        else:
+            labels.add(pair, "left" if drawn < probability else "right")
         progress.show(len(labels.rows), "")
 
 
 def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) -> None:
-    """Show a pair, take a key, until q or --count. Raises OSError when an answer could not be written."""
-    fd, todo, note = sys.stdin.fileno(), [], ""  # todo: pairs to show before fresh ones, the next at the end
-    waiting, shown = False, 0  # waiting: no screen is being written; shown: the width of the last one
+    """Show a pair and read a key, until q or --count.
+
+    Raises OSError if an answer could not be written.
+    """
+    fd = sys.stdin.fileno()
+    todo: list[Pair] = []  # pairs to show before new ones, the next one at the end
+    note = ""
+    waiting = False  # for a key, so that a resized screen may be redrawn at any moment
+    shown_width = 0
 
     def resize(*_) -> None:
-        nonlocal waiting, shown
-        while waiting and shown != shutil.get_terminal_size().columns:
+        nonlocal waiting, shown_width
+        while waiting and shown_width != shutil.get_terminal_size().columns:
             waiting = False
-            shown = show(todo[-1], labels, note)
+            shown_width = show(todo[-1], labels, note)
             waiting = True
 
-    before = signal.signal(signal.SIGWINCH, resize)
+    previous_handler = signal.signal(signal.SIGWINCH, resize)
     try:
         with raw_keys(fd):
             while not config.count or len(labels.rows) < config.count:
                 todo = todo or [next(pairs)]
-                termios.tcflush(fd, termios.TCIFLUSH)  # a key pressed before the pair was there is no answer to it
-                shown = show(todo[-1], labels, note)
+                termios.tcflush(fd, termios.TCIFLUSH)  # drop keys pressed before the pair is shown
+                shown_width = show(todo[-1], labels, note)
                 waiting = True
-                resize()  # in case that it happened before waiting was true
-                action, note = KEYS.get(read_key(fd).lower(), ""), ""
+                resize()  # if the terminal was resized before waiting was set
+                action = KEYS.get(read_key(fd).lower(), "")
                 waiting = False
+                note = ""
                 if action == "quit":
                     return
                 if action == "undo":
-                    taken = labels.undo()
-                    todo, note = [*todo, taken] if taken else todo, "taken back" if taken else "there is nothing to take back"
+                    pair = labels.undo()
+                    todo += [pair] if pair else []
+                    note = "undone" if pair else "there is nothing to undo"
                 elif action:
                     labels.add(todo.pop(), action)
                 else:
-                    note = "that key means nothing here"
+                    note = "unknown key"
     finally:
-        signal.signal(signal.SIGWINCH, before)
+        signal.signal(signal.SIGWINCH, previous_handler)
 
 
 def show(pair: Pair, labels: LabelFile, note: str) -> int:
-    """One screen, as wide as the terminal is now; returns that width."""
-    columns = shutil.get_terminal_size().columns
+    """Print one screen at the terminal's current width; returns that width."""
+    width = shutil.get_terminal_size().columns
     clear = "\x1b[H\x1b[2J" if can_redraw() else ""
-    status = wrap(labels.summary(), columns) + ["─" * columns]
-    body = side_by_side(("1 left", pair.responses[0].strip()), ("2 right", pair.responses[1].strip()), columns)
-    lines = [*status, *wrap(pair.prompt.strip("\n"), columns), "", *body, "", *wrap(HELP, columns), *([note] if note else [])]
+    left, right = (response.strip() for response in pair.responses)
+    # no line break inside an entry
+    keys = "   ".join(entry.replace(" ", "\u00a0") for entry in HELP)
+    lines = [*wrap(labels.summary(), width), "─" * width, *wrap(pair.prompt.strip("\n"), width), ""]
+    lines += [*side_by_side(("1 left", left), ("2 right", right), width), "", *wrap(keys, width)]
+    lines += [note] if note else []
     sys.stdout.write(clear + "\n".join(lines) + "\n")
     sys.stdout.flush()
-    return columns
+    return width
 
 
 def next_command(trained: Trained, path: Path) -> str:
-    """The command that trains the reward model on: the settings without which it would be about other data stay the same."""
-    old, new = trained.reward_config, RewardConfig()
-    flags = ["--init-reward", str(Path(trained.config.reward_run) / "reward.pt"), "--data", str(path)]
+    """The command that trains the reward model on these answers, with the run's task settings."""
+    earlier = trained.reward_config
+    default = RewardConfig()
+    earlier_model = str(Path(trained.config.reward_run) / "reward.pt")
+    words = ["python", "train_reward.py", "--init-reward", earlier_model, "--data", str(path)]
     for name in ("tokenizer", "max_prompt_length", "max_response_length"):
-        if getattr(old, name) != getattr(new, name):
-            flags += [flag(name), str(getattr(old, name))]
-    heldout = old.heldout_data or (() if old.data else (HELPDESK["heldout"],))
-    test = old.test_data or (() if old.data else (HELPDESK["test"],))
-    for name, files in (("heldout_data", heldout), ("test_data", test)):
-        flags += [flag(name), *files] if files else []
-    task = "minirlhf.helpdesk" if old.task == "auto" and not old.data else old.task
-    return shlex.join(["python", "train_reward.py", *flags, *(["--task", task] if task not in ("auto", "none") else [])])
+        value = getattr(earlier, name)
+        if value != getattr(default, name):
+            words += [flag(name), str(value)]
+    for name, shipped in (("heldout_data", "heldout"), ("test_data", "test")):
+        files = getattr(earlier, name) or (() if earlier.data else (HELPDESK_FILES[shipped],))
+        words += [flag(name), *files] if files else []
+    uses_helpdesk = earlier.task == "auto" and not earlier.data
+    task = "minirlhf.data.helpdesk" if uses_helpdesk else earlier.task
+    words += ["--task", task] if task not in ("auto", "none") else []
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""From preference pairs to padded batches: encode, drop and count, batch, pad."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from minirlhf.data.preference_files import PreferencePair
+from minirlhf.data.prompts import encode_prompt
+from minirlhf.data.tokenizer import CHUNK, Ids
+from minirlhf.run.errors import UserError
+from minirlhf.run.seeding import generator
+
+MAX_GROUP = 16  # responses; a file with a single prompt must not become one batch
+SORTED_WINDOW = 16  # batches: see epoch_batches
+
+
+class PreferenceGroup(NamedTuple):
+    """A prompt with its distinct responses as ids, and which one was preferred to which."""
+
+    prompt: Ids
+    responses: tuple[Ids, ...]  # end with EOS unless cut
+    # (winner, loser, margin or 0, weight); winner and loser are indices into responses
+    pairs: tuple[tuple[int, int, float, float], ...]
+
+
+class PreferenceBatch(NamedTuple):
+    """N right-padded sequences (prompt + response) and M pairs of them."""
+
+    ids: Tensor  # [N, T] int64
+    attention_mask: Tensor  # [N, T] bool
+    chosen: Tensor  # [M] int64, index of a sequence
+    rejected: Tensor  # [M] int64, index of a sequence
+    margin: Tensor  # [M] float32
+    weight: Tensor  # [M] float32
+
+
+# ---- from text to ids ----------------------------------------------------------------------------
+
+
+def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
+                       max_prompt_length: int, max_response_length: int,
+                       ) -> tuple[list[PreferenceGroup], dict[str, int]]:
+    """(groups, counts). Consecutive pairs with the same prompt form a group.
+
+    Prompt and response are encoded separately, so a response has the same ids here and when the
+    policy samples it. Lengths are in tokens: a longer prompt loses its beginning; a longer
+    response (EOS included) loses its end and gets no EOS. An empty prompt becomes one EOS, because
+    the model needs a position from which to predict the first token; GPT-2 starts texts this way.
+    Pairs with a blank response, or with identical responses after cutting, are dropped.
+
+    counts: read, kept, empty, identical (pairs; a blank response counts as empty), prompts_cut
+    (groups), responses_cut (distinct responses of the kept pairs).
+    Raises UserError if no pair is left.
+    """
+    if min(max_prompt_length, max_response_length) < 1:
+        raise ValueError("lengths must be at least 1, "
+                         f"are {max_prompt_length} and {max_response_length}")
+    answered = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
+    groups: list[PreferenceGroup] = []
+    prompts_cut = 0
+    for prompt, run in groupby(answered, key=lambda pair: pair.prompt):
+        neighbors = list(run)
+        texts = {text for pair in neighbors for text in (pair.chosen, pair.rejected)}
+        encoded = {text: _encode_response(encoding, text, max_response_length) for text in texts}
+        kept = [pair for pair in neighbors if encoded[pair.chosen] != encoded[pair.rejected]]
+        if kept:
+            prompt_ids, was_cut = encode_prompt(encoding, prompt, max_prompt_length)
+            prompts_cut += was_cut
+            groups += _groups(prompt_ids, encoded, kept)
+    kept_pairs = sum(len(group.pairs) for group in groups)
+    eos = encoding.eot_token
+    responses_cut = sum(ids[-1] != eos for group in groups for ids in group.responses)
+    counts = dict(read=len(pairs), kept=kept_pairs, empty=len(pairs) - len(answered),
+                  identical=len(answered) - kept_pairs, prompts_cut=prompts_cut,
+                  responses_cut=responses_cut)
+    if not groups:
+        raise UserError(f"no usable pair: {describe_counts(counts)}; "
+                        "check the data, or raise the maximum lengths")
+    return groups, counts
+
+
+def _groups(prompt: Ids, encoded: dict[str, Ids],
+            pairs: list[PreferencePair]) -> Iterator[PreferenceGroup]:
+    """The pairs of one prompt: one group, or several if it has more than MAX_GROUP responses."""
+    index: dict[Ids, int] = {}
+    indexed: list[tuple[int, int, float, float]] = []
+    for pair in pairs:
+        both = encoded[pair.chosen], encoded[pair.rejected]
+        if len(index.keys() | set(both)) > MAX_GROUP:
+            yield PreferenceGroup(prompt, tuple(index), tuple(indexed))
+            index = {}
+            indexed = []
+        winner, loser = [index.setdefault(ids, len(index)) for ids in both]
+        indexed.append((winner, loser, pair.margin or 0.0, pair.weight))
+    yield PreferenceGroup(prompt, tuple(index), tuple(indexed))
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """The counts of encode_preferences in one line.
+
+    >>> describe_counts({"read": 9, "kept": 6, "empty": 1, "identical": 2,
+    ...                  "prompts_cut": 3, "responses_cut": 4})
+    'kept 6 of 9 pairs (dropped: 1 blank, 2 identical after cutting); cut 3 prompts, 4 responses'
+    """
+    return ("kept {kept} of {read} pairs (dropped: {empty} blank, {identical} identical after "
+            "cutting); cut {prompts_cut} prompts, {responses_cut} responses").format(**counts)
+
+
+def _encode_response(encoding: tiktoken.Encoding, text: str, max_length: int) -> Ids:
+    """The ids of the text and EOS, or the first max_length ids if they are more.
+
+    Text is encoded in chunks: megabytes that are cut anyway should not be encoded, and tiktoken's
+    regular expression overflows its stack on a million blanks. Within a chunk the ids are
+    tiktoken's own.
+    """
+    ids: list[int] = []
+    for start in range(0, len(text), CHUNK):
+        ids += encoding.encode_ordinary(text[start:start + CHUNK])
+        if len(ids) >= max_length:
+            return tuple(ids[:max_length])
+    return *ids, encoding.eot_token
+
+
+# ---- from groups to tensors ----------------------------------------------------------------------
+
+
+def collate_preferences(groups: list[PreferenceGroup], pad: int,
+                        device: torch.device | str = "cpu") -> PreferenceBatch:
+    """One sequence (prompt + response) for each response of each group; pairs index sequences."""
+    sequences: list[Ids] = []
+    pairs: list[tuple[int, int, float, float]] = []
+    for group in groups:
+        first = len(sequences)
+        pairs += [(first + winner, first + loser, margin, weight)
+                  for winner, loser, margin, weight in group.pairs]
+        sequences += [group.prompt + response for response in group.responses]
+    chosen, rejected, margin, weight = map(torch.tensor, zip(*pairs))
+    ids, mask = pad_right(sequences, pad)
+    tensors = ids, mask, chosen, rejected, margin.float(), weight.float()
+    return PreferenceBatch(*(tensor.to(device) for tensor in tensors))
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(ids [N, T] int64, mask [N, T] bool): shorter sequences are filled up with `pad`.
+
+    >>> pad_right([[1, 2], [3]], pad=9)[0].tolist(), pad_left([[1, 2], [3]], pad=9)[0].tolist()
+    ([[1, 2], [3, 9]], [[1, 2], [9, 3]])
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.full(mask.shape, pad)
+    ids[mask] = torch.tensor([token for sequence in sequences for token in sequence])
+    return ids, mask
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """pad_right with the padding before the tokens: all sequences end in the last column."""
+    ids, mask = pad_right([sequence[::-1] for sequence in sequences], pad)
+    return ids.flip(1), mask.flip(1)
+
+
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The indices of one epoch in batches, a function of the seed. The last batch may be smaller.
+
+    Items of similar length should share a batch, but fully sorted items would form the same
+    batches in every epoch. So the items are shuffled, sorted by length within windows of 16
+    batches, and the batches are shuffled again.
+    """
+    random = generator(seed, "order", epoch)
+    order = torch.randperm(len(lengths), generator=random).tolist()
+    full = len(order) - len(order) % batch_size
+    batches = []
+    for start in range(0, full, SORTED_WINDOW * batch_size):
+        window = order[start:min(start + SORTED_WINDOW * batch_size, full)]
+        window = sorted(window, key=lengths.__getitem__)
+        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+    batches = [batches[i] for i in torch.randperm(len(batches), generator=random)]
+    return batches + [order[full:]] if order[full:] else batches

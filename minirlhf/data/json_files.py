@@ -1,0 +1,134 @@
+"""JSON objects from a file that may be damaged or malicious.
+
+One object per line, or in one array; plain or as .gz.
+"""
+
+import functools
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from typing import TextIO
+
+from minirlhf.run.errors import UserError
+
+MAX_RECORD = 16 * 2**20  # characters: 1000 times a long dialogue; limits the memory of one line
+CHUNK = 2**16  # characters to read at a time
+NOT_BLANK = re.compile(r"\S")
+
+
+class BadRecord(Exception):
+    """A record of a file, or the rest of the file, is unusable."""
+
+
+def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
+    """(line number, object) of each record, or (line number, BadRecord) that says what is wrong.
+
+    Everything after damage (an incomplete .gz, an array with a syntax error) is one BadRecord.
+    Raises UserError for a file that cannot be opened.
+    """
+    line = 0
+    open_text = gzip.open if str(path).endswith(".gz") else open
+    try:
+        # surrogateescape: an invalid byte makes only its own record bad
+        with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for line, source in _sources(file):
+                yield line, _parse(source)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield line, BadRecord(f"after this line the file is damaged or incomplete ({error}); "
+                              "download it again")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _sources(file: TextIO) -> Iterator[tuple[int, str]]:
+    """(line number, JSON text) of each record. Holds at most one record and one chunk."""
+    is_first = True
+    lines = iter(functools.partial(file.readline, MAX_RECORD + 1), "")
+    for line, source in enumerate(lines, start=1):
+        if source == "\n":  # a fast path: a file may have millions
+            continue
+        text = source.lstrip()
+        if is_first and text.startswith("["):
+            yield from _array_items(file, line, text)
+            return
+        if text:
+            is_first = False
+            yield line, source
+        while source and not source.endswith("\n"):  # the rest of a line that is too long
+            source = file.readline(CHUNK)
+
+
+def _array_items(file: TextIO, line: int, text: str) -> Iterator[tuple[int, str]]:
+    """(line number, JSON text) of each item of the array that starts with `text`.
+
+    Text that does not parse may only be incomplete. So it is doubled until it parses, or is as
+    long as a record may be, or the file ends. The last item may be invalid; `_parse` reports it.
+    """
+    find_end = json.JSONDecoder().raw_decode
+    start = 1
+    separator = ","
+    while separator == ",":
+        position = start
+        start = _skip_blanks(text, start)
+        line += text.count("\n", position, start)
+        try:
+            end = find_end(text, start)[1]
+            after = _skip_blanks(text, end)
+            separator = text[after]  # IndexError: not read yet
+        except (ValueError, IndexError, RecursionError) as error:
+            length = len(text) - start
+            more = file.read(max(0, min(max(CHUNK, length), MAX_RECORD + 1 - length)))
+            if more:
+                text = text[start:] + more
+                start = 0
+                continue
+            yield line, text[start:]
+            if isinstance(error, IndexError):
+                raise EOFError("the array does not end") from None
+            return
+        yield line, text[start:end if separator in ",]" else after + 1]
+        line += text.count("\n", start, after)
+        start = after + 1
+    rest = text[start:] + file.read(CHUNK)
+    if separator == "]" and rest.strip():
+        yield line, rest
+
+
+def _skip_blanks(text: str, start: int) -> int:
+    match = NOT_BLANK.search(text, start)
+    return match.start() if match else len(text)
+
+
+def _parse(source: str) -> dict | BadRecord:
+    """One JSON object, read strictly: no repeated keys, no NaN."""
+    if len(source) > MAX_RECORD:
+        return BadRecord(f"the record is longer than {MAX_RECORD} characters; split or drop it")
+    try:
+        record = STRICT_JSON.decode(source)
+    except RecursionError:
+        return BadRecord("the record is nested too deeply; flatten it")
+    except ValueError as error:  # bad syntax, or an integer of thousands of digits
+        reason = str(error).replace("line 1 ", "")  # of the record; the message names the line
+        return BadRecord(f"the record is not strict JSON ({reason}); fix it "
+                         "(the name of a compressed file must end with .gz)")
+    if not isinstance(record, dict):
+        return BadRecord(f"the record is a JSON {type(record).__name__}, not an object; "
+                         'write {"prompt": ...}')
+    return record
+
+
+def unique_keys(items: list[tuple[str, object]]) -> dict:
+    """An object_pairs_hook for json that raises ValueError for a repeated key."""
+    keys = dict(items)
+    if len(keys) < len(items):
+        raise ValueError("an object has one key twice")
+    return keys
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_refuse_constant)

@@ -1,0 +1,64 @@
+"""Prompts: distinct ones of a data set, their ids, and which of them an iteration uses."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tiktoken
+import torch
+
+from minirlhf.data.preference_files import PreferencePair
+from minirlhf.data.tokenizer import CHUNK, Ids
+from minirlhf.run.seeding import generator
+
+
+class Prompts(NamedTuple):
+    """The same prompts as texts and as ids."""
+
+    texts: list[str]
+    ids: list[Ids]
+
+    def rows(self, chosen: Sequence[int]) -> "Prompts":
+        """The prompts with these indices."""
+        return Prompts([self.texts[i] for i in chosen], [self.ids[i] for i in chosen])
+
+    def first(self, count: int) -> "Prompts":
+        """The first `count` prompts."""
+        return Prompts(self.texts[:count], self.ids[:count])
+
+
+def unique_prompts(pairs: list[PreferencePair]) -> list[str]:
+    """The distinct prompts in order of first appearance."""
+    return list(dict.fromkeys(pair.prompt for pair in pairs))
+
+
+def encode_prompts(texts: list[str], encoding: tiktoken.Encoding,
+                   max_prompt_length: int) -> Prompts:
+    """The prompts with the last max_prompt_length of their ids."""
+    return Prompts(texts, [encode_prompt(encoding, text, max_prompt_length)[0] for text in texts])
+
+
+def encode_prompt(encoding: tiktoken.Encoding, text: str, max_length: int) -> tuple[Ids, bool]:
+    """The last max_length ids of the text, or one EOS if it has none; and whether it was cut."""
+    ids: list[int] = []
+    for start in reversed(range(0, len(text), CHUNK)):  # the end first: a long beginning is cut
+        ids = encoding.encode_ordinary(text[start:start + CHUNK]) + ids
+        if len(ids) > max_length:
+            break
+    return tuple(ids[-max_length:]) or (encoding.eot_token,), len(ids) > max_length
+
+
+def prompts_of_step(prompts: Prompts, count: int, copies: int, seed: int, step: int) -> Prompts:
+    """The prompts of one iteration (step from 0), a function of the step alone.
+
+    They are the next `count` of an endless sequence of shuffled passes over all prompts; each
+    occurs `copies` times in consecutive rows.
+    """
+    total = len(prompts.texts)
+    chosen: list[int] = []
+    order: list[int] = []
+    for position in range(step * count, (step + 1) * count):
+        if not order or position % total == 0:
+            shuffle = generator(seed, "prompts", position // total)
+            order = torch.randperm(total, generator=shuffle).tolist()
+        chosen += [order[position % total]] * copies
+    return prompts.rows(chosen)

@@ -1,0 +1,1 @@
+"""How good a reward model and a policy are, on prompts they were not trained on."""

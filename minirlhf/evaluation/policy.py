@@ -1,0 +1,203 @@
+"""Evaluation of a policy: compared with the base model at the same decoding."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.data.prompts import Prompts
+from minirlhf.evaluation.statistics import bootstrap_interval, standard_error
+from minirlhf.model import Transformer
+from minirlhf.rl.reward import score_responses
+from minirlhf.rl.rollout import sequence_kl
+from minirlhf.rl.sampling import gold_utility, sample_responses
+from minirlhf.rl.task import Task
+from minirlhf.run.terminal import printable
+
+DECODINGS = ("sampled", "greedy")
+BATCH = 128  # prompts at a time
+
+
+class EvalResult(NamedTuple):
+    """One decoding of one model on N prompts, one number for each."""
+
+    responses: list[str]
+    score: np.ndarray
+    gold: np.ndarray | None
+    kl: np.ndarray  # nats: full-distribution KL from the base model, summed over the response
+    length: np.ndarray
+    finished: np.ndarray
+
+    @property
+    def utility(self) -> np.ndarray:
+        """What responses are compared by: gold if the task has it, otherwise the score."""
+        return self.score if self.gold is None else self.gold
+
+
+def evaluate_decoding(model: Transformer, task: Task, prompts: Prompts, greedy: bool,
+                      purpose: str) -> EvalResult:
+    """Answer the prompts in batches and measure every response."""
+    responses, score, gold, kl, length, finished = [], [], [], [], [], []
+    for start in range(0, len(prompts.texts), BATCH):
+        rows = list(range(start, min(start + BATCH, len(prompts.texts))))
+        samples = sample_responses(model, prompts.rows(rows), task.sampling, purpose,
+                                   rows=None if greedy else rows)
+        responses += samples.responses
+        score += score_responses(task.reward, samples).tolist()
+        gold += gold_utility(samples, task.ground_truth) or []
+        kl += sequence_kl(model, task.base, samples, task.sampling.temperature).tolist()
+        length += samples.response_mask.sum(1).tolist()
+        finished += samples.finished
+    return EvalResult(responses, np.array(score), np.array(gold) if gold else None,
+                      np.array(kl), np.array(length), np.array(finished))
+
+
+def summarize(result: EvalResult, base: EvalResult) -> dict[str, float]:
+    """Means over prompts, and the win rate against the base model at the same decoding."""
+    wins = np.where(result.utility == base.utility, 0.5, result.utility > base.utility)
+    win_rate, low, high = bootstrap_interval(wins)
+    row = dict(score=result.score.mean(), score_se=standard_error(result.score),
+               kl=result.kl.mean(), length=result.length.mean(), eos_rate=result.finished.mean(),
+               win_rate=win_rate, win_low=low, win_high=high)
+    if result.gold is not None:
+        row |= dict(gold=result.gold.mean(), gold_se=standard_error(result.gold))
+    return {key: float(value) for key, value in row.items()}
+
+
+class Evaluator:
+    """Evaluates a policy on the same prompts again and again; the base model is sampled once."""
+
+    def __init__(self, task: Task, prompts: Prompts, purpose: str):
+        self.task = task
+        self.prompts = prompts
+        self.purpose = purpose
+        self.base = self.evaluate(task.base)
+
+    def evaluate(self, policy: Transformer) -> dict[str, EvalResult]:
+        """One result for each decoding."""
+        return {decoding: evaluate_decoding(policy, self.task, self.prompts, decoding == "greedy",
+                                            self.purpose)
+                for decoding in DECODINGS}
+
+    def metrics(self, results: dict[str, EvalResult]) -> dict[str, float]:
+        """Both decodings in one flat row: {"sampled_gold": ..., "greedy_win_rate": ...}."""
+        row: dict[str, float] = {}
+        for decoding in DECODINGS:
+            summary = summarize(results[decoding], self.base[decoding])
+            row |= {f"{decoding}_{key}": value for key, value in summary.items()}
+        return row
+
+
+def best_of_n(task: Task, prompts: Prompts, counts: tuple[int, ...]) -> list[dict]:
+    """The base model's best of n samples by score, for each n: search without training.
+
+    Its KL from the base model is at most log n - (n - 1) / n nats (Stiennon et al. 2020; proof that
+    it is a bound: Beirami et al. 2024).
+    """
+    rows = list(range(len(prompts.texts)))
+    draws = [sample_responses(task.base, prompts, task.sampling, "best of n", draw, rows)
+             for draw in range(max(counts))]
+    scores = np.array([score_responses(task.reward, draw).tolist() for draw in draws])  # [n, N]
+    gold = np.array([gold_utility(draw, task.ground_truth) or [] for draw in draws])
+    table = []
+    for n in counts:
+        best = scores[:n].argmax(axis=0)
+        row = dict(n=n, kl_bound=math.log(n) - (n - 1) / n,
+                   score=float(scores[:n].max(axis=0).mean()))
+        if gold.size:
+            row["gold"] = float(gold[best, rows].mean())
+        table.append(row)
+    return table
+
+
+# ---- the final table -----------------------------------------------------------------------------
+
+
+def final_evaluation(task: Task, policy: Transformer, best_of: int) -> tuple[dict, str, str]:
+    """(metrics, the table as text, samples.md) on the test prompts.
+
+    best_of: the number of prompts for the best-of-n rows, 0 for none.
+    """
+    evaluator = Evaluator(task, task.test, "test")
+    results = evaluator.evaluate(policy)
+    base_row = evaluator.metrics(evaluator.base)
+    metrics = {f"base_{key}": value for key, value in base_row.items()}
+    metrics |= evaluator.metrics(results)
+    metrics |= gap_closed(task, metrics)
+    of_n = best_of_n(task, task.test.first(best_of), (1, 4, 16)) if best_of else []
+    for row in of_n:
+        metrics |= {f"best_of_{row['n']}_{key}": row[key] for key in row if key != "n"}
+    page = samples_page(task.test.texts, evaluator.base["sampled"], results["sampled"])
+    return metrics, format_table(metrics, of_n, len(task.test.texts)), page
+
+
+def gap_closed(task: Task, metrics: dict) -> dict:
+    """best_gold, and the share of the gap from base to best possible that the policy closes."""
+    truth = task.ground_truth
+    if truth is None or not (hasattr(truth, "gold") and hasattr(truth, "best_response")):
+        return {}
+    best = float(np.mean([truth.gold(prompt, truth.best_response(prompt))
+                          for prompt in task.test.texts]))
+    row = dict(best_gold=best)
+    for decoding in DECODINGS:
+        base = metrics[f"base_{decoding}_gold"]
+        gap = metrics[f"{decoding}_gold"] - base
+        row[f"{decoding}_gap_closed"] = gap / (best - base)
+    return row
+
+
+COLUMNS = (("gold", "{:+.2f}"), ("gold_se", "{:.2f}"), ("score", "{:+.2f}"), ("kl", "{:.1f}"),
+           ("kl_bound", "{:.1f}"), ("length", "{:.1f}"), ("eos_rate", "{:.1%}"),
+           ("win_rate", "{:.1%}"), ("win_low", "{:.1%}"), ("win_high", "{:.1%}"))
+
+
+def format_table(metrics: dict, of_n: list[dict], prompts: int) -> str:
+    """The final table as text."""
+    lines = [table_row("", {key: key for key, _ in COLUMNS})]
+    for name, mark in (("base", "base_"), ("policy", "")):
+        for decoding in DECODINGS:
+            prefix = f"{mark}{decoding}_"
+            row = {key.removeprefix(prefix): value for key, value in metrics.items()
+                   if key.startswith(prefix)}
+            lines.append(table_row(f"{name}, {decoding}", row))
+    lines += [table_row(f"base, best of {row['n']}", row) for row in of_n]
+    if "best_gold" in metrics:
+        lines.append(table_row("best possible", dict(gold=metrics["best_gold"])))
+    for decoding in DECODINGS:
+        if f"{decoding}_gap_closed" in metrics:
+            closed = metrics[f"{decoding}_gap_closed"]
+            lines.append(f"gap from base to best possible closed, {decoding}: {closed:.0%}")
+    has_gold = "sampled_gold" in metrics
+    by = "gold utility" if has_gold else "the score of the reward it was trained on"
+    head = f"{prompts} test prompts; wins against the base model at the same decoding, by {by}"
+    return "\n".join([head, *lines])
+
+
+def table_row(name: str, row: dict) -> str:
+    """One line of the table; values are numbers or ready strings."""
+    cells = []
+    for key, form in COLUMNS:
+        value = row.get(key, "")
+        cells.append(value if isinstance(value, str) else form.format(value))
+    return f"{name:<18}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def samples_page(prompts: list[str], before: EvalResult, after: EvalResult, count: int = 8) -> str:
+    """Markdown: responses of base model and policy to the same prompts, from the same uniforms."""
+    parts = ["# Before and after\n"]
+    for i in range(min(count, len(prompts))):
+        parts.append(f"## {i + 1}\n\n{fenced(prompts[i])}\n")
+        for name, result in (("before", before), ("after", after)):
+            gold = "" if result.gold is None else f", gold {result.gold[i]:+.1f}"
+            response = fenced(result.responses[i].strip())
+            parts.append(f"**{name}** (score {result.score[i]:+.2f}{gold})\n\n{response}\n")
+    return "\n".join(parts)
+
+
+def fenced(text: str) -> str:
+    """The text in a code fence longer than any in it, so that it cannot end the fence."""
+    text = printable(text)
+    ticks = "```"
+    while ticks in text:
+        ticks += "`"
+    return f"{ticks}text\n{text}\n{ticks}"

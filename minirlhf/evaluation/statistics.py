@@ -1,0 +1,30 @@
+"""Means with their uncertainty."""
+
+import math
+
+import numpy as np
+
+from minirlhf.run.seeding import derive_seed
+
+
+def bootstrap_interval(values: np.ndarray, weights: np.ndarray | None = None,
+                       resamples: int = 2000) -> tuple[float, float, float]:
+    """(mean, low, high): weighted mean with its 95% bootstrap interval.
+
+    values: [n] one number per prompt; weights: [n], for example its number of pairs.
+    Whole prompts are resampled, because pairs of one prompt are not independent.
+    """
+    values = np.asarray(values, float)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, float)
+    random = np.random.default_rng(derive_seed(0, "bootstrap"))
+    draws = random.integers(len(values), size=(resamples, len(values)))
+    means = (values * weights)[draws].sum(1) / weights[draws].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float((values * weights).sum() / weights.sum()), float(low), float(high)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; infinite for one value."""
+    if len(values) < 2:
+        return float("inf")
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))

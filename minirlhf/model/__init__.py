@@ -1,0 +1,5 @@
+"""The language model: transformer, sampling, and files of weights."""
+
+from minirlhf.model.transformer import ModelConfig, Transformer
+
+__all__ = ["ModelConfig", "Transformer"]

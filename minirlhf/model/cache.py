@@ -1,0 +1,60 @@
+"""The key-value cache of the decoder."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of B sequences: kv [2, B, H, P + R, D / H] for each layer.
+
+    Columns 0 .. P - 1 hold the prompts, each starting at column 0. Every later token takes the
+    next column in all rows. Attention ignores the order of columns (positions are part of the
+    keys), so only `bias` says which columns count: 0, or -inf.
+    All columns are always read: batched products on a slice of them would be slower.
+    """
+
+    def __init__(self, config, attention_mask: Tensor, new_tokens: int, dtype: torch.dtype):
+        """Room for prompts with this mask [B, P], filled by a forward pass, and for new tokens."""
+        batch, self.columns = attention_mask.shape  # columns in use
+        device = attention_mask.device
+        room = self.columns + new_tokens
+        shape = (2, batch, config.n_head, room, config.d_model // config.n_head)
+        # zeros, because -inf would not hide a NaN
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.lengths = attention_mask.sum(1)  # real tokens of each row
+        is_empty = torch.arange(room, device=device) >= self.lengths[:, None]
+        bias = torch.zeros(batch, config.n_head, 1, room, dtype=dtype, device=device)
+        self.bias = bias.masked_fill_(is_empty[:, None, None], float("-inf"))
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the prompts' keys and values [B, H, C, D / H]."""
+        columns = min(keys.shape[2], self.kv[layer].shape[3])
+        self.kv[layer][0, :, :, :columns] = keys[:, :, :columns]
+        self.kv[layer][1, :, :, :columns] = values[:, :, :columns]
+
+    def add_column(self) -> None:
+        """Begin one more token in every row."""
+        self.lengths += 1
+        self.bias[..., self.columns] = 0.0
+        self.columns += 1
+
+    def append(self, layer: int, newest: Tensor) -> Tensor:
+        """Store the newest token's keys and values [2, B, H, D / H]; return the layer's cache."""
+        self.kv[layer][:, :, :, self.columns - 1] = newest
+        return self.kv[layer]
+
+    def keep_rows(self, keep: Tensor) -> Tensor:
+        """Drop the rows that the bool [B] does not keep. Returns the old index of each new row.
+
+        Rows from the end move into the gaps, so that little is copied.
+        """
+        count = int(keep.sum())
+        gaps = (~keep[:count]).nonzero().squeeze(1)
+        moved = count + keep[count:].nonzero().squeeze(1)
+        old = torch.arange(count, device=keep.device).index_copy_(0, gaps, moved)
+        for layer, kv in enumerate(self.kv):
+            kv[:, gaps, :, : self.columns] = kv[:, moved, :, : self.columns]
+            self.kv[layer] = kv[:, :count]
+        self.bias = self.bias[old]
+        self.lengths = self.lengths[old]
+        return old

@@ -1,0 +1,78 @@
+"""Sampling responses with a key-value cache. Finished rows leave the batch."""
+
+import torch
+from torch import Tensor
+
+from minirlhf.model.cache import KVCache
+from minirlhf.model.fast_decode import fast_linear_layers
+from minirlhf.model.transformer import Transformer
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[B, V] with -inf outside the top_k tokens and the smallest set of probability top_p.
+
+    For evaluation only: it changes the distribution, and training needs the original one.
+    """
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        mass_before = probability.cumsum(-1) - probability  # 0 for the first, which always stays
+        ordered = ordered.masked_fill(mass_before >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+    return logits
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """[B] tokens by inverse CDF.
+
+    The token is the first whose cumulative probability exceeds the row's uniform [B] in [0, 1).
+    """
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    target = uniforms[:, None] * cdf[:, -1:]  # less than the last, because u <= 1 - 2^-24
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_response_length: int,
+             eos: int, pad: int, uniforms: Tensor | None = None, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Responses [B, R] and response_mask [B, R]; R <= max_response_length is the longest length.
+
+    prompt_ids, prompt_mask: [B, P], left-padded.
+    uniforms: [B, max_response_length] in [0, 1), column t for action t; None decodes greedily.
+    The mask is 1 on every sampled token, EOS included; ids after EOS are pad.
+    A row without EOS was cut by length.
+    """
+    if top_k < 0 or not 0.0 < top_p <= 1.0 or temperature <= 0.0 or max_response_length < 1:
+        raise ValueError(f"need top_k >= 0, 0 < top_p <= 1, temperature > 0 and "
+                         f"max_response_length >= 1, got {top_k}, {top_p}, {temperature} and "
+                         f"{max_response_length}")
+    batch = len(prompt_ids)
+    response = torch.full((batch, max_response_length), pad, device=prompt_ids.device)
+    rows = torch.arange(batch, device=prompt_ids.device)  # of the response; finished rows leave
+    with torch.inference_mode(), fast_linear_layers(model, batch) as lm_head:
+        cache = KVCache(model.config, prompt_mask, max_response_length, model.wte.weight.dtype)
+        hidden = model(prompt_ids, prompt_mask, cache)[:, -1]
+        for t in range(max_response_length):
+            logits = lm_head(hidden)
+            if uniforms is None:
+                token = logits.argmax(-1)
+            else:
+                logits = filter_logits(logits, top_k, top_p)
+                token = sample_tokens(logits, uniforms[rows, t], temperature)
+            response[rows, t] = token
+            is_running = token != eos
+            running = int(is_running.sum())
+            if running == 0 or t + 1 == max_response_length:
+                break
+            if running < len(rows):
+                kept = cache.keep_rows(is_running)
+                rows = rows[kept]
+                token = token[kept]
+            hidden = model.decode(token, cache)
+    response = response[:, : t + 1]
+    is_eos = (response == eos).int()
+    eos_before = is_eos.cumsum(1) - is_eos
+    return response, eos_before == 0

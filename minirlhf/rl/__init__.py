@@ -1,0 +1,1 @@
+"""The algorithm: sampling, rewards, rollouts, advantages, losses, and the table of algorithms."""

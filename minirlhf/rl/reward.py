@@ -1,0 +1,63 @@
+"""The score of a response: from the reward model, or from a function of the user."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.model import Transformer
+from minirlhf.model.transformer import sequence_scores
+from minirlhf.rl.sampling import Samples, all_ids
+from minirlhf.run.errors import UserError
+from minirlhf.run.parallel import broadcast, by_rows, is_main
+
+
+class Reward(NamedTuple):
+    """What gives scores: a reward model, or function(prompts, responses) -> one number each."""
+
+    name: str
+    source: Transformer | Callable
+    missing_eos_penalty: float  # subtracted if a response was cut by length
+
+
+def score(reward: Reward, samples: Samples) -> Tensor:
+    """[B] the score of each response, during training.
+
+    Each process computes its share of a reward model's scores. A function of the user is called
+    once, in the first process, with all responses.
+    """
+    if isinstance(reward.source, Transformer):
+        with reward.source.autocast():
+            return by_rows(score_responses)(reward, samples)
+    scores = broadcast(score_responses(reward, samples).cpu() if is_main() else None)
+    return scores.to(samples.response_ids.device)
+
+
+@torch.no_grad()
+def score_responses(reward: Reward, samples: Samples) -> Tensor:
+    """[B] the score of each response, float32, computed in this process. Raises UserError."""
+    if isinstance(reward.source, Transformer):
+        scores = sequence_scores(reward.source, *all_ids(samples))
+    else:
+        scores = call_function(reward, samples).to(samples.response_ids.device)
+    is_unfinished = 1.0 - torch.tensor(samples.finished, dtype=torch.float32, device=scores.device)
+    return scores - reward.missing_eos_penalty * is_unfinished
+
+
+def call_function(reward: Reward, samples: Samples) -> Tensor:
+    """[B] what the user's function returns, checked. Raises UserError."""
+    name = f"the reward function {reward.name}"
+    try:
+        result = reward.source(list(samples.prompts), list(samples.responses))
+        scores = torch.as_tensor(result, dtype=torch.float32)
+    except Exception as error:  # the user's function can raise anything
+        raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
+    expected = (len(samples.prompts),)
+    if scores.shape != expected:
+        raise UserError(f"{name} returned shape {tuple(scores.shape)}; it must be {expected}")
+    if not scores.isfinite().all():
+        worst = int((~scores.isfinite()).nonzero()[0])
+        raise UserError(f"{name} returned {scores[worst]} for response {worst}: "
+                        f"{samples.responses[worst][:60]!r}")
+    return scores

@@ -1,0 +1,170 @@
+"""Checkpoint files: complete or absent, checksummed, and never unpickled without restrictions.
+
+A checkpoint is a torch.save archive followed by 81 bytes: a newline, "minirlhf sha256 " and the
+digest of everything before it. Tensors are loaded with weights_only=True; the rest is one JSON
+string.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+import minirlhf
+from minirlhf.run.errors import UserError
+from minirlhf.run.parallel import full_states, is_main, split_like
+from minirlhf.run.terminal import printable
+
+FORMAT = f"minirlhf {minirlhf.__version__}"
+OLD_FORMATS = {"minirlhf 1": "1.0"}
+SEAL = re.compile(rb"\nminirlhf sha256 ([0-9a-f]{64})\Z")
+SEAL_LENGTH = len("\nminirlhf sha256 ") + 64
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at path. A crash at any time leaves the old content or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:  # includes the exit that a signal causes
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name is part of the folder
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def version_error(path: Path, version: str) -> UserError:
+    """The error for a file of another version of this program."""
+    return UserError(f"{path}: written by minirlhf {version}, but this is minirlhf "
+                     f"{minirlhf.__version__}; use that version, or start a new run")
+
+
+def save_checkpoint(path: Path, kind: str, meta: dict, states: dict) -> None:
+    """kind: "base", "reward", "policy" or a stage.  meta: JSON.  states: name -> state_dict.
+
+    Raises OSError.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(format=FORMAT, kind=kind, meta=json.dumps(meta), states=states), buffer)
+    content = buffer.getvalue()
+    seal = f"\nminirlhf sha256 {hashlib.sha256(content).hexdigest()}".encode()
+    write_atomically(path, content + seal)
+
+
+def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
+    """(meta, states) of a checkpoint of this kind, on the CPU.
+
+    Raises UserError that names the file and the problem.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; "
+                        "is this the folder of a finished run?") from None
+    seal = SEAL.match(content[-SEAL_LENGTH:])
+    if seal is None:
+        raise UserError(f"{path}: incomplete, or not a checkpoint of this program; "
+                        "use an older checkpoint or train again")
+    payload = content[:-SEAL_LENGTH]
+    if hashlib.sha256(payload).hexdigest().encode() != seal[1]:
+        raise UserError(f"{path}: damaged (its checksum does not match); "
+                        "use an older checkpoint or train again")
+    return _unpack(path, payload, kind)
+
+
+def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
+    """load_checkpoint after the checksum."""
+    try:
+        loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        file_format = loaded["format"]
+        file_kind = loaded["kind"]
+        meta = json.loads(loaded["meta"])
+        states = loaded["states"]
+        if not isinstance(states, dict) or not isinstance(meta, dict):
+            raise ValueError("another format")
+        if not isinstance(file_kind, str) or not file_format.startswith("minirlhf "):
+            raise ValueError("another format")
+    except Exception:  # a malicious file can raise anything in the restricted unpickler
+        raise UserError(f"{path}: refused, because it is not a plain checkpoint of this program; "
+                        "train again") from None
+    if file_format != FORMAT:
+        version = OLD_FORMATS.get(file_format, file_format.removeprefix("minirlhf ")[:20])
+        raise version_error(path, printable(version))
+    if file_kind != kind:
+        raise UserError(f"{path}: contains a {file_kind} model, not a {kind} model; "
+                        "name the right folder")
+    return meta, states
+
+
+def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict] | None:
+    """(meta, states) of the newest valid checkpoint of this kind; skips others with a warning.
+
+    folder: the run's checkpoints/.
+    """
+    for path in sorted(folder.glob(f"{kind}-*.pt"), reverse=True):
+        try:
+            meta, states = load_checkpoint(path, kind)
+            if meta.get("run") != run_id:
+                raise UserError(f"{path}: belongs to a run with other settings or data; skipped")
+            return meta, states
+        except UserError as error:
+            print(printable(f"warning: {error}"))
+    return None
+
+
+def restore(checkpoint: tuple[dict, dict] | None, model: torch.nn.Module,
+            optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint of newest_checkpoint into model and optimizer.
+
+    Returns the number of finished steps, 0 without a checkpoint. Raises UserError.
+    """
+    if checkpoint is None:
+        return 0
+    meta, states = checkpoint
+    try:
+        current = model.state_dict()
+        weights = {name: split_like(value, current.get(name))
+                   for name, value in states["model"].items()}
+        model.load_state_dict(weights)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, moments in states["optimizer"]["state"].items():
+            for key, value in moments.items():
+                moments[key] = split_like(value, parameters[number])
+        optimizer.load_state_dict(states["optimizer"])
+        done = int(meta["step"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"a checkpoint does not fit its run ({reason}); "
+                        "delete it, or start a new run") from None
+    print(f"resuming after step {done}")
+    return done
+
+
+def save_step(folder: Path, kind: str, meta: dict, states: dict, keep: int) -> None:
+    """Write folder/KIND-STEP.pt, then delete all but the newest `keep` files of its kind.
+
+    meta["step"]: the number of finished steps. Every process must call this.
+    """
+    states = full_states(states)
+    if not is_main():
+        return
+    folder.mkdir(exist_ok=True)
+    newest = folder / f"{kind}-{meta['step']:08d}.pt"
+    save_checkpoint(newest, kind, meta, states)
+    # A file of a later step is damaged, or the run would have resumed from it: delete it first.
+    by_age = sorted(folder.glob(f"{kind}-*.pt"), key=lambda path: (path <= newest, path))
+    for path in by_age[:-keep]:
+        path.unlink()

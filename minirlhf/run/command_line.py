@@ -1,0 +1,188 @@
+"""The command line: a dataclass's fields are the flags, and a user's error is one line."""
+
+import argparse
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minirlhf.run.errors import UserError, suggest
+from minirlhf.run.folder import read_config, with_tuples
+from minirlhf.run.parallel import (
+    claim_error_report,
+    exit_process,
+    finish_processes,
+    init_processes,
+    is_lost_peer,
+    process_count,
+)
+from minirlhf.run.terminal import printable
+
+RENAMED_FLAGS = {
+    "--warmup-sequences": "--sft-sequences",
+    "--warmup-batch-size": "--sft-batch-size",
+    "--warmup-lr": "--sft-lr",
+    "--warmup-init": "--sft-init",
+    "--no-warmup-init": "--no-sft-init",
+    "--verdict-coef": "--auxiliary-coef",
+    "--normalise-prompts": "--normalize-prompts",
+}
+
+
+def setting(default, reason: str, low: float | None = None, high: float | None = None,
+            choices: tuple = ()):
+    """A dataclass field: its default, the reason for it (shown by --help), and what is allowed."""
+    metadata = dict(reason=reason, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """
+    >>> flag("kl_coef")
+    '--kl-coef'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for the first field whose type, range or choice is wrong."""
+    types = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        check_value(flag(field.name), getattr(config, field.name), types[field.name],
+                    field.metadata)
+
+
+def check_value(name: str, value: typing.Any, expected: typing.Any,
+                allowed: typing.Mapping) -> None:
+    """check_ranges for one field."""
+    if expected is float and type(value) is int:
+        value = float(value)
+    if typing.get_origin(expected) is tuple:
+        is_names = isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
+        if not is_names:
+            raise UserError(f"{name} takes file names, not {value!r}")
+    elif type(value) is not expected:
+        raise UserError(f"{name} takes a value of type {expected.__name__}, not {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value}")
+    if allowed["choices"] and value not in allowed["choices"]:
+        raise UserError(f"{name} {value!r} is not known{suggest(value, allowed['choices'])}")
+    if allowed["low"] is not None and value < allowed["low"]:
+        raise UserError(f"{name} {value} is too small; the minimum is {allowed['low']}")
+    if allowed["high"] is not None and value > allowed["high"]:
+        raise UserError(f"{name} {value} is too large; the maximum is {allowed['high']}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that does not print its whole usage before the error."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def make_parser(config_class) -> Parser:
+    """A parser with one flag for each field of the configuration, and --preset."""
+    parser = Parser(description=config_class.__doc__, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    if hasattr(config_class, "presets"):
+        text = f"settings that the flags override: {', '.join(config_class.presets)}"
+        parser.add_argument("--preset", choices=config_class.presets, metavar="NAME", help=text)
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = types[field.name]
+        text = f"{field.metadata['reason']} (default: {field.default!r})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag(field.name), nargs="+", metavar="PATH", help=text)
+        else:
+            metavar = kind.__name__.upper()
+            parser.add_argument(flag(field.name), type=kind, metavar=metavar, help=text)
+    return parser
+
+
+def parse_flags(config_class, arguments: list[str]) -> dict:
+    """Only the settings that the command line names, and "preset". Raises UserError."""
+    parser = make_parser(config_class)
+    for argument in arguments:
+        old_name = argument.split("=")[0]
+        new_name = RENAMED_FLAGS.get(old_name)
+        if new_name in parser._option_string_actions:
+            raise UserError(f"{old_name} is now called {new_name}")
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {unknown[0]}"
+                        f"{suggest(name, parser._option_string_actions)}")
+    return with_tuples(vars(namespace))
+
+
+def configure(config_class, arguments: list[str]):
+    """The configuration of a command line.
+
+    Flags override the preset; with --resume they override the settings of the run folder instead.
+    Raises UserError.
+    """
+    given = parse_flags(config_class, arguments)
+    settings = {}
+    if hasattr(config_class, "presets"):
+        settings = config_class.presets[given.pop("preset", "helpdesk")]
+    if given.get("resume"):
+        if not given.get("out"):
+            raise UserError("--resume needs --out: the folder of the run to resume")
+        stored = read_config(config_class, Path(given["out"]) / "config.json")
+        settings = dataclasses.asdict(stored)
+    return config_class(**{**settings, **given})
+
+
+def run_script(main: Callable, config_class, arguments: list[str] | None = None) -> None:
+    """Parse the flags and call main(config). A UserError becomes one line and exit status 2."""
+    config = None
+    try:
+        init_processes()
+        config = configure(config_class, sys.argv[1:] if arguments is None else arguments)
+        main(config)
+        finish_processes()
+    except UserError as error:
+        exit_process(fail(str(error), 2))
+    except (MemoryError, RuntimeError) as error:
+        if is_lost_peer(error):
+            exit_process(fail("another process of this run ended; its own output says why; "
+                              "resume with --resume", 1))
+        if not is_out_of_memory(error):
+            raise
+        exit_process(fail(memory_advice(config), 2))
+    except OSError as error:
+        exit_process(fail(f"{error.filename or 'output'}: {error.strerror}; "
+                          "files written earlier are complete", 2))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error))
+
+
+def memory_advice(config) -> str:
+    """The error for a run that found no memory: which flag to change, and to what."""
+    if not hasattr(config, "micro_batch_size"):
+        return "out of memory; stop other programs, or use a smaller model"
+    largest = getattr(config, "minibatch_size", config.batch_size)
+    most = -(-largest // process_count())  # rows of one process
+    size = min(config.micro_batch_size or most, most)
+    if size > 1:
+        return (f"out of memory; try --micro-batch-size {size // 2}: "
+                "fewer texts in a forward pass, the same gradient")
+    return ("out of memory even with one text at a time; "
+            f"try --batch-size {max(1, config.batch_size // 2)} or a smaller model")
+
+
+def fail(message: str, status: int) -> int:
+    """Print the error as one line on stderr, once per run. Returns the given exit status."""
+    if claim_error_report():
+        print("error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
+    return status

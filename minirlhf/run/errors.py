@@ -1,0 +1,25 @@
+"""Errors that the user can fix, and the words of their messages."""
+
+import difflib
+import math
+from collections.abc import Collection
+
+
+class UserError(Exception):
+    """A mistake that the user can fix: printed as one line, exit status 2, no traceback."""
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """The end of an error message: the closest known name, or the list of all names.
+
+    >>> suggest("pop", ["ppo", "rloo"]), suggest("x", ["ppo", "rloo"])
+    ('; did you mean ppo?', '; choose from ppo, rloo')
+    """
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; choose from {', '.join(known)}"
+
+
+def check_finite(value: float, what: str) -> None:
+    """Raise UserError if a number is NaN or infinite, before it reaches the weights."""
+    if not math.isfinite(value):
+        raise UserError(f"the {what} is {value}")

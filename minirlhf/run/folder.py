@@ -1,0 +1,145 @@
+"""One run, one folder, one writer: created or resumed, and locked while a process lives."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import minirlhf
+from minirlhf.run.checkpoint import version_error, write_atomically
+from minirlhf.run.errors import UserError
+from minirlhf.run.parallel import broadcast, is_main
+from minirlhf.run.terminal import printable
+
+SCHEDULE = ("iterations", "epochs")  # a resumed run may be extended
+# These settings do not affect results.
+NO_EFFECT = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl",
+             "shard")
+
+
+class RunFolder(NamedTuple):
+    """A claimed run folder."""
+
+    path: Path
+    lock: IO | None  # open in the main process: the lock ends with the process
+    id: str  # hash of the settings and inputs that affect results; stored in every checkpoint
+
+
+def open_folder(config, name: str, facts: dict) -> RunFolder:
+    """Claim the run folder and write config.json. An existing folder is refused unless resumed.
+
+    name: of a new folder under runs/ if --out is empty.
+    facts: other facts to record, for example hashes of the data.
+    """
+    path, lock = claim_folder(config, name, facts) if is_main() else (None, None)
+    path = broadcast(path)
+    settings = dict(dataclasses.asdict(config), out=str(path), resume=False)
+    if is_main():
+        content = json.dumps(sealed(settings, facts), indent=1) + "\n"
+        write_atomically(path / "config.json", content.encode())
+    decisive = {key: value for key, value in settings.items() if key not in NO_EFFECT + SCHEDULE}
+    return RunFolder(path, lock, json_digest([decisive, facts]))
+
+
+def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
+    """An empty folder, or that of a run that may be resumed; and its lock."""
+    folder = Path(config.out) if config.out else unused_folder(name)
+    if config.resume:
+        stored = read_config(type(config), folder / "config.json")
+        lock = lock_folder(folder)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_same_run(config, stored, content["facts"], facts)
+        for partial in folder.rglob(".*.partial"):  # from a write that was killed
+            partial.unlink()
+        return folder, lock
+    if folder.exists() and not is_unused(folder):
+        raise UserError(f"{folder}: already exists; add --resume to resume this run, "
+                        "or use another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, lock_folder(folder)
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder has no files, except hidden ones of a process killed before config.json."""
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+
+
+def unused_folder(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")
+    taken = {path.name for path in Path("runs").glob("*")}
+    number = next(n for n in range(1, len(taken) + 2) if f"{name}-{n}" not in taken)
+    return Path("runs") / f"{name}-{number}"
+
+
+def lock_folder(folder: Path) -> IO:
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another process is running there; wait for it to end, "
+                        "or use another --out") from None
+    return lock
+
+
+def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
+    """Raise UserError for any setting or input that would change the results of a resumed run."""
+    for field in dataclasses.fields(config):
+        old = getattr(stored, field.name)
+        new = getattr(config, field.name)
+        if old == new or field.name in NO_EFFECT:
+            continue
+        if field.name in SCHEDULE and new > old:
+            print(f"new schedule: {field.name} {old} -> {new}; "
+                  f"the results will differ from those of a run of {old}")
+        else:
+            raise UserError(f"--resume with {field.name} = {new!r}, but the run has {old!r}; "
+                            "leave the flag out, or start a new run")
+    if stored_facts != json.loads(json.dumps(facts)):
+        raise UserError("--resume: the input files have changed since the run started; "
+                        "start a new run")
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+def read_config(config_class, path: Path):
+    """The checked configuration of a run folder's config.json. Raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("version", "1.0")
+        settings, facts = content["settings"], content["facts"]
+        if version != minirlhf.__version__:
+            raise version_error(path, printable(str(version)[:20]))
+        config = config_class(**with_tuples(settings))
+        config.check()
+        intact = content == sealed(settings, facts)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this a run folder?") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+            RecursionError) as error:
+        raise UserError(f"{path}: not a configuration of this program ({error}); "
+                        "start a new run") from None
+    if not intact:
+        raise UserError(f"{path}: was changed or damaged since the run started; start a new run")
+    return config
+
+
+def sealed(settings: dict, facts: dict) -> dict:
+    """The content of config.json, with a checksum: one changed digit would make it another run."""
+    return dict(version=minirlhf.__version__, settings=settings, facts=facts,
+                sha256=json_digest([settings, facts]))
+
+
+def json_digest(content) -> str:
+    """SHA-256 of the content written as JSON."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def with_tuples(settings: dict) -> dict:
+    """The settings with tuples in place of the lists that argparse and JSON create."""
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()}

@@ -1,0 +1,142 @@
+"""One training run behind one object: folder, signals, checkpoints, metrics, progress and clock."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step, write_atomically
+from minirlhf.run.errors import UserError
+from minirlhf.run.folder import open_folder
+from minirlhf.run.metrics import Metrics
+from minirlhf.run.parallel import process_rank
+from minirlhf.run.signals import StopSignal
+from minirlhf.run.terminal import Progress
+
+
+class Run:
+    """A run of one or more stages; each stage is a loop over steps.
+
+        with Run(config, "train_policy.py") as run:
+            run.open("name", facts, {"policy": 60})
+            state = run.resume("policy", model, optimizer)
+            for step in run.steps():
+                ...
+                run.log(row, "text")
+                run.save(model, optimizer, state)
+    """
+
+    folder: Path  # set by open()
+
+    def __init__(self, config, script: str):
+        """From here on signals are handled. script: named in the command that resumes the run."""
+        self.config = config
+        self.stop = StopSignal(script)
+        self.batch: dict | None = None  # written to disk if a UserError ends the step
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.batch is not None and isinstance(error, UserError):
+            raise self._save_bad_batch(self.batch, error) from None
+
+    def open(self, name: str, facts: dict, stages: dict[str, int]) -> None:
+        """Create or resume the run folder. Raises UserError.
+
+        name: of a new folder.  facts: recorded in config.json.  stages: steps of each, in order.
+        """
+        opened = open_folder(self.config, name, facts)
+        self.lock = opened.lock
+        self.id = opened.id
+        self.folder = self.stop.folder = opened.path
+        self.stages = stages
+        self.checkpoints: dict[str, tuple[dict, dict]] = {}
+        for stage, total in stages.items():
+            checkpoint = newest_checkpoint(self.folder / "checkpoints", stage, self.id)
+            if checkpoint:
+                self.checkpoints[stage] = checkpoint
+            if total and (not checkpoint or checkpoint[0].get("step", 0) < total):
+                break  # later stages start after this one
+        mark = None
+        for meta, _ in self.checkpoints.values():
+            mark = meta.get("metrics")
+        path = self.folder / f"{list(stages)[-1]}_metrics.jsonl"
+        self.metrics = Metrics(path, mark, self.config.tensorboard)
+
+    def resume(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+               label: str = "", plain_lines: int = 10) -> dict:
+        """Begin a stage, from its newest checkpoint if there is one.
+
+        Returns the state that save() stored, {} in a new run.
+        label, plain_lines: of the progress line.
+        """
+        checkpoint = self.checkpoints.pop(stage, None)
+        self.stage = stage
+        self.total = self.stages[stage]
+        self.done = restore(checkpoint, model, optimizer)
+        self.progress = Progress(label or stage, self.total, self.done, plain_lines)
+        return checkpoint[0] if checkpoint else {}
+
+    def steps(self) -> Iterator[int]:
+        """The steps that remain, from 0. After Ctrl-C the process ends once a step is complete."""
+        for step in self.stop.steps(self.done, self.total):
+            self.step = step
+            self.phases: dict[str, float] = {}
+            self.start = self.last = time.perf_counter()
+            yield step
+            self.batch = None
+
+    def timed(self, phase: str) -> None:
+        """Count the time since the last call, or since the step began, as this phase's."""
+        now = time.perf_counter()
+        key = f"seconds_{phase}"
+        self.phases[key] = self.phases.get(key, 0.0) + now - self.last
+        self.last = now
+
+    def due(self, every: int) -> bool:
+        """True in every `every`-th step and in the last one."""
+        return (self.step + 1) % every == 0 or self.step + 1 == self.total
+
+    def log(self, row: dict, text: str) -> None:
+        """Write one row of metrics and update the progress line."""
+        seconds = time.perf_counter() - self.start
+        times = self.phases or dict(seconds=seconds)
+        if "tokens" in row:
+            times = times | dict(tokens_per_second=row["tokens"] / seconds)
+        stage = dict(stage=self.stage) if len(self.stages) > 1 else {}
+        self.metrics.write(stage | dict(step=self.step + 1) | row | times)
+        self.progress.show(self.step + 1, text)
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Save a checkpoint if one is due, or if a signal asks the run to stop."""
+        if not (self.stop.requested() or self.due(self.config.save_every)):
+            return
+        meta = state | dict(step=self.step + 1, run=self.id, metrics=self.metrics.mark())
+        states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        folder = self.folder / "checkpoints"
+        save_step(folder, self.stage, meta, states, self.config.keep_checkpoints)
+
+    def _save_bad_batch(self, batch: dict, error: UserError) -> UserError:
+        """Write the batch to bad-batch-*.json; the error with stage, step and that path."""
+        process = f"-process-{process_rank()}" if process_rank() else ""
+        path = self.folder / f"bad-batch-{self.stage}-{self.step + 1}{process}.json"
+        content = json.dumps(flatten(batch), default=as_lists)
+        write_atomically(path, content.encode())
+        return UserError(f"{self.stage} step {self.step + 1}: {error}; the batch is in {path}; "
+                         "the last checkpoint is not affected")
+
+
+def flatten(batch: dict) -> dict:
+    """The fields of nested NamedTuples in one dict."""
+    flat: dict = {}
+    for key, value in batch.items():
+        flat |= flatten(value._asdict()) if hasattr(value, "_asdict") else {key: value}
+    return flat
+
+
+def as_lists(x):
+    """Tensors and iterators as lists, for JSON."""
+    return x.tolist() if hasattr(x, "tolist") else list(x)

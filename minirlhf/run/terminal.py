@@ -1,0 +1,59 @@
+"""What the user sees while a run lasts: safe text, and one progress line with the time left."""
+
+import os
+import sys
+import time
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Text from data or a model, with control and bidirectional characters escaped.
+
+    >>> printable("red\\x1b[31m\\nline")
+    'red\\\\x1b[31m\\nline'
+    """
+    def is_safe(char: str) -> bool:
+        return char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+    def escape(char: str) -> str:
+        return char.encode("unicode_escape", "surrogatepass").decode()
+
+    return "".join(char if is_safe(char) else escape(char) for char in text)
+
+
+class Progress:
+    """One line that overwrites itself on a terminal; elsewhere a plain line every few steps."""
+
+    def __init__(self, label: str, total: int, done: int = 0, plain_lines: int = 10):
+        """plain_lines: about how many lines to print where the output is not a terminal."""
+        self.label = label
+        self.total = total
+        self.first = done
+        self.every = max(1, total // plain_lines)
+        self.start = time.monotonic()
+        self.is_terminal = sys.stdout.isatty()
+
+    def show(self, done: int, text: str) -> None:
+        """Print how many steps are done, this text, and the time left."""
+        seconds_per_step = (time.monotonic() - self.start) / max(1, done - self.first)
+        left = duration(seconds_per_step * (self.total - done))
+        line = f"{self.label} {done}/{self.total}  {text}  {left} left"
+        if self.is_terminal:
+            width = os.get_terminal_size().columns
+            end = "\n" if done == self.total else ""
+            print("\r" + line[: width - 1].ljust(width - 1), end=end, flush=True)
+        elif done % self.every == 0 or done == self.total:
+            print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(5.2), duration(95), duration(3725)
+    ('5 s', '1 min 35 s', '1 h 02 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
