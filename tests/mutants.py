@@ -114,7 +114,9 @@ MUTANTS = [
     Mutant(
         'eos-not-trained',
         ROLLOUT,
-        "    mask = samples.response_mask\n    states = action_states(model, samples)\n    # all rows",
+        "    mask = samples.response_mask\n"
+        "    states = action_states(model, samples)\n"
+        "    # all rows",
         "    mask = samples.response_mask & (samples.response_ids < model.config.vocab_size - 1)\n"
         "    samples = samples._replace(response_mask=mask)\n"
         "    states = action_states(model, samples)\n"
