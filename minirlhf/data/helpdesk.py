@@ -21,7 +21,7 @@ from minirlhf.run.seeding import derive_seed
 ITEMS = "kettle toaster lamp radio camera clock fan drill mixer heater".split()
 COLORS = "red blue green black white yellow".split()
 
-# problem -> (what the customer says, possible requests). In the last four nobody is at fault.
+# problem -> (what the customer says, possible requests). In the last four the shop is not at fault.
 # Customer and agent use the same word for the same thing. So one skill, finding in the prompt the
 # word just read, checks every slot.
 PROBLEMS = {
@@ -102,7 +102,8 @@ PHRASES = {
 }
 SLOTS = ("opening", "remark", "action", "next step", "voucher", "goodbye")  # in the right order
 
-# Utility of the first sentence of a slot. The best response has 6.2, or 5.2 if nobody is at fault.
+# Utility of the first sentence of a slot. The best response has 6.2, or 5.2 if the shop is not at
+# fault.
 UTILITY = {
     "opening": {"right": 0.8, "bad": -0.6},
     "remark": {"right": 1.0, "wrong": -1.0, "bad": -0.6},

@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         """Hidden states [B, T, D] of ids [B, T], exact under left and right padding.
 
         attention_mask: bool [B, T], 1 on real tokens, which are contiguous in each row. Positions
-        count real tokens, so a sequence has the same hidden states wherever its padding is.
+        count real tokens, so a sequence has the same hidden states under any padding.
         The states at padding are meaningless.
         cache: made for this mask; the pass fills it.
         """
