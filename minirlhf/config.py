@@ -98,6 +98,7 @@ class RewardConfig(RunConfig):
         # GPT-2 small on HH-RLHF, with --init and --data; not tuned on the full data set
         "hh-gpt2": dict(
             tokenizer="gpt2",
+            bf16=True,  # float32 products use only a fraction of a GPU
             # the same shape without --init; random weights need --sft-lr 6e-4
             n_layer=12, n_head=12, d_model=768,
             # 95% of prompts and 97% of responses in 420 pairs fit
@@ -189,6 +190,7 @@ class PolicyConfig(RunConfig):
         "hh-gpt2": dict(
             iterations=200,
             lr=1e-5,  # that of Huang et al. (2024) for this model
+            bf16=True,
             kl_coef=0.05,  # a common choice for PPO on dialogue (TRL's default)
             micro_batch_size=16,  # rows of up to 384 tokens with their activations
             # sampling takes seconds here, not milliseconds

@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(
         'eos-outside-mask',
         GENERATE,
-        '    eos_before = is_eos.cumsum(1) - is_eos\n',
-        '    eos_before = is_eos.cumsum(1)\n',
+        "mask = is_eos.cumsum(1) - is_eos == 0",
+        "mask = is_eos.cumsum(1) == 0",
         "rollout::eos_is_an_action_inside_the_mask",
     ),
     Mutant(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minirlhf.data.batches import pad_left
 from minirlhf.model import fast_decode
+from minirlhf.model import generate as generate_module
 from minirlhf.model.cache import KVCache
 from minirlhf.model.fast_decode import SMALLEST, fast_linear_layers, reordered
 from minirlhf.model.generate import filter_logits, generate, sample_tokens
@@ -192,6 +193,20 @@ def test_sampling_equals_the_simplest_loop_while_rows_leave_the_batch(temperatur
     assert len({len(row) for row in tokens}) >= 4  # rows leave at different times
     pairs = zip(prompts, uniforms)
     assert tokens == [plain_generate(model, prompt, u, temperature) for prompt, u in pairs]
+
+
+@pytest.mark.parametrize("every", [2, 3, 16])
+def test_finished_rows_may_leave_the_batch_later(every, monkeypatch):
+    """A GPU removes finished rows only every few tokens; the result must be the same."""
+    model = random_model()
+    ids, mask = pad_left([[1, 2, 3], [4], [5, 6]] * 20, PAD)
+    uniforms = row_uniforms(0, "later", 0, list(range(60)), LIMIT)
+    expected = generate(model, ids, mask, LIMIT, EOS, PAD, uniforms)
+    monkeypatch.setitem(generate_module.COMPACT_EVERY, "cpu", every)
+    actual = generate(model, ids, mask, LIMIT, EOS, PAD, uniforms)
+    assert len(set(expected[1].sum(1).tolist())) > 3
+    for ours, theirs in zip(actual, expected):
+        assert torch.equal(ours, theirs)
 
 
 def test_samples_do_not_depend_on_the_batch_or_its_order():

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -233,6 +234,33 @@ def test_an_entropy_that_is_only_logged_costs_nothing_in_the_backward_pass():
             torch.autograd.grad(logp.sum(), (hidden, weight))
         operations.append(watch.operations)
     assert operations[1] <= operations[0] + 1  # one to unpack the saved entropy
+
+
+def test_no_tile_is_alive_while_the_gradients_are_cast(monkeypatch):
+    """On a GPU a tile has 128 MiB, which would add to the peak of memory."""
+    tiles = []
+    alive_at_casts = []
+    original = logprob._logit_gradients
+
+    def recording(*arguments):
+        for rows, columns, dz in original(*arguments):
+            tiles.append(weakref.ref(dz))
+            yield rows, columns, dz
+
+    class RecordCasts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            is_cast = function is torch.ops.aten._to_copy.default
+            if is_cast and args[0].dtype == torch.float32 and args[0].shape == (40, 8):
+                alive_at_casts.append(sum(tile() is not None for tile in tiles))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(logprob, "_logit_gradients", recording)
+    hidden = torch.randn(6, 8, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float16, requires_grad=True)
+    loss = token_logprobs(hidden, weight, torch.arange(6)).sum()
+    with RecordCasts():
+        loss.backward()
+    assert tiles and alive_at_casts == [0]
 
 
 def test_second_derivatives_are_an_error():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import make_samples, policy_config, random_model, reward_config, weights, write_inputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_policy
 import train_reward
@@ -14,6 +15,7 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import pad_left, pad_right
 from minirlhf.model import Transformer
 from minirlhf.model.cache import KVCache
+from minirlhf.model.fast_decode import fast_linear_layers
 from minirlhf.rl.rollout import evaluate_actions
 from minirlhf.run import command_line
 from minirlhf.run.command_line import flag, run_script
@@ -59,6 +61,34 @@ def test_a_bf16_forward_pass_uses_the_weights_after_the_last_step():
         model.blocks[0].mlp_in.weight += 0.5
     new, _, _ = evaluate(model, True)
     assert (new - old).detach().abs().max() > 0.05
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts the casts of tensors with at least 256 elements: weights, not activations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_cast = function is torch.ops.aten._to_copy.default
+        self.count += is_cast and args[0].numel() >= 256
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_decoding_step_casts_no_weight(bf16):
+    """Autocast would cast all weights and the whole cache again for each token."""
+    model = random_model()
+    model.bf16 = bf16
+    decoder = model.for_decoding()
+    assert (decoder is model) == (not bf16)
+    with torch.no_grad(), fast_linear_layers(decoder, 3) as lm_head:
+        cache = KVCache(decoder.config, PROMPT_MASK, 1, decoder.wte.weight.dtype)
+        decoder(PROMPT_IDS, PROMPT_MASK, cache)
+        with CountCasts() as casts:
+            lm_head(decoder.decode(torch.tensor([1, 2, 3]), cache))
+    assert casts.count == 0
+    assert cache.kv[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert model.wte.weight.dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

@@ -275,6 +275,16 @@ def test_each_stage_of_an_iteration_gets_the_result_of_the_one_before(
     assert logged[0]["kl_coef"] != logged[1]["kl_coef"]
 
 
+def test_phases_wait_for_the_gpu(reward_run, tmp_path, monkeypatch):
+    """Its work is asynchronous: the time of one phase would be counted in the next one."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    train_policy.main(policy_config(reward_run, tmp_path / "run", iterations=1))
+    phases = [key for key in raw_rows(tmp_path / "run/policy_metrics.jsonl")[1] if "seconds" in key]
+    assert len(waits) == len([key for key in phases if key.startswith("seconds_")]) == 4
+
+
 def test_smallest_of_everything(inputs, tmp_path):
     """One response of one token, one prompt to evaluate: standard errors of one number are null."""
     path = tmp_path / "pairs.jsonl"

@@ -187,6 +187,7 @@ class _TokenLogprobs(torch.autograd.Function):
                                                  slope):
             _add_product(d_hidden[rows], dz, w[columns], inv_temperature)
             _add_product(d_weight[columns], dz.T, h[rows], inv_temperature)
+            del dz  # its buffer would otherwise stay alive during the casts below
         return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), *[None] * 7
 
 

@@ -64,7 +64,7 @@ def logit_gradients(hidden, weight, inv_temperature, targets, lse, g, constant, 
             yield rows, columns, dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # N changes in every step; do not compile again
 def statistics_kernel(
     hidden, weight, targets, target_logit, lse, entropies,
     N, D, V, hidden_stride, weight_stride, inv_temperature,
@@ -91,7 +91,7 @@ def statistics_kernel(
     tl.store(target_logit + rows, z_target, mask=(rows < N) & (target // BLOCK_V == column_tile))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gradient_kernel(
     hidden, weight, targets, lse, g, constant, slope, dz,
     N, D, V, hidden_stride, weight_stride, dz_stride, inv_temperature,

@@ -21,7 +21,7 @@ def scan(rewards, valid, gamma):
     return returns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # B may change; do not compile again
 def scan_kernel(rewards, valid, returns, B, R, gamma, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr):
     """The returns of BLOCK_B rows, in blocks of BLOCK_R columns from the last to the first."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)

@@ -7,6 +7,9 @@ from minirlhf.model.cache import KVCache
 from minirlhf.model.fast_decode import fast_linear_layers
 from minirlhf.model.transformer import Transformer
 
+COMPACT_EVERY = dict(cuda=16)  # tokens between removals of finished rows; elsewhere 1
+
+
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """[B, V] with -inf outside the top_k tokens and the smallest set of probability top_p.
@@ -30,7 +33,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tenso
 
     The token is the first whose cumulative probability exceeds the row's uniform [B] in [0, 1).
     """
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    # On CUDA a float32 cumsum need not be monotone, and a token of probability 0 could be drawn.
+    exact = torch.float64 if logits.is_cuda else torch.float32
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=exact)
     target = uniforms[:, None] * cdf[:, -1:]  # less than the last, because u <= 1 - 2^-24
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
 
@@ -50,8 +55,12 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
                          f"max_response_length >= 1, got {top_k}, {top_p}, {temperature} and "
                          f"{max_response_length}")
     batch = len(prompt_ids)
-    response = torch.full((batch, max_response_length), pad, device=prompt_ids.device)
-    rows = torch.arange(batch, device=prompt_ids.device)  # of the response; finished rows leave
+    device = prompt_ids.device
+    # Counting unfinished rows waits for the device, so a GPU does it only every few tokens.
+    compact_every = COMPACT_EVERY.get(device.type, 1)
+    response = torch.full((batch, max_response_length), pad, device=device)
+    rows = torch.arange(batch, device=device)  # of the response; finished rows leave
+    is_running = torch.ones(batch, dtype=torch.bool, device=device)
     with torch.inference_mode(), fast_linear_layers(model, batch) as lm_head:
         cache = KVCache(model.config, prompt_mask, max_response_length, model.wte.weight.dtype)
         hidden = model(prompt_ids, prompt_mask, cache)[:, -1]
@@ -63,16 +72,20 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
                 logits = filter_logits(logits, top_k, top_p)
                 token = sample_tokens(logits, uniforms[rows, t], temperature)
             response[rows, t] = token
-            is_running = token != eos
-            running = int(is_running.sum())
-            if running == 0 or t + 1 == max_response_length:
+            is_running &= token != eos
+            if t + 1 == max_response_length:
                 break
-            if running < len(rows):
-                kept = cache.keep_rows(is_running)
-                rows = rows[kept]
-                token = token[kept]
+            if (t + 1) % compact_every == 0:
+                running = int(is_running.sum())
+                if running == 0:
+                    break
+                if running < len(rows):
+                    kept = cache.keep_rows(is_running)
+                    rows = rows[kept]
+                    token = token[kept]
+                    is_running = is_running[kept]
             hidden = model.decode(token, cache)
-    response = response[:, : t + 1]
     is_eos = (response == eos).int()
-    eos_before = is_eos.cumsum(1) - is_eos
-    return response, eos_before == 0
+    mask = is_eos.cumsum(1) - is_eos == 0  # no EOS before this token
+    longest = int(mask.sum(1).max())
+    return response.masked_fill(~mask, pad)[:, :longest], mask[:, :longest]

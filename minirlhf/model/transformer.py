@@ -8,6 +8,7 @@ Pre-LayerNorm, learned positions, GELU, tied LM head, as in GPT-2 (Radford et al
     model.value_head(hidden)                   V(s_t): used on the token before action a_t
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -114,6 +115,12 @@ class Transformer(nn.Module):
         the rounded weights until its end.
         """
         return torch.autocast(self.wte.weight.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def for_decoding(self) -> "Transformer":
+        """The model itself; with bf16 a copy in bfloat16, which casts no weight for each token."""
+        if not self.bf16:
+            return self
+        return copy.deepcopy(self).to(torch.bfloat16).requires_grad_(False)
 
     def compile_blocks(self) -> None:
         """Compile every block except attention, for any number of tokens."""

@@ -47,9 +47,9 @@ class Samples(NamedTuple):
 def sample(policy: Transformer, prompts: Prompts, settings: SamplingSettings, step: int) -> Samples:
     """One response to each prompt of iteration `step`; each process samples its share of them."""
     rows = list(local_rows(range(len(prompts.texts))))
-    with policy.autocast():
-        return all_gather_rows(sample_responses(unsharded(policy), prompts.rows(rows), settings,
-                                                "rollout", step, rows))
+    model = unsharded(policy).for_decoding()
+    samples = sample_responses(model, prompts.rows(rows), settings, "rollout", step, rows)
+    return all_gather_rows(samples)
 
 
 def sample_responses(model: Transformer, prompts: Prompts, settings: SamplingSettings,

@@ -91,6 +91,8 @@ class Run:
 
     def timed(self, phase: str) -> None:
         """Count the time since the last call, or since the step began, as this phase's."""
+        if torch.cuda.is_initialized():  # its work is asynchronous
+            torch.cuda.synchronize()
         now = time.perf_counter()
         key = f"seconds_{phase}"
         self.phases[key] = self.phases.get(key, 0.0) + now - self.last
