@@ -55,7 +55,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     smallest = min(map(len, minibatches(config, 0)))
     check_processes(config, device, smallest, "the smallest minibatch")
     with Run(config, "train_policy.py") as run:
-        if not config.reward_run:  # recorded, so that a resumed run does not use a newer one
+        if not config.reward_run:  # store the choice, so that a resumed run uses the same one
             newest = newest_reward_run(Path("runs"))
             run.config = config = dataclasses.replace(config, reward_run=str(newest))
         task = load_task(config, reward_function, device)
@@ -67,9 +67,11 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         reference = task.base
         policy = copy.deepcopy(reference).requires_grad_(True)
         heads = ["value_head"] if algorithm.learns_value else []
+        # the policy, or with several processes its DistributedDataParallel wrapper
         learner = prepare_training(policy, config, device, heads)
         optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
-        state = run.resume("policy", policy, optimizer, "iteration", config.iterations)
+        state = run.resume("policy", policy, optimizer, label="iteration",
+                           plain_lines=config.iterations)
         kl_coef = state.get("kl_coef", config.kl_coef)
         evaluator = make_evaluator(task, config)
         if evaluator and not run.done:
@@ -98,7 +100,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
             rollout = estimate_advantages(algorithm, rollout, config)
 
             # 4. Update the policy: one optimizer step, or one per minibatch for several epochs.
-            run.batch |= dict(rollout=rollout, minibatches=minibatches(config, step))
+            run.batch |= dict(rollout=rollout, minibatches=list(minibatches(config, step)))
             metrics = update(learner, optimizer, rollout, config, step,
                              task.sampling.max_response_length)
             run.batch = None
@@ -114,8 +116,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
             run.log(metrics, progress_text(metrics))
             check_kl(metrics["kl"], config, step)
             run.save(policy, optimizer, dict(kl_coef=kl_coef))
-        plain = unsharded(policy)  # every process takes part
-        return finish(task, plain, config, run.folder) if is_main() else {}
+        full_policy = unsharded(policy)  # every process takes part
+        return finish(task, full_policy, config, run.folder) if is_main() else {}
 
 
 # ---- sampling and updating -----------------------------------------------------------------------
@@ -148,12 +150,14 @@ def minibatches(config: PolicyConfig, step: int) -> Iterator[Tensor]:
 
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollout,
            config: PolicyConfig, step: int, max_response_length: int) -> dict:
-    """All optimizer steps on one rollout. Returns means of metrics over all tokens used.
+    """All optimizer steps on one rollout.
 
-    The gradient of a minibatch does not depend on how it is split into micro-batches or over
-    processes.
+    Returns metrics: means over all tokens used, and loss and gradient norm as means over the
+    optimizer steps. The gradient of a minibatch does not depend on how it is split into
+    micro-batches or over processes.
     """
     check_rollout(rollout)
+    lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
     device = rollout.rewards.device
     lengths = rollout.mask.sum(1).cpu()
     sums: dict[str, Tensor] = {}
@@ -172,7 +176,6 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollo
             sums = {key: value + sums.get(key, 0.0) for key, value in metrics.items()}
         losses.append(all_reduce_sum(total).item())
         check_finite(losses[-1], f"loss of minibatch {number}")
-        lr = config.lr * (1.0 - step / config.iterations) if config.lr_decay else config.lr
         norms.append(step_optimizer(policy, optimizer, lr, config.max_grad_norm,
                                     f" of minibatch {number}"))
         tokens_used += tokens
@@ -223,11 +226,11 @@ def check_kl(kl: float, config: PolicyConfig, step: int) -> None:
     if kl > config.max_kl:
         raise UserError(f"iteration {step + 1}: the KL of {kl:.0f} nats exceeds --max-kl "
                         f"{config.max_kl:g}; raise --kl-coef or lower --lr "
-                        "(or raise --max-kl to watch the policy leave the language)")
+                        "(or raise --max-kl to continue anyway)")
 
 
 def make_evaluator(task: Task, config: PolicyConfig) -> Evaluator | None:
-    """The main process evaluates; the others wait."""
+    """An evaluator in the main process. In the others None; they wait."""
     if not is_main():
         return None
     return Evaluator(task, task.heldout.first(config.eval_prompts), "evaluate")
@@ -235,8 +238,8 @@ def make_evaluator(task: Task, config: PolicyConfig) -> Evaluator | None:
 
 def evaluate(evaluator: Evaluator | None, policy: Transformer) -> dict:
     """Metrics on the held-out prompts. Every process must call this."""
-    plain = unsharded(policy)
-    return evaluation_row(evaluator, evaluator.evaluate(plain)) if evaluator else {}
+    full_policy = unsharded(policy)
+    return evaluation_row(evaluator, evaluator.evaluate(full_policy)) if evaluator else {}
 
 
 def evaluation_row(evaluator: Evaluator, results: dict[str, EvalResult]) -> dict:

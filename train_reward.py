@@ -50,7 +50,8 @@ from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_d
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
 
-NORMALIZATION = "normalise"  # names random numbers: another spelling would draw others
+# The random numbers are derived from this word; another spelling would change the samples.
+NORMALIZATION = "normalise"
 
 
 def main(config: RewardConfig) -> dict:
@@ -91,7 +92,7 @@ def main(config: RewardConfig) -> dict:
         if not is_main():
             return {}
 
-        # 3. Scores in units of the base model's own standard deviation.
+        # 3. Normalize the scores: samples of the base model get mean 0, standard deviation 1.
         settings = SamplingSettings(encoding, config.max_response_length, 1.0, config.seed)
         texts = unique_prompts(splits.train)[: config.normalize_prompts]
         prompts = encode_prompts(texts, encoding, config.max_prompt_length)
@@ -114,7 +115,10 @@ def main(config: RewardConfig) -> dict:
 
 def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config: RewardConfig,
              run: Run) -> None:
-    """Supervised fine-tuning on every text, good and bad: the model of an average author."""
+    """Supervised fine-tuning on every text, good and bad.
+
+    A text is a prompt and a response. The model learns to write like an average author of the data.
+    """
     texts = [group.prompt + response for group in groups for response in group.responses]
     device = model.wte.weight.device
     learner = prepare_training(model, config, device, heads=[])
@@ -154,7 +158,7 @@ def language_model_loss(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor
     """Mean of -log p(next token) in nats over every token but the first. ids, mask: [B, T].
 
     Prompts count too: the response copies words of the prompt, and a model that predicts prompts
-    has learned to read them.
+    has useful features of them.
     """
     hidden = model(ids[:, :-1], mask[:, :-1])
     is_target = mask[:, 1:]
@@ -183,10 +187,10 @@ def learn_preferences(model: Transformer, groups: list[PreferenceGroup], pad: in
         total_weight = sum(weight for group in batch for *_, weight in group.pairs)
         sums = dict(loss=torch.zeros((), device=device), accuracy=torch.zeros((), device=device))
         for micro_batch in micro_batches(batch, config.micro_batch_size, learner):
-            # A process without a pair makes a pass of weight 0, because the others wait for it.
-            weight = total_weight if micro_batch else math.inf
+            # A process without a pair makes a pass too, because the others wait; loss / inf = 0.
+            divisor = total_weight if micro_batch else math.inf
             with learner.autocast():
-                loss, metrics = pair_loss(learner, micro_batch or batch[:1], pad, config, weight)
+                loss, metrics = pair_loss(learner, micro_batch or batch[:1], pad, config, divisor)
             loss.backward()
             sums = {key: sums[key] + metrics[key] for key in sums}
         row = {key: all_reduce_sum(value).item() for key, value in sums.items()}
@@ -210,13 +214,14 @@ def pair_loss(model: Transformer, groups: Sequence[PreferenceGroup], pad: int, c
 
     The score is the reward head on the last token, and the logged loss is its preference loss.
     The auxiliary loss is the same loss on another score: the value head on every token, summed.
-    A wrong word then gets a direct gradient. This second score is used in training only.
+    A wrong word then gets a direct gradient. This second score is used in training only. The value
+    head is free for it: no reward model uses it, and the policy starts from the base model.
     """
     batch = collate_preferences(list(groups), pad, model.wte.weight.device)
     hidden = model(batch.ids, batch.attention_mask)  # each response once, in any number of pairs
     share = batch.weight.sum() / total_weight
 
-    def loss_of(scores: Tensor, centering: float) -> Tensor:
+    def weighted_loss(scores: Tensor, centering: float) -> Tensor:
         return share * preference_loss(scores[batch.chosen], scores[batch.rejected], batch.margin,
                                        centering, batch.weight)
 
@@ -224,17 +229,20 @@ def pair_loss(model: Transformer, groups: Sequence[PreferenceGroup], pad: int, c
     chosen = scores[batch.chosen]
     rejected = scores[batch.rejected]
     correct = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
-    loss = loss_of(scores, config.centering)
+    loss = weighted_loss(scores, config.centering)
     metrics = dict(loss=loss.detach(), accuracy=(correct * batch.weight).sum() / total_weight)
     if config.auxiliary_coef:
         token_scores = apply_head(model.value_head, hidden)
         sums = torch.where(batch.attention_mask, token_scores, 0.0).sum(1)
-        loss = loss + config.auxiliary_coef * loss_of(sums, 0.0)
+        loss = loss + config.auxiliary_coef * weighted_loss(sums, 0.0)
     return loss, metrics
 
 
 def batch_schedule(lengths: list[int], batch_size: int, seed: int) -> Callable[[int], list[int]]:
-    """step -> indices of its batch: a function of the step, so that resuming needs no position."""
+    """A function from a step to the indices of its batch.
+
+    It has no state, so a resumed run needs only the number of the step.
+    """
     per_epoch = -(-len(lengths) // batch_size)
     batches_of = functools.lru_cache(maxsize=1)(
         lambda epoch: epoch_batches(lengths, batch_size, seed, epoch))
@@ -249,8 +257,8 @@ def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prom
                      settings: SamplingSettings) -> None:
     """Set shift and scale so that samples of the base model have mean 0, standard deviation 1.
 
-    This fixes the free constant of the preference loss and gives kl_coef the same meaning for
-    every reward model.
+    The preference loss does not change if a constant is added to all scores; this fixes the
+    constant. It also gives kl_coef the same meaning for every reward model.
     """
     reward = Reward("normalize", reward_model, missing_eos_penalty=0.0)
     parts = []
@@ -268,7 +276,7 @@ def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prom
 
 def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardConfig,
                   ) -> tuple[list[PreferenceGroup], list[PreferenceGroup]]:
-    """(train, test) as groups; prints what was kept, dropped and cut."""
+    """(train, test) as groups; prints what was kept, dropped and cut of all three splits."""
     groups = {}
     for name in ("train", "heldout", "test"):
         groups[name], counts = encode_preferences(
@@ -290,7 +298,7 @@ def probe(reward_model: Transformer, splits: Splits, encoding: tiktoken.Encoding
 
 def format_metrics(metrics: dict) -> str:
     """The test metrics as text."""
-    lines = [f"held-out accuracy {metrics['accuracy']:.3f} "
+    lines = [f"test accuracy {metrics['accuracy']:.3f} "
              f"[{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}] over "
              f"{metrics['pairs']} pairs of {metrics['prompts']} prompts, "
              f"calibration error {metrics['calibration_error']:.3f}"]

@@ -38,9 +38,9 @@ class RewardConfig(RunConfig):
     data: tuple[str, ...] = setting(
         (), "preference files to train on; empty: the embedded help desk")
     heldout_data: tuple[str, ...] = setting(
-        (), "preference files for choices; empty: the task's own, or --holdout of --data")
+        (), "preference files for choosing settings; empty: the task's own, or --holdout of --data")
     test_data: tuple[str, ...] = setting(
-        (), "preference files for reports; empty: the task's own, or the held-out pairs")
+        (), "preference files for final numbers; empty: the task's own, or the held-out pairs")
     holdout: float = setting(
         0.1, "fraction of the prompts of --data to hold out without --heldout-data", 0.01, 0.9)
     skip_bad_lines: bool = setting(
@@ -51,7 +51,7 @@ class RewardConfig(RunConfig):
         "", "start from a base.pt, or GPT-2's model.safetensors or pytorch_model.bin, without "
             "supervised fine-tuning")
     sft_init: bool = setting(
-        False, "fine-tune the model of --init too: GPT-2 does not know where a response ends")
+        False, "fine-tune the model of --init too: GPT-2 has not learned to end a response")
     init_reward: str = setting(
         "", "start from this earlier reward.pt and the base.pt next to it, without supervised "
             "fine-tuning")
@@ -68,7 +68,7 @@ class RewardConfig(RunConfig):
     sft_batch_size: int = setting(
         16, "texts in an optimizer step; small batches learn to copy earlier", 1)
     sft_lr: float = setting(
-        4e-3, "peak learning rate of supervised fine-tuning; best on the validation prompts", 0)
+        4e-3, "peak learning rate of supervised fine-tuning; best on the held-out prompts", 0)
     epochs: int = setting(
         1, "passes over the preferences; a second one overfits (Stiennon et al. 2020)", 1)
     batch_size: int = setting(
@@ -94,7 +94,7 @@ class RewardConfig(RunConfig):
 
     # --preset NAME: flags override these; all other settings keep their defaults
     presets: ClassVar[dict[str, dict]] = {
-        "helpdesk": {},  # the defaults were chosen on its validation prompts
+        "helpdesk": {},  # the defaults were chosen on its held-out prompts
         # GPT-2 small on HH-RLHF, with --init and --data; not tuned on the full data set
         "hh-gpt2": dict(
             tokenizer="gpt2",
@@ -128,7 +128,7 @@ class RewardConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig(RunConfig):
-    """Train a language model as a policy against a reward model, or a function of the user."""
+    """Train a language model as a policy against a reward model, or a user-defined function."""
 
     reward_run: str = setting(
         "", "folder of a run of train_reward.py; empty: the newest finished one under runs/")
@@ -151,7 +151,7 @@ class PolicyConfig(RunConfig):
     lr: float = setting(5e-4, "learning rate; larger ones diverged", 0)
     lr_decay: bool = setting(True, "linear to 0 over the run (Huang et al. 2024, detail 7)")
     kl_coef: float = setting(
-        0.025, "KL penalty: price of a nat, in standard deviations of the score", 0)
+        0.025, "KL penalty per nat, in standard deviations of the score", 0)
     kl_target: float = setting(
         0.0, "adapt kl_coef to keep the KL near this many nats; 0: kl_coef is constant", 0)
     kl_horizon: int = setting(
@@ -172,7 +172,7 @@ class PolicyConfig(RunConfig):
     whiten: str = setting(
         "auto", "scale advantages to mean 0, standard deviation 1 over the rollout; auto: the "
                 "algorithm's choice", choices=("auto", "on", "off"))
-    temperature: float = setting(1.0, "of sampling, for policy and reference alike", 1e-3)
+    temperature: float = setting(1.0, "of sampling, for both policy and reference", 1e-3)
     missing_eos_penalty: float = setting(
         1.0, "subtracted from the score of a response that was cut by length", 0)
     max_response_length: int = setting(0, "tokens, EOS included; 0: the reward run's", 0)

@@ -1,10 +1,10 @@
 """RLHF in one file: supervised fine-tuning, a reward model and seven policy-gradient algorithms.
 
 Run `python -m minirlhf.plain` (about a minute on two CPU cores; --algorithm NAME, --seed N).
-It does what the whole project does, without any optimization:
+It contains the main algorithms of the project, without evaluation, checkpoints and optimizations:
 
     1. Supervised fine-tuning: a small transformer learns to answer like the agents in the data.
-    2. Reward model: a copy of it learns which of two responses people prefer.
+    2. Reward model: a copy of it learns which of two responses the annotator prefers.
     3. Policy training: another copy learns to give responses with high scores.
 
 The tests compare the rest of the project with this file. In float64, with the same initial weights
@@ -191,7 +191,7 @@ def preference_loss(model: Transformer, ids: Tensor, mask: Tensor, chosen: Tenso
 
 
 def train(model: Transformer, batches: list[tuple], loss_function: Callable, peak: float) -> None:
-    """One optimizer step for each batch of arguments of the loss function.
+    """One optimizer step for each batch; a batch is a tuple of arguments of the loss function.
 
     The learning rate rises to its peak over 5% of the steps, then falls linearly to 0.
     """
@@ -233,10 +233,11 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def sample(policy: Transformer, ids: Tensor, mask: Tensor, uniforms: Tensor) -> tuple:
-    """Sample a response to each prompt [B, P]. Returns ids and mask of both, [B, P + R].
+    """Sample a response to each prompt [B, P]. Returns ids and mask of prompt and response.
 
-    uniforms: float32 [B, R] in [0, 1). An action is the first token whose cumulative probability
-    exceeds its uniform. After EOS there is only padding. A response without EOS was cut at R.
+    Both are [B, P + R]. uniforms: float32 [B, R] in [0, 1). An action is the first token whose
+    cumulative probability exceeds its random number. After EOS there is only padding. A response
+    without EOS was cut at R.
     """
     running = torch.ones(len(ids), dtype=torch.bool)
     for uniform in uniforms.T:
@@ -265,8 +266,8 @@ def measure(model: Transformer, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """r_t = -kl_coef kl_t, plus the score at the last action (Ziegler et al. 2019), [B, R].
 
-    scores [B]; kl [B, R] is log pi(a_t | s_t) - log pi_ref(a_t | s_t). Its mean is the KL from the
-    reference model.
+    scores [B]; kl [B, R] is log pi(a_t | s_t) - log pi_ref(a_t | s_t). The mean of kl_t over
+    actions sampled from pi is the KL from the reference model at state s_t.
     """
     rewards = -kl_coef * kl * mask
     rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
@@ -471,7 +472,10 @@ def load_encoding() -> tiktoken.Encoding:
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T] of B sequences of text and EOS ids, padded on the "left" or "right"."""
+    """Ids and mask [B, T] of B sequences, padded on the "left" or "right".
+
+    The sequences must not contain pad_id.
+    """
     tensors = [torch.tensor(sequence) for sequence in sequences]
     ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
     return ids, ids != pad_id
@@ -489,8 +493,8 @@ def mean_gold(ids: Tensor, encoding: tiktoken.Encoding) -> float:
 
 def preference_batch(records: list[dict], encoding: tiktoken.Encoding) -> tuple[Tensor, ...]:
     """The arguments of preference_loss: all texts and all preferences of these records."""
-    texts = []
-    pairs = []
+    texts: list[list[int]] = []
+    pairs: list[list[int]] = []
     for record in records:
         pairs += [[len(texts) + index for index in pair] for pair in record["preferences"]]
         prompt = encoding.encode_ordinary(record["prompt"])

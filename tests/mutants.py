@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         'grpo-kl-reversed',
         ALGORITHMS,
-        'logprobs[r.mask], r.ref_logprobs[r.mask]',
-        'r.ref_logprobs[r.mask], logprobs[r.mask]',
+        'logprobs[rollout.mask], rollout.ref_logprobs[rollout.mask]',
+        'rollout.ref_logprobs[rollout.mask], logprobs[rollout.mask]',
         "exact::grpo_equals_its_own_exact_value",
     ),
     Mutant(

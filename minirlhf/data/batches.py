@@ -62,8 +62,8 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     answered = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
     groups: list[PreferenceGroup] = []
     prompts_cut = 0
-    for prompt, run in groupby(answered, key=lambda pair: pair.prompt):
-        neighbors = list(run)
+    for prompt, same_prompt in groupby(answered, key=lambda pair: pair.prompt):
+        neighbors = list(same_prompt)
         texts = {text for pair in neighbors for text in (pair.chosen, pair.rejected)}
         encoded = {text: _encode_response(encoding, text, max_response_length) for text in texts}
         kept = [pair for pair in neighbors if encoded[pair.chosen] != encoded[pair.rejected]]
@@ -114,7 +114,7 @@ def _encode_response(encoding: tiktoken.Encoding, text: str, max_length: int) ->
     """The ids of the text and EOS, or the first max_length ids if they are more.
 
     Text is encoded in chunks: megabytes that are cut anyway should not be encoded, and tiktoken's
-    regular expression overflows its stack on a million blanks. Within a chunk the ids are
+    regular expression overflows its stack on a million spaces. Within a chunk the ids are
     tiktoken's own.
     """
     ids: list[int] = []
@@ -130,7 +130,10 @@ def _encode_response(encoding: tiktoken.Encoding, text: str, max_length: int) ->
 
 def collate_preferences(groups: list[PreferenceGroup], pad: int,
                         device: torch.device | str = "cpu") -> PreferenceBatch:
-    """One sequence (prompt + response) for each response of each group; pairs index sequences."""
+    """One sequence (prompt + response) for each response of each group.
+
+    chosen and rejected are indices of sequences.
+    """
     sequences: list[Ids] = []
     pairs: list[tuple[int, int, float, float]] = []
     for group in groups:

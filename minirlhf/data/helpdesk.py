@@ -1,11 +1,11 @@
 """The embedded task: a shop's help desk, whose responses have a hidden, exact utility.
 
 A prompt names an item, a problem and a request. A response consists of sentences from six slots.
-`gold` reads any response and adds up the utility of its sentences for that prompt. No model ever
-sees it: an annotator who sometimes makes mistakes (`preference_probability`) turns it into
+`gold` adds up the utility of the sentences of any response to a prompt. It is never used in
+training: an annotator who sometimes makes mistakes (`preference_probability`) turns it into
 preferences, and these are all the data there is.
 
-The author of the responses (`tools/helpdesk_data.py`) uses one canned bad phrase for each slot
+The author of the responses (`tools/helpdesk_data.py`) uses one fixed bad phrase for each slot
 often, and several good phrases rarely. So the most likely response is a bad one, and good responses
 need learning from preferences: sampling at a lower temperature does not help.
 """
@@ -51,7 +51,7 @@ REQUESTS = {
     "manual": ("Can I have the manual?", "Please send me the manual."),
 }
 # slot -> topic of a sentence -> its phrases. The good phrases start with different words, so the
-# most likely next word at each slot is that of the canned bad phrase.
+# most likely next word at each slot is that of the fixed bad phrase.
 PHRASES = {
     "opening": {
         "polite": ("Thank you for writing to us.", "Hello and welcome to our shop.",
@@ -113,9 +113,9 @@ UTILITY = {
     "goodbye": {"right": 0.8, "bad": -0.6},
     "filler": {"bad": -0.8},
 }
-REPEAT = -1.2  # another sentence of the same slot; it earns nothing, but it can cost more
+REPEAT = -1.2  # another sentence of the same slot; a right one adds nothing else
 DISORDER = -0.8  # a sentence after one of a later slot
-UNREADABLE = -0.03  # per character of any other sentence: nonsense must not have a flat price
+UNREADABLE = -0.03  # per character of any other sentence: longer nonsense costs more
 UNFINISHED = -1.0  # the response was cut by the length limit
 
 TAU = 0.5  # in units of gold; a difference of TAU is preferred 73% of the time
@@ -141,7 +141,7 @@ _MEANING = {phrase: (slot, topic) for slot, topics in PHRASES.items()
 
 
 def sentences(text: str) -> list[str]:
-    """Split after . ? or !; white space counts as one blank.
+    """Split after . ? or !; white space counts as one space.
 
     >>> sentences(" Hello there.  Now what? never mind")
     ['Hello there.', 'Now what?', 'never mind']
@@ -220,7 +220,7 @@ def wordings(sentence: str) -> tuple[str, ...]:
 
 
 def as_response(lines: Iterable[str]) -> str:
-    """Sentences joined; "" is left out. It starts with a blank, because the prompt ends without."""
+    """Sentences joined; "" is left out. Prompts end without a space, so this starts with one."""
     return "".join(f" {sentence}" for sentence in lines if sentence)
 
 
@@ -235,7 +235,7 @@ def best_response(prompt: str) -> str:
 
 
 def probes(prompt: str) -> dict[str, str]:
-    """defect -> the best response with exactly this defect: what does a reward model understand?
+    """defect -> the best response with exactly this defect: which does a reward model detect?
 
     The wrong problem, action and so on are random, seeded by the prompt. The prompt must be one of
     the task.

@@ -63,8 +63,9 @@ def _sources(file: TextIO) -> Iterator[tuple[int, str]]:
 def _array_items(file: TextIO, line: int, text: str) -> Iterator[tuple[int, str]]:
     """(line number, JSON text) of each item of the array that starts with `text`.
 
-    Text that does not parse may only be incomplete. So it is doubled until it parses, or is as
-    long as a record may be, or the file ends. The last item may be invalid; `_parse` reports it.
+    Text that does not parse may be incomplete. So as much again is read, until the text parses, has
+    the maximum length of a record, or the file ends. The last item may be invalid; `_parse` reports
+    it.
     """
     find_end = json.JSONDecoder().raw_decode
     start = 1

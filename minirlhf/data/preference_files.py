@@ -34,7 +34,7 @@ LARGEST_NUMBER = 1e6  # larger margins and weights are mistakes, and 1e39 is inf
 
 
 class PreferencePair(NamedTuple):
-    """A person preferred `chosen` to `rejected`.
+    """The annotator preferred `chosen` to `rejected`.
 
     margin: by how much, in units of the score; None if not stated.
     """
@@ -186,22 +186,23 @@ def _split_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
 
 
 def _split_messages(prompt: object, chosen: object, rejected: object) -> tuple[str, list[str]]:
-    """(prompt, responses) as transcripts; without a prompt it is what both sides share.
+    """(prompt, responses) as transcripts.
 
-    A string as prompt is one message of the user. Some files repeat the prompt in each response.
+    If there is no prompt, it is the beginning that both responses share. A string as prompt is one
+    user message. Some files repeat the prompt in each response.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    shown = _messages(prompt, "prompt")
+    turns = _messages(prompt, "prompt")
     sides = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
-    if not shown:
+    if not turns:
         return _split_transcripts(*map(_render, sides))
-    answers = [side[len(shown):] if side[:len(shown)] == shown else side for side in sides]
+    answers = [side[len(turns):] if side[:len(turns)] == turns else side for side in sides]
     if any(not answer or answer[0][0] != ASSISTANT for answer in answers):
         raise BadRecord("after the prompt, chosen and rejected must continue with a message of "
                         "the assistant; fix the record")
     responses = [_render(answer).removeprefix(ASSISTANT) for answer in answers]
-    return _render(shown) + ASSISTANT, responses
+    return _render(turns) + ASSISTANT, responses
 
 
 def _messages(messages: object, key: str) -> list[tuple[str, str]]:

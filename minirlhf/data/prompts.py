@@ -38,7 +38,7 @@ def encode_prompts(texts: list[str], encoding: tiktoken.Encoding,
 
 
 def encode_prompt(encoding: tiktoken.Encoding, text: str, max_length: int) -> tuple[Ids, bool]:
-    """The last max_length ids of the text, or one EOS if it has none; and whether it was cut."""
+    """(ids, was_cut): the last max_length ids, or one EOS if the text is empty."""
     ids: list[int] = []
     for start in reversed(range(0, len(text), CHUNK)):  # the end first: a long beginning is cut
         ids = encoding.encode_ordinary(text[start:start + CHUNK]) + ids

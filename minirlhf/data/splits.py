@@ -1,4 +1,4 @@
-"""The training, held-out and test pairs of a run, and the module that knows their ground truth.
+"""The training, held-out and test pairs of a run, and the module with their ground truth.
 
 A ground truth is a module with any of these functions:
 
@@ -34,8 +34,8 @@ class Splits(NamedTuple):
     """The pairs of a reward run."""
 
     train: list[PreferencePair]
-    heldout: list[PreferencePair]  # for choices
-    test: list[PreferencePair]  # for reports; the held-out pairs again if there is no other file
+    heldout: list[PreferencePair]  # for choosing settings
+    test: list[PreferencePair]  # for final numbers; the held-out pairs again without another file
     bad_lines: int  # skipped
     hashes: dict[str, str]  # file -> SHA-256
 

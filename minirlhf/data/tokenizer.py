@@ -26,7 +26,7 @@ EOS_TEXT = "<|endoftext|>"
 CHUNK = 2**16  # characters to encode at a time: see batches.py
 MAX_RANK_FILE_BYTES = 64 * 2**20  # the largest public rank file has less than 4 MB
 # GPT-2's split into pieces, which merges never cross: contractions, and words, numbers or
-# punctuation with the blank before them, and runs of blanks (Radford et al. 2019, released code;
+# punctuation with the space before them, and runs of spaces (Radford et al. 2019, released code;
 # `++` does not backtrack, which is faster).
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
                 r"|\s++$|\s+(?!\S)|\s")

@@ -1,4 +1,4 @@
-"""Evaluation of a policy: compared with the base model at the same decoding."""
+"""Evaluation of a policy: compared with the base model, with the same decoding method."""
 
 import math
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import Task
 from minirlhf.run.terminal import printable
 
-DECODINGS = ("sampled", "greedy")
+DECODINGS = ("sampled", "greedy")  # the two decoding methods
 BATCH = 128  # prompts at a time
 
 
 class EvalResult(NamedTuple):
-    """One decoding of one model on N prompts, one number for each."""
+    """One decoding method of one model on N prompts, one number for each."""
 
     responses: list[str]
     score: np.ndarray
@@ -53,7 +53,7 @@ def evaluate_decoding(model: Transformer, task: Task, prompts: Prompts, greedy: 
 
 
 def summarize(result: EvalResult, base: EvalResult) -> dict[str, float]:
-    """Means over prompts, and the win rate against the base model at the same decoding."""
+    """Means over prompts, and the win rate against the base model with the same decoding."""
     wins = np.where(result.utility == base.utility, 0.5, result.utility > base.utility)
     win_rate, low, high = bootstrap_interval(wins)
     row = dict(score=result.score.mean(), score_se=standard_error(result.score),
@@ -74,13 +74,13 @@ class Evaluator:
         self.base = self.evaluate(task.base)
 
     def evaluate(self, policy: Transformer) -> dict[str, EvalResult]:
-        """One result for each decoding."""
+        """One result for each decoding method."""
         return {decoding: evaluate_decoding(policy, self.task, self.prompts, decoding == "greedy",
                                             self.purpose)
                 for decoding in DECODINGS}
 
     def metrics(self, results: dict[str, EvalResult]) -> dict[str, float]:
-        """Both decodings in one flat row: {"sampled_gold": ..., "greedy_win_rate": ...}."""
+        """Both decoding methods in one row: {"sampled_gold": ..., "greedy_win_rate": ...}."""
         row: dict[str, float] = {}
         for decoding in DECODINGS:
             summary = summarize(results[decoding], self.base[decoding])
@@ -89,16 +89,17 @@ class Evaluator:
 
 
 def best_of_n(task: Task, prompts: Prompts, counts: tuple[int, ...]) -> list[dict]:
-    """The base model's best of n samples by score, for each n: search without training.
+    """The base model's best of n samples by score, for each n in counts, without any training.
 
     Its KL from the base model is at most log n - (n - 1) / n nats (Stiennon et al. 2020; proof that
     it is a bound: Beirami et al. 2024).
     """
     rows = list(range(len(prompts.texts)))
-    draws = [sample_responses(task.base, prompts, task.sampling, "best of n", draw, rows)
-             for draw in range(max(counts))]
-    scores = np.array([score_responses(task.reward, draw).tolist() for draw in draws])  # [n, N]
-    gold = np.array([gold_utility(draw, task.ground_truth) or [] for draw in draws])
+    all_samples = [sample_responses(task.base, prompts, task.sampling, "best of n", number, rows)
+                   for number in range(max(counts))]
+    scores = np.array([score_responses(task.reward, samples).tolist()
+                       for samples in all_samples])  # [max(counts), prompts]
+    gold = np.array([gold_utility(samples, task.ground_truth) or [] for samples in all_samples])
     table = []
     for n in counts:
         best = scores[:n].argmax(axis=0)

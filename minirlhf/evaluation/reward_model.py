@@ -99,9 +99,10 @@ def calibration_error(gaps: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
 def evaluate_probes(model: Transformer, prompts: Prompts, encoding: tiktoken.Encoding,
                     ground_truth: ModuleType, max_response_length: int,
                     ) -> dict[str, tuple[float, int]]:
-    """defect -> (on which share of prompts the best response beats the same with it, prompts).
+    """defect -> (share, number of prompts).
 
-    A defect beyond the maximum lengths is invisible and counts as missed.
+    The share counts the prompts on which the best response has a higher score than the same
+    response with the defect. A defect that the maximum lengths cut off counts as not detected.
     """
     groups, defects = [], []
     for prompt, prompt_ids in zip(prompts.texts, prompts.ids):

@@ -1,4 +1,4 @@
-"""Two computations in which every trainer spends its time: log-probs and discounted returns.
+"""Two computations that take much of the training time: log-probs and discounted returns.
 
 Each has a PyTorch version that runs anywhere and a Triton version for CUDA, with one signature and
 one set of tests. CUDA tensors use Triton if it is installed, all others PyTorch; `impl` forces one

@@ -120,7 +120,7 @@ def _check(hidden, weight, targets, temperature, vocab_size):
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature}")
     device = hidden.device.type
-    is_float64 = torch.float64 in (hidden.dtype, weight.dtype)
+    is_float64 = torch.float64 in (hidden.dtype, weight.dtype)  # autocast does not change it
     autocast = torch.is_autocast_enabled(device) and not is_float64
     if weight.dtype != hidden.dtype and not autocast:
         raise ValueError(f"weight must have hidden's dtype {hidden.dtype} outside autocast, "
@@ -206,7 +206,7 @@ def _add_product(out, a, b, scale):
 def _statistics(hidden, weight, targets, inv_temperature, entropy):
     """(target logit [N], log-sum-exp [slabs, N], entropy [slabs, N] or None).
 
-    A slab is COLUMNS entries of the vocabulary.
+    A slab is COLUMNS entries of the vocabulary. bits: logits divided by log 2, for exp2.
     """
     target_logit = hidden.new_empty(len(hidden), dtype=_sum_dtype(hidden))
     lse = target_logit.new_empty(-(-len(weight) // COLUMNS), len(hidden))

@@ -57,7 +57,10 @@ def _check(rewards, mask, gamma):
 
 
 def _scan(rewards, valid, gamma):
-    """The recurrence in blocks: a product inside each block, then the carry from the next block.
+    """The recurrence in blocks of columns.
+
+    One matrix product inside each block; then, from right to left, the discounted first return of
+    the next block is added.
 
     With rewards 0 beyond the mask, x = rewards @ L with L[s, t] = gamma^(s-t) for s >= t. That
     costs R^2 products per row; blocks of K columns cost only K R.

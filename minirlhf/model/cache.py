@@ -14,12 +14,12 @@ class KVCache:
     """
 
     def __init__(self, config, attention_mask: Tensor, new_tokens: int, dtype: torch.dtype):
-        """Room for prompts with this mask [B, P], filled by a forward pass, and for new tokens."""
+        """Space for prompts with this mask [B, P], filled by a forward pass, and for new tokens."""
         batch, self.columns = attention_mask.shape  # columns in use
         device = attention_mask.device
         room = self.columns + new_tokens
         shape = (2, batch, config.n_head, room, config.d_model // config.n_head)
-        # zeros, because -inf would not hide a NaN
+        # zeros: a bias of -inf does not remove a NaN of uninitialized memory
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = attention_mask.sum(1)  # real tokens of each row
         is_empty = torch.arange(room, device=device) >= self.lengths[:, None]
@@ -27,13 +27,13 @@ class KVCache:
         self.bias = bias.masked_fill_(is_empty[:, None, None], float("-inf"))
 
     def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the prompts' keys and values [B, H, C, D / H]."""
-        columns = min(keys.shape[2], self.kv[layer].shape[3])
-        self.kv[layer][0, :, :, :columns] = keys[:, :, :columns]
-        self.kv[layer][1, :, :, :columns] = values[:, :, :columns]
+        """Store the prompts' keys and values [B, H, C, D / H]; C is the longest prompt."""
+        columns = keys.shape[2]
+        self.kv[layer][0, :, :, :columns] = keys
+        self.kv[layer][1, :, :, :columns] = values
 
     def add_column(self) -> None:
-        """Begin one more token in every row."""
+        """Make one more column visible, for the next token of every row."""
         self.lengths += 1
         self.bias[..., self.columns] = 0.0
         self.columns += 1
@@ -44,7 +44,7 @@ class KVCache:
         return self.kv[layer]
 
     def keep_rows(self, keep: Tensor) -> Tensor:
-        """Drop the rows that the bool [B] does not keep. Returns the old index of each new row.
+        """Keep only the rows where the bool [B] is true. Returns the old index of each new row.
 
         Rows from the end move into the gaps, so that little is copied.
         """

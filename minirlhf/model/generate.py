@@ -12,7 +12,9 @@ COMPACT_EVERY = dict(cuda=16)  # tokens between removals of finished rows; elsew
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """[B, V] with -inf outside the top_k tokens and the smallest set of probability top_p.
+    """[B, V] with -inf outside the top_k tokens and outside the nucleus of probability top_p.
+
+    The nucleus is the smallest set of tokens whose total probability reaches top_p.
 
     For evaluation only: it changes the distribution, and training needs the original one.
     """
@@ -43,7 +45,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tenso
 def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_response_length: int,
              eos: int, pad: int, uniforms: Tensor | None = None, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Responses [B, R] and response_mask [B, R]; R <= max_response_length is the longest length.
+    """Responses [B, R] and response_mask [B, R]; R is the length of the longest response.
 
     prompt_ids, prompt_mask: [B, P], left-padded.
     uniforms: [B, max_response_length] in [0, 1), column t for action t; None decodes greedily.
@@ -59,7 +61,7 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
     # Counting unfinished rows waits for the device, so a GPU does it only every few tokens.
     compact_every = COMPACT_EVERY.get(device.type, 1)
     response = torch.full((batch, max_response_length), pad, device=device)
-    rows = torch.arange(batch, device=device)  # of the response; finished rows leave
+    rows = torch.arange(batch, device=device)  # rows of the response that are still computed
     is_running = torch.ones(batch, dtype=torch.bool, device=device)
     with torch.inference_mode(), fast_linear_layers(model, batch) as lm_head:
         cache = KVCache(model.config, prompt_mask, max_response_length, model.wte.weight.dtype)
@@ -80,10 +82,10 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
                 if running == 0:
                     break
                 if running < len(rows):
-                    kept = cache.keep_rows(is_running)
-                    rows = rows[kept]
-                    token = token[kept]
-                    is_running = is_running[kept]
+                    old_rows = cache.keep_rows(is_running)
+                    rows = rows[old_rows]
+                    token = token[old_rows]
+                    is_running = is_running[old_rows]
             hidden = model.decode(token, cache)
     is_eos = (response == eos).int()
     mask = is_eos.cumsum(1) - is_eos == 0  # no EOS before this token

@@ -1,4 +1,4 @@
-"""GPT-2's weights from the files people have, without any other package.
+"""GPT-2's weights from its published files, without any other package.
 
     model.safetensors    8 bytes: length of the header; the header: JSON
                          {name: {dtype, shape, data_offsets}}; the numbers

@@ -73,7 +73,7 @@ def initial_base_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Tra
 def earlier_reward_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Transformer | None:
     """The reward model of --init-reward on its raw scale, or None. Raises UserError.
 
-    Only on the raw scale is a difference of scores the log-odds of the preference loss.
+    The preference loss needs the raw scale: there a difference of scores is a log-odds.
     """
     if not config.init_reward:
         return None

@@ -16,9 +16,11 @@ class Packed(NamedTuple):
 
     ids: Tensor  # [N]
     positions: Tensor  # [N] position of the token in its sequence
-    rows: Tensor  # [B, C] index of each token, sequences aligned left; 0 after their ends
+    # [B, C] which of the N tokens each position holds; C is the longest sequence, all sequences
+    # start in column 0, and positions after the end of a sequence hold 0
+    rows: Tensor
     first: Tensor  # [N] where each token first occurs in rows.flatten()
-    back: Tensor  # [B, T] index of each token in the original layout
+    back: Tensor  # [B, T] as rows, in the original layout; arbitrary at padding
 
     def unpack(self, x: Tensor) -> Tensor:
         """[B, T, D] in the original layout, from one row per token [N, D]."""
@@ -37,17 +39,20 @@ def pack(ids: Tensor, attention_mask: Tensor) -> Packed:
     row = torch.arange(len(ids), device=ids.device)[:, None]
     padding = attention_mask.int().argmax(1, keepdim=True)  # columns before the first real token
     is_real = column < lengths
-    aligned = ids.gather(1, (column + padding) % width)
+    aligned = ids.gather(1, (column + padding) % width)  # the modulo only affects padding
 
     # A token is repeated if the sequence equals the one above up to and including this column.
     equal = (aligned[1:] == aligned[:-1]) & is_real[1:] & is_real[:-1]
     repeated = torch.zeros_like(is_real)
     repeated[1:] = equal.cumprod(1).bool()
     is_own = is_real & ~repeated
-    source = torch.where(repeated, 0, row).cummax(0).values  # the row that stores this token
+    # A repeated token is stored in the nearest row above that does not repeat it. With 0 at
+    # repeated tokens and the row number elsewhere, that row is a running maximum.
+    source = torch.where(repeated, 0, row).cummax(0).values
 
-    index = (is_own.flatten().cumsum(0) - 1).view_as(is_own)
-    rows = torch.where(is_real, index.gather(0, source), 0)
+    number = (is_own.flatten().cumsum(0) - 1).view_as(is_own)  # of each stored token
+    rows = torch.where(is_real, number.gather(0, source), 0)
     first = is_own.flatten().nonzero().squeeze(1)
+    positions = first % columns  # sequences start in column 0
     back = rows.gather(1, (torch.arange(width, device=ids.device) - padding) % columns)
-    return Packed(aligned.flatten()[first], first % columns, rows, first, back)
+    return Packed(aligned.flatten()[first], positions, rows, first, back)

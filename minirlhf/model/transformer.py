@@ -26,7 +26,7 @@ class ModelConfig:
     """Sizes; every checkpoint stores them."""
 
     vocab_size: int  # classes of the softmax: the text vocabulary and EOS
-    table_rows: int  # rows of the embedding table: also PAD, rounded up for fast matrix kernels
+    table_rows: int  # rows of the embedding table: also PAD, rounded up to a multiple of 64
     n_layer: int
     n_head: int
     d_model: int
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
     # have mean 0 and standard deviation 1
     score_shift: Tensor
     score_scale: Tensor
-    bf16 = False  # what autocast() does; weights stay float32
+    bf16 = False  # whether autocast() uses bfloat16; the weights stay float32
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -89,8 +89,9 @@ class Transformer(nn.Module):
         """Random weights.
 
         Matrices: standard deviation 1 / sqrt(fan-in), which keeps activations near 1 at any width.
-        GPT-2's 0.02 corresponds to a width of about 2,000 and trains narrow models slowly.
+        GPT-2's 0.02 is 1 / sqrt(2500), and narrow models train slowly with it.
         Outputs of residual branches are divided by sqrt(2 * layers), as in GPT-2.
+        Position embeddings: 0.02, as in GPT-2.
         Token embeddings: 0.1, because small models then learn to copy earlier.
         Reward and value heads: 0, so that the first preference loss is ln 2 and V starts at 0.
         """
@@ -111,8 +112,8 @@ class Transformer(nn.Module):
     def autocast(self) -> torch.autocast:
         """A context in which matrix products round their operands to bfloat16, if self.bf16 is set.
 
-        Sums outside of products stay in float32. Use one context for each forward pass: it keeps
-        the rounded weights until its end.
+        Sums outside of products stay in float32. Use a new context for each forward pass: a context
+        keeps the rounded weights, which would be old after an optimizer step.
         """
         return torch.autocast(self.wte.weight.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -153,8 +154,8 @@ class Transformer(nn.Module):
 
     def decode(self, token: Tensor, cache: KVCache) -> Tensor:
         """Hidden states [B, D] of one more token [B] in each row of the cache."""
-        x = self.wte(token) + self.wpe(cache.lengths)
-        cache.add_column()
+        x = self.wte(token) + self.wpe(cache.lengths)  # position: the number of tokens before it
+        cache.add_column()  # from here on cache.lengths includes this token
         for layer, block in enumerate(self.blocks):
             x = block(x, functools.partial(attend_cached, cache, layer))
         return self.ln_f(x)
@@ -167,10 +168,12 @@ def attend_packed(packed: Packed, n_head: int, cache: KVCache | None, layer: int
                   qkv: Tensor) -> Tensor:
     """[N, D] attention of packed tokens, computed in rows padded on the right."""
     batch, columns = packed.rows.shape
+    # F.embedding(index, x) is x[index], with a faster backward pass
     qkv = F.embedding(packed.rows, qkv).view(batch, columns, 3, n_head, -1)
     queries, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))
     if cache is not None:
         cache.fill(layer, keys, values)
+    # padding comes after the real tokens, so the causal mask also hides it
     attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     attended = attended.transpose(1, 2).reshape(batch * columns, -1)
     return F.embedding(packed.first, attended)

@@ -38,7 +38,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
     (Schulman et al. 2016, eq. 16.) lam = 1 is reward-to-go minus V.
     V after the last token is 0, whether the response ended or was cut: tokens that are never
-    sampled earn nothing. A cut response has the missing-EOS penalty in its score.
+    sampled have no reward. A cut response has the missing-EOS penalty in its score.
     """
     values = torch.where(mask, values, 0.0)
     delta = rewards - values

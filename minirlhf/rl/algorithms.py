@@ -41,45 +41,47 @@ class Algorithm(NamedTuple):
 # ---- advantages ----------------------------------------------------------------------------------
 
 
-def use_full_return(r: Rollout, config: PolicyConfig) -> Tensor:
-    return full_return(r.rewards, r.mask, config.gamma)
+def use_full_return(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    return full_return(rollout.rewards, rollout.mask, config.gamma)
 
 
-def use_reward_to_go(r: Rollout, config: PolicyConfig) -> Tensor:
-    return reward_to_go(r.rewards, r.mask, config.gamma)
+def use_reward_to_go(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    return reward_to_go(rollout.rewards, rollout.mask, config.gamma)
 
 
-def use_baseline(r: Rollout, config: PolicyConfig) -> Tensor:
-    return reward_to_go_minus_value(r.rewards, r.values, r.mask, config.gamma)
+def use_baseline(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    return reward_to_go_minus_value(rollout.rewards, rollout.values, rollout.mask, config.gamma)
 
 
-def use_gae(r: Rollout, config: PolicyConfig) -> Tensor:
-    return gae(r.rewards, r.values, r.mask, config.gamma, config.lam)
+def use_gae(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    return gae(rollout.rewards, rollout.values, rollout.mask, config.gamma, config.lam)
 
 
-def use_leave_one_out(r: Rollout, config: PolicyConfig) -> Tensor:
-    return leave_one_out(r.rewards, r.mask, config.group_size)
+def use_leave_one_out(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    return leave_one_out(rollout.rewards, rollout.mask, config.group_size)
 
 
-def use_group_normalized(r: Rollout, config: PolicyConfig) -> Tensor:
-    return group_normalized(r.scores, r.mask, config.group_size)
+def use_group_normalized(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    return group_normalized(rollout.scores, rollout.mask, config.group_size)
 
 
 # ---- losses --------------------------------------------------------------------------------------
 
 
-def on_policy(logprobs: Tensor, r: Rollout, config: PolicyConfig, denominator: float) -> Tensor:
-    return policy_gradient_loss(logprobs, r.advantages, r.mask, denominator)
+def on_policy(logprobs: Tensor, rollout: Rollout, config: PolicyConfig,
+              denominator: float) -> Tensor:
+    return policy_gradient_loss(logprobs, rollout.advantages, rollout.mask, denominator)
 
 
-def clipped(logprobs: Tensor, r: Rollout, config: PolicyConfig, denominator: float) -> Tensor:
-    return ppo_loss(logprobs, r.logprobs, r.advantages, r.mask, config.clip_range, denominator)
+def clipped(logprobs: Tensor, rollout: Rollout, config: PolicyConfig, denominator: float) -> Tensor:
+    return ppo_loss(logprobs, rollout.logprobs, rollout.advantages, rollout.mask,
+                    config.clip_range, denominator)
 
 
-def clipped_with_kl(logprobs: Tensor, r: Rollout, config: PolicyConfig,
+def clipped_with_kl(logprobs: Tensor, rollout: Rollout, config: PolicyConfig,
                     denominator: float) -> Tensor:
-    penalty = kl_k3(logprobs[r.mask], r.ref_logprobs[r.mask]).sum() / denominator
-    return clipped(logprobs, r, config, denominator) + r.kl_coef * penalty
+    penalty = kl_k3(logprobs[rollout.mask], rollout.ref_logprobs[rollout.mask]).sum() / denominator
+    return clipped(logprobs, rollout, config, denominator) + rollout.kl_coef * penalty
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -109,10 +111,10 @@ def pick_algorithm(config: PolicyConfig) -> Algorithm:
 
 
 def estimate_advantages(algorithm: Algorithm, rollout: Rollout, config: PolicyConfig) -> Rollout:
-    """The rollout with advantages and returns, [B, R] each.
+    """The rollout with its fields `advantages` and `returns`, [B, R] each.
 
-    Returns are the targets of V: advantage + value, before whitening. Without a value head they
-    are reward-to-go, which is only logged.
+    `returns` holds the regression targets of V: advantage + value, before whitening. If no value is
+    learned, it is the reward-to-go, which is only logged.
     """
     advantages = algorithm.advantages(rollout, config)
     if algorithm.learns_value:
@@ -126,7 +128,7 @@ def estimate_advantages(algorithm: Algorithm, rollout: Rollout, config: PolicyCo
 
 def minibatch_loss(policy: Transformer, rollout: Rollout, config: PolicyConfig, denominator: float,
                    tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the micro-batch's part of the loss, sums over its tokens of metrics).
+    """(loss of this micro-batch, metrics summed over its tokens).
 
     denominator: (sequences of the whole minibatch) x (maximum response length).
     tokens: real tokens of the whole minibatch; the value loss is a mean over them.
@@ -149,10 +151,11 @@ def minibatch_loss(policy: Transformer, rollout: Rollout, config: PolicyConfig, 
         value_limit = config.value_clip_range or math.inf
         metrics = dict(
             entropy=entropy.sum(),
-            approx_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
+            approx_kl=(torch.expm1(log_ratio) - log_ratio).sum(),  # k3 of KL(pi_old || pi)
             ratio=torch.where(mask, ratio, 0.0).sum(),
             clip_fraction=((ratio - 1.0).abs() > config.clip_range).sum(),
             value_clip_fraction=(mask & (value_change > value_limit)).sum(),
+            # without clipping
             value_loss=0.5 * torch.where(mask, (values - rollout.returns) ** 2, 0.0).sum(),
         )
     return loss, metrics

@@ -1,4 +1,4 @@
-"""The score of a response: from the reward model, or from a function of the user."""
+"""The score of a response: from the reward model, or from a user-defined function."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Reward(NamedTuple):
 def score(reward: Reward, samples: Samples) -> Tensor:
     """[B] the score of each response, during training.
 
-    Each process computes its share of a reward model's scores. A function of the user is called
+    Each process computes its share of a reward model's scores. A user-defined function is called
     once, in the first process, with all responses.
     """
     if isinstance(reward.source, Transformer):
@@ -57,7 +57,7 @@ def call_function(reward: Reward, samples: Samples) -> Tensor:
     if scores.shape != expected:
         raise UserError(f"{name} returned shape {tuple(scores.shape)}; it must be {expected}")
     if not scores.isfinite().all():
-        worst = int((~scores.isfinite()).nonzero()[0])
-        raise UserError(f"{name} returned {scores[worst]} for response {worst}: "
-                        f"{samples.responses[worst][:60]!r}")
+        bad = int((~scores.isfinite()).nonzero()[0])  # the first one
+        raise UserError(f"{name} returned {scores[bad]} for response {bad}: "
+                        f"{samples.responses[bad][:60]!r}")
     return scores

@@ -27,7 +27,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # [B, R] log pi(a_t | s_t) of the policy that sampled, in nats
     ref_logprobs: Tensor  # [B, R] the same for the frozen reference model
     values: Tensor  # [B, R] V(s_t), before action a_t
-    scores: Tensor  # [B] of the reward, minus the penalty for a missing EOS
+    scores: Tensor  # [B] score of each response, minus the penalty for a missing EOS
     rewards: Tensor  # [B, R] KL penalty per token, plus the score on the last token
     kl_coef: float  # the KL coefficient of this iteration
     advantages: Tensor = EMPTY  # [B, R] set by estimate_advantages
@@ -46,9 +46,9 @@ class Rollout(NamedTuple):
 
 
 def action_states(model: Transformer, samples: Samples) -> Tensor:
-    """[N, D] the hidden state from which each sampled token was drawn, row by row.
+    """[N, D] the hidden state from which each of the N sampled tokens was drawn, row by row.
 
-    For a_t it is the state at position P - 1 + t, one before the token itself.
+    For a_t it is the state in column P - 1 + t, one before the token itself.
     """
     # The last token predicts nothing, so it is not an input.
     ids = torch.cat([samples.prompt_ids, samples.response_ids[:, :-1]], dim=1)
@@ -66,7 +66,7 @@ def evaluate_actions(model: Transformer, samples: Samples, temperature: float,
     """
     mask = samples.response_mask
     states = action_states(model, samples)
-    # all rows of the table: the gradient of a slice would need another tensor of its size
+    # the whole embedding matrix: the gradient of a slice would need another tensor of its size
     result = token_logprobs(states, model.wte.weight, samples.response_ids[mask], temperature,
                             entropy, vocab_size=model.config.vocab_size)
     logprobs, entropies = result if entropy else (result, torch.zeros_like(result))
@@ -81,17 +81,18 @@ def evaluate_actions(model: Transformer, samples: Samples, temperature: float,
 def measure(model: Transformer, samples: Samples, config: PolicyConfig) -> tuple[Tensor, Tensor]:
     """log pi(a_t | s_t) and V(s_t) of sampled responses, [B, R] each.
 
-    This is the learner's forward pass, not the decoder's: at the first update the importance ratio
-    is then 1 except for rounding.
+    Uses the same forward pass as the update, not the one with the key-value cache. So at the first
+    update the importance ratio is 1 except for rounding.
     """
     model = unsharded(model)
     logprobs, values = [], []
     rows = torch.arange(len(samples.prompts), device=samples.response_ids.device)
     for micro_batch in rows.split(config.micro_batch_size or len(rows)):
         with model.autocast():
-            of_batch = evaluate_actions(model, samples.rows(micro_batch), config.temperature)
-        logprobs.append(of_batch[0])
-        values.append(of_batch[1])
+            batch_logprobs, batch_values, _ = evaluate_actions(model, samples.rows(micro_batch),
+                                                               config.temperature)
+        logprobs.append(batch_logprobs)
+        values.append(batch_values)
     return torch.cat(logprobs), torch.cat(values)
 
 
@@ -99,7 +100,7 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
                   kl_coef: float) -> Tensor:
     """[B, R] r_t = -kl_coef (log pi - log pi_ref), plus the score on the last token.
 
-    (Ziegler et al. 2019, eq. 2.) The score belongs to the whole response, so it is paid once, when
+    (Ziegler et al. 2019, eq. 2.) The score belongs to the whole response, so it is added once, when
     the response is complete; reward-to-go passes it back to earlier actions.
     The sum over a response is score - kl_coef * (sum of KL terms). Nothing is clamped.
     """
@@ -110,7 +111,9 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, config: PolicyConfig) -> float:
-    """The KL coefficient of the next iteration: unchanged, or moved toward --kl-target.
+    """The KL coefficient of the next iteration.
+
+    With --kl-target it rises if the KL is above the target, and falls if it is below.
 
     A proportional controller in log space, error clipped to +-0.2 (Ziegler et al. 2019, section
     2.2). kl: mean over responses of the KL summed over tokens, nats.
@@ -126,7 +129,8 @@ def sequence_kl(model: Transformer, reference: Transformer, samples: Samples, te
                 chunk: int = 4096) -> Tensor:
     """[B] sum over visited states of KL(pi(. | s_t) || pi_ref(. | s_t)), in nats.
 
-    Uses the full distributions, so it has the mean of the summed k1, and less noise.
+    It uses the whole distributions. So its mean is that of k1 summed over the sampled tokens, with
+    less noise.
     chunk: states at a time, because their logits are large.
     """
     mask = samples.response_mask

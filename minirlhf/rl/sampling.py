@@ -56,8 +56,8 @@ def sample_responses(model: Transformer, prompts: Prompts, settings: SamplingSet
                      purpose: str = "", step: int = 0, rows: list[int] | None = None) -> Samples:
     """One response to each prompt, in this process.
 
-    rows: numbers of the responses; their random numbers are a function of
-    (seed, purpose, step, row). None decodes greedily.
+    rows: the row number of each response in the whole batch; its random numbers are a function of
+    (seed, purpose, step, row). None means greedy decoding.
     """
     encoding = settings.encoding
     length = settings.max_response_length
@@ -69,8 +69,8 @@ def sample_responses(model: Transformer, prompts: Prompts, settings: SamplingSet
     response_ids, response_mask = generate(model, ids, mask, length, encoding.eot_token,
                                            pad_id(encoding), uniforms, settings.temperature)
     finished = ((response_ids == encoding.eot_token) & response_mask).any(1).tolist()
-    texts = [decode(encoding, row[mask].tolist())
-             for row, mask in zip(response_ids.cpu(), response_mask.cpu())]
+    texts = [decode(encoding, row[is_real].tolist())
+             for row, is_real in zip(response_ids.cpu(), response_mask.cpu())]
     return Samples(prompts.texts, texts, finished, ids, mask, response_ids, response_mask)
 
 

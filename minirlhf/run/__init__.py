@@ -1,4 +1,4 @@
 """What surrounds the algorithm: command line, run folder, checkpoints, metrics, processes, devices.
 
-Nothing in this package knows about language models or rewards.
+Nothing in this package depends on language models or rewards.
 """

@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is part of the folder
+    folder = os.open(path.parent, os.O_RDONLY)  # the folder stores the new name
     try:
         os.fsync(folder)
     finally:
@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
 
 
 def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
-    """load_checkpoint after the checksum."""
+    """The part of load_checkpoint after the checksum test."""
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         file_format = loaded["format"]

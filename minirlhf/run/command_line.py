@@ -58,7 +58,7 @@ def check_ranges(config) -> None:
 
 def check_value(name: str, value: typing.Any, expected: typing.Any,
                 allowed: typing.Mapping) -> None:
-    """check_ranges for one field."""
+    """Raise UserError if the value of one field is not allowed."""
     if expected is float and type(value) is int:
         value = float(value)
     if typing.get_origin(expected) is tuple:

@@ -1,4 +1,4 @@
-"""One run, one folder, one writer: created or resumed, and locked while a process lives."""
+"""Run folders: created or resumed, and locked while a process runs."""
 
 import dataclasses
 import fcntl
@@ -40,8 +40,9 @@ def open_folder(config, name: str, facts: dict) -> RunFolder:
     if is_main():
         content = json.dumps(sealed(settings, facts), indent=1) + "\n"
         write_atomically(path / "config.json", content.encode())
-    decisive = {key: value for key, value in settings.items() if key not in NO_EFFECT + SCHEDULE}
-    return RunFolder(path, lock, json_digest([decisive, facts]))
+    affects_results = {key: value for key, value in settings.items()
+                       if key not in NO_EFFECT + SCHEDULE}
+    return RunFolder(path, lock, json_digest([affects_results, facts]))
 
 
 def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
@@ -129,7 +130,7 @@ def read_config(config_class, path: Path):
 
 
 def sealed(settings: dict, facts: dict) -> dict:
-    """The content of config.json, with a checksum: one changed digit would make it another run."""
+    """The content of config.json, with a checksum that detects any change to the file."""
     return dict(version=minirlhf.__version__, settings=settings, facts=facts,
                 sha256=json_digest([settings, facts]))
 

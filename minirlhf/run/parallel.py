@@ -2,7 +2,7 @@
 
 All processes hold the same settings and make the same random choices. Sampling, scoring and
 differentiation are split by rows, and the results are gathered before they are used.
-With one process, every function here does nothing.
+With one process, no function here communicates.
 
 Gradients are summed during the backward pass, by DistributedDataParallel or, if the model is
 sharded, by FSDP2. They are not averaged: the losses already divide by the size of the whole batch.
@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -87,7 +88,8 @@ def claim_error_report() -> bool:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether the error means that another process has ended."""
-    return isinstance(error, dist.DistError) or dist.is_initialized() and "gloo" in str(error)
+    is_gloo_error = dist.is_initialized() and "gloo" in str(error)
+    return isinstance(error, dist.DistError) or is_gloo_error
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -108,7 +110,9 @@ def local_rows(rows):
 
 
 def by_rows(function: Callable) -> Callable:
-    """Split function(model, batch, ...) by rows: each process computes its share, all get all.
+    """Split function(model, batch, ...) by rows: each process computes its share.
+
+    Every process gets the result for all rows.
 
     batch: a NamedTuple of lists [B] and tensors [B, ...].
     The function returns a tensor [B, ...] or a tuple of such tensors.
@@ -128,22 +132,24 @@ def micro_batches(rows, size: int, learner: nn.Module) -> Iterator:
     because sharded passes wait for each other; so a process may get two rows even if size is 1.
     """
     fewest = len(rows) // process_count()
-    most = -(-len(rows) // process_count())
-    count = max(1, min(fewest, -(-most // (size or most))))
+    most = math.ceil(len(rows) / process_count())
+    # at most `fewest` passes, so that every process has a row in each of them
+    count = max(1, min(fewest, math.ceil(most / (size or most))))
     for index in range(count):
         is_last = index + 1 == count
-        exchange: contextlib.AbstractContextManager = contextlib.nullcontext()
+        context: contextlib.AbstractContextManager = contextlib.nullcontext()
         if isinstance(learner, Replica) and not is_last:
-            exchange = learner.no_sync()
-        with exchange:
+            context = learner.no_sync()  # adds up gradients in this process only
+        with context:
             yield chunk(local_rows(rows), index, count)
 
 
 def all_gather_rows(batch):
-    """The rows of all processes, in their order: of a tensor, a tuple or a NamedTuple.
+    """The rows of all processes, in the order of the processes.
 
-    Columns are lists [B] or tensors [B, ...]. Shorter tensors are padded with 0, on the left if the
-    field's name begins with "prompt", otherwise on the right.
+    batch: a tensor, or a tuple or NamedTuple of lists [B] and tensors [B, ...]. Shorter tensors are
+    padded with 0, on the left if the field's name begins with "prompt", otherwise on the right. (0
+    is not PAD, but the masks are padded too.)
     """
     if process_count() == 1:
         return batch
@@ -172,7 +178,7 @@ def _join(name: str, parts: tuple):
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes."""
+    """The sum of x over all processes. Changes x."""
     if process_count() > 1:
         dist.all_reduce(x)
     return x
@@ -199,7 +205,7 @@ def broadcast(value):
 
 
 class Replica(DistributedDataParallel):
-    """One process's copy of a model. All other attributes are the model's own."""
+    """One process's copy of a model. Attributes that the wrapper lacks come from the model."""
 
     def __getattr__(self, name: str):
         try:
@@ -270,7 +276,8 @@ def unsharded(model: Model) -> Model:
     if not any(map(is_sharded, model.parameters())):
         return model
     with torch.device("meta"):
-        plain = type(model).__bases__[1](model.config)  # FSDP2 derived its class from this one
+        # FSDP2 replaced the class by a subclass of (FSDPModule, Transformer)
+        plain = type(model).__bases__[1](model.config)
     state = {name: full_tensor(value) for name, value in model.state_dict().items()}
     plain.load_state_dict(state, assign=True)
     plain.bf16 = model.bf16

@@ -1,4 +1,4 @@
-"""One training run behind one object: folder, signals, checkpoints, metrics, progress and clock."""
+"""The class Run: folder, signals, checkpoints, metrics, progress and times of a training run."""
 
 import json
 import time
@@ -46,7 +46,8 @@ class Run:
     def open(self, name: str, facts: dict, stages: dict[str, int]) -> None:
         """Create or resume the run folder. Raises UserError.
 
-        name: of a new folder.  facts: recorded in config.json.  stages: steps of each, in order.
+        name: of a new folder.  facts: about the input, recorded in config.json.
+        stages: {name: number of steps}, in order.
         """
         opened = open_folder(self.config, name, facts)
         self.lock = opened.lock
@@ -59,8 +60,8 @@ class Run:
             if checkpoint:
                 self.checkpoints[stage] = checkpoint
             if total and (not checkpoint or checkpoint[0].get("step", 0) < total):
-                break  # later stages start after this one
-        mark = None
+                break  # this stage is not finished, so no later one has started
+        mark = None  # of the last stage that has a checkpoint
         for meta, _ in self.checkpoints.values():
             mark = meta.get("metrics")
         path = self.folder / f"{list(stages)[-1]}_metrics.jsonl"
@@ -71,7 +72,8 @@ class Run:
         """Begin a stage, from its newest checkpoint if there is one.
 
         Returns the state that save() stored, {} in a new run.
-        label, plain_lines: of the progress line.
+        label: name on the progress line.
+        plain_lines: about how many lines to print if the output is not a terminal.
         """
         checkpoint = self.checkpoints.pop(stage, None)
         self.stage = stage
@@ -81,7 +83,10 @@ class Run:
         return checkpoint[0] if checkpoint else {}
 
     def steps(self) -> Iterator[int]:
-        """The steps that remain, from 0. After Ctrl-C the process ends once a step is complete."""
+        """The numbers of the steps that remain; the first step of a stage is 0.
+
+        After Ctrl-C the process ends when the step is complete.
+        """
         for step in self.stop.steps(self.done, self.total):
             self.step = step
             self.phases: dict[str, float] = {}
@@ -90,7 +95,7 @@ class Run:
             self.batch = None
 
     def timed(self, phase: str) -> None:
-        """Count the time since the last call, or since the step began, as this phase's."""
+        """Add the time since the last call, or since the step began, to this phase."""
         if torch.cuda.is_initialized():  # its work is asynchronous
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -113,7 +118,10 @@ class Run:
         self.progress.show(self.step + 1, text)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Save a checkpoint if one is due, or if a signal asks the run to stop."""
+        """Save a checkpoint if one is due, or if a signal asks the run to stop.
+
+        Every process must call this in every step, because they agree on whether to stop.
+        """
         if not (self.stop.requested() or self.due(self.config.save_every)):
             return
         meta = state | dict(step=self.step + 1, run=self.id, metrics=self.metrics.mark())
@@ -122,7 +130,7 @@ class Run:
         save_step(folder, self.stage, meta, states, self.config.keep_checkpoints)
 
     def _save_bad_batch(self, batch: dict, error: UserError) -> UserError:
-        """Write the batch to bad-batch-*.json; the error with stage, step and that path."""
+        """Write the batch to bad-batch-*.json; return the error with stage, step and path added."""
         process = f"-process-{process_rank()}" if process_rank() else ""
         path = self.folder / f"bad-batch-{self.stage}-{self.step + 1}{process}.json"
         content = json.dumps(flatten(batch), default=as_lists)

@@ -1,4 +1,4 @@
-"""What the user sees while a run lasts: safe text, and one progress line with the time left."""
+"""What the user sees during a run: safe text, and one progress line with the time left."""
 
 import os
 import sys
