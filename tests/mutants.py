@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         'measured-at-temperature-1',
         ROLLOUT,
-        'samples.rows(micro_batch), config.temperature)',
-        'samples.rows(micro_batch), 1.0)',
+        '                               config.temperature)',
+        '                               1.0)',
         "rollout::the_temperature_divides_the_logits_of_policy_and_reference",
     ),
     Mutant(
@@ -116,11 +116,11 @@ MUTANTS = [
         ROLLOUT,
         "    mask = samples.response_mask\n"
         "    states = action_states(model, samples)\n"
-        "    # all rows",
+        "    # the whole",
         "    mask = samples.response_mask & (samples.response_ids < model.config.vocab_size - 1)\n"
         "    samples = samples._replace(response_mask=mask)\n"
         "    states = action_states(model, samples)\n"
-        "    # all rows",
+        "    # the whole",
         STOPPING,
     ),
     # Advantages.
