@@ -150,6 +150,9 @@ COMMANDS = {
         " --scale tiny", "runs/overoptimization/overoptimization.md", slow=True
     ),
     "python -m minirlhf.lab.memory": Run("", "says: of it sending"),
+    "python -m minirlhf.lab.gpu --out DIR": Elsewhere(
+        step="python -m minirlhf.lab.gpu --dry-run --out \"$work/gpu\""
+    ),
     "python -m minirlhf.lab.second_round --run runs/POLICY": Run(
         " --quick", "runs/second-round/second_round.md", slow=True
     ),
