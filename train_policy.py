@@ -67,7 +67,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         reference = task.base
         policy = copy.deepcopy(reference).requires_grad_(True)
         heads = ["value_head"] if algorithm.learns_value else []
-        # the policy, or with several processes its DistributedDataParallel wrapper
+        # the policy, or its DistributedDataParallel wrapper (several processes without --shard)
         learner = prepare_training(policy, config, device, heads)
         optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
         state = run.resume("policy", policy, optimizer, label="iteration",
@@ -86,7 +86,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
             # 2. Score the responses and compute per-token rewards:
             #    the KL penalty, plus the score on the last token.
-            run.batch = dict(samples=samples)  # saved to disk if this step fails
+            run.batch = dict(samples=samples)  # saved to disk if a UserError ends this step
             scores = score(task.reward, samples)
             logprobs, values = measure(policy, samples, config)
             ref_logprobs, _ = measure(reference, samples, config)
@@ -145,7 +145,7 @@ def minibatches(config: PolicyConfig, step: int) -> Iterator[Tensor]:
             shuffle = generator(config.seed, "minibatches", step, epoch)
             order = torch.randperm(count, generator=shuffle)
         for minibatch in order.split(size):
-            yield minibatch.sort().values  # responses to one prompt next to each other
+            yield minibatch.sort().values  # neighbors with one prompt compute it once (packing.py)
 
 
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollout,
@@ -166,7 +166,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollo
     for number, minibatch in enumerate(minibatches(config, step), start=1):
         tokens = int(lengths[minibatch].sum())
         denominator = len(minibatch) * max_response_length
-        total = torch.zeros((), device=device)  # kept there, because .item() would synchronize
+        total = torch.zeros((), device=device)  # stays on the device: .item() would wait for it
         for rows in micro_batches(minibatch, config.micro_batch_size, policy):
             with policy.autocast():
                 loss, metrics = minibatch_loss(policy, rollout.rows(rows), config, denominator,

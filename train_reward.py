@@ -110,6 +110,22 @@ def main(config: RewardConfig) -> dict:
         return metrics
 
 
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardConfig,
+                  ) -> tuple[list[PreferenceGroup], list[PreferenceGroup]]:
+    """(train, test) as groups; prints what was kept, dropped and cut of all three splits."""
+    groups = {}
+    for name in ("train", "heldout", "test"):
+        groups[name], counts = encode_preferences(
+            getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
+        print(f"{name}: {describe_counts(counts)}")
+    if splits.bad_lines:
+        print(f"skipped {splits.bad_lines} bad lines")
+    return groups["train"], groups["test"]
+
+
 # ---- 1. supervised fine-tuning -------------------------------------------------------------------
 
 
@@ -128,7 +144,7 @@ def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config
 
     for step in run.steps():
         batch = [texts[i] for i in batch_of(step)]
-        run.batch = dict(texts=batch)  # saved to disk if this step fails
+        run.batch = dict(texts=batch)  # saved to disk if a UserError ends this step
         targets = sum(len(text) - 1 for text in batch)
         total = torch.zeros((), device=device)
         for micro_batch in micro_batches(batch, config.micro_batch_size, learner):
@@ -148,7 +164,7 @@ def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config
 
 
 def sft_steps(config: RewardConfig) -> int:
-    """Steps of supervised fine-tuning; 0 for a base model from a file, unless --sft-init."""
+    """Steps of supervised fine-tuning; 0 with --init-reward, or with --init without --sft-init."""
     if base_model_file(config) and not (config.init and config.sft_init):
         return 0
     return -(-config.sft_sequences // config.sft_batch_size)
@@ -183,7 +199,7 @@ def learn_preferences(model: Transformer, groups: list[PreferenceGroup], pad: in
 
     for step in run.steps():
         batch = [groups[i] for i in batch_of(step)]
-        run.batch = dict(groups=batch)  # saved to disk if this step fails
+        run.batch = dict(groups=batch)  # saved to disk if a UserError ends this step
         total_weight = sum(weight for group in batch for *_, weight in group.pairs)
         sums = dict(loss=torch.zeros((), device=device), accuracy=torch.zeros((), device=device))
         for micro_batch in micro_batches(batch, config.micro_batch_size, learner):
@@ -215,7 +231,8 @@ def pair_loss(model: Transformer, groups: Sequence[PreferenceGroup], pad: int, c
     The score is the reward head on the last token, and the logged loss is its preference loss.
     The auxiliary loss is the same loss on another score: the value head on every token, summed.
     A wrong word then gets a direct gradient. This second score is used in training only. The value
-    head is free for it: no reward model uses it, and the policy starts from the base model.
+    head has no other use here: a trained reward model ignores it, and the policy starts from the
+    base model.
     """
     batch = collate_preferences(list(groups), pad, model.wte.weight.device)
     hidden = model(batch.ids, batch.attention_mask)  # each response once, in any number of pairs
@@ -272,19 +289,6 @@ def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prom
 
 
 # ---- 4. evaluation -------------------------------------------------------------------------------
-
-
-def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardConfig,
-                  ) -> tuple[list[PreferenceGroup], list[PreferenceGroup]]:
-    """(train, test) as groups; prints what was kept, dropped and cut of all three splits."""
-    groups = {}
-    for name in ("train", "heldout", "test"):
-        groups[name], counts = encode_preferences(
-            getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
-        print(f"{name}: {describe_counts(counts)}")
-    if splits.bad_lines:
-        print(f"skipped {splits.bad_lines} bad lines")
-    return groups["train"], groups["test"]
 
 
 def probe(reward_model: Transformer, splits: Splits, encoding: tiktoken.Encoding,

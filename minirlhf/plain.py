@@ -3,7 +3,7 @@
 Run `python -m minirlhf.plain` (about a minute on two CPU cores; --algorithm NAME, --seed N).
 It contains the main algorithms of the project, without evaluation, checkpoints and optimizations:
 
-    1. Supervised fine-tuning: a small transformer learns to answer like the agents in the data.
+    1. Supervised fine-tuning: a small transformer learns to write like the help desk in the data.
     2. Reward model: a copy of it learns which of two responses the annotator prefers.
     3. Policy training: another copy learns to give responses with high scores.
 
@@ -168,8 +168,8 @@ def next_token_loss(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
     ids, mask [B, T], right-padded.
     """
     states = model(ids, mask)[:, :-1]
-    targets = mask[:, 1:]
-    return -token_logprobs(model, states, ids[:, 1:], targets).sum() / targets.sum()
+    is_target = mask[:, 1:]
+    return -token_logprobs(model, states, ids[:, 1:], is_target).sum() / is_target.sum()
 
 
 def score(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
@@ -486,7 +486,7 @@ def mean_gold(ids: Tensor, encoding: tiktoken.Encoding) -> float:
     total = 0.0
     for row in ids.tolist():
         text = encoding.decode([i for i in row if i < encoding.eot_token])  # without EOS and PAD
-        prompt, _, response = text.partition("Agent:")
+        prompt, _, response = text.partition("Agent:")  # a prompt ends with "Agent:"
         total += helpdesk.gold(prompt, response, encoding.eot_token in row)
     return total / len(ids)
 

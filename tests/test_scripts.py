@@ -1,5 +1,6 @@
 """Both scripts from end to end: what they write and print, and how they refuse bad input."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,6 +29,7 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data import splits
 from minirlhf.data.prompts import prompts_of_step
 from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
+from minirlhf.run import terminal
 from minirlhf.run.errors import UserError
 from minirlhf.run.metrics import Metrics, rounded
 from minirlhf.run.terminal import Progress, duration, printable
@@ -935,3 +937,23 @@ def test_main_raises_user_error_instead_of_exiting(inputs, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         train_reward.main(reward_config(inputs, tmp_path / "none", resume=True))
     assert signal.getsignal(signal.SIGINT) is not None
+
+
+def test_the_folder_is_unlocked_when_main_returns(reward_run, tmp_path):
+    """A run can be resumed in the same process, for example in a notebook."""
+    config = policy_config(reward_run, tmp_path / "run", iterations=1, lr_decay=False)
+    train_policy.main(config)
+    train_policy.main(dataclasses.replace(config, iterations=2, resume=True))
+    assert len(rows(tmp_path / "run" / "policy_metrics.jsonl")) == 3
+
+
+def test_the_time_left_does_not_include_the_evaluation_before_the_first_step(monkeypatch, capsys):
+    """Otherwise the first estimates would be too long by that time for every step."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    progress = terminal.Progress("step", 10)
+    now[0] = 1000.0
+    progress.start_clock()
+    now[0] = 1001.0
+    progress.show(1, "")
+    assert "9 s left" in capsys.readouterr().out

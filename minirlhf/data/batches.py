@@ -44,7 +44,7 @@ class PreferenceBatch(NamedTuple):
 def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
                        max_prompt_length: int, max_response_length: int,
                        ) -> tuple[list[PreferenceGroup], dict[str, int]]:
-    """(groups, counts). Consecutive pairs with the same prompt form a group.
+    """(groups, counts). Consecutive pairs with the same prompt form a group (see MAX_GROUP).
 
     Prompt and response are encoded separately, so a response has the same ids here and when the
     policy samples it. Lengths are in tokens: a longer prompt loses its beginning; a longer
@@ -115,7 +115,7 @@ def _encode_response(encoding: tiktoken.Encoding, text: str, max_length: int) ->
 
     Text is encoded in chunks: megabytes that are cut anyway should not be encoded, and tiktoken's
     regular expression overflows its stack on a million spaces. Within a chunk the ids are
-    tiktoken's own.
+    tiktoken's own; at a chunk boundary they may differ from those of the whole text.
     """
     ids: list[int] = []
     for start in range(0, len(text), CHUNK):
@@ -167,11 +167,11 @@ def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tens
 
 
 def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The indices of one epoch in batches, a function of the seed. The last batch may be smaller.
+    """The indices of one epoch in batches, a function of seed and epoch. The last may be smaller.
 
     Items of similar length should share a batch, but fully sorted items would form the same
     batches in every epoch. So the items are shuffled, sorted by length within windows of 16
-    batches, and the batches are shuffled again.
+    batches, and then the order of the batches is shuffled.
     """
     random = generator(seed, "order", epoch)
     order = torch.randperm(len(lengths), generator=random).tolist()

@@ -28,7 +28,7 @@ ASSISTANT = "\n\nAssistant:"
 SYSTEM = "\n\nSystem:"
 SPEAKERS = {"user": HUMAN, "human": HUMAN, "assistant": ASSISTANT, "gpt": ASSISTANT,
             "system": SYSTEM}
-MAX_BAD_RECORDS = 10_000  # stop if there are more, and more than usable ones: it is another file
+MAX_BAD_RECORDS = 10_000  # more than this and than the usable ones: probably the wrong file
 SMALLEST_WEIGHT = 1e-6  # a batch of weight 0 would divide by 0
 LARGEST_NUMBER = 1e6  # larger margins and weights are mistakes, and 1e39 is infinite in float32
 

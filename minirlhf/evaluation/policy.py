@@ -142,8 +142,8 @@ def gap_closed(task: Task, metrics: dict) -> dict:
     row = dict(best_gold=best)
     for decoding in DECODINGS:
         base = metrics[f"base_{decoding}_gold"]
-        gap = metrics[f"{decoding}_gold"] - base
-        row[f"{decoding}_gap_closed"] = gap / (best - base)
+        gain = metrics[f"{decoding}_gold"] - base
+        row[f"{decoding}_gap_closed"] = gain / (best - base)
     return row
 
 

@@ -61,18 +61,20 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup],
 def compare_to_ground_truth(groups: list[PreferenceGroup], scores: list[np.ndarray],
                             encoding: tiktoken.Encoding, ground_truth: ModuleType | None) -> dict:
     """gold_correlation and ceiling, where the ground truth has the functions for them."""
+    if ground_truth is None:
+        return {}
     texts = []
     for group in groups:
         responses = [decode(encoding, response) for response in group.responses]
         texts.append((decode(encoding, group.prompt), responses))
     metrics = {}
-    if ground_truth and hasattr(ground_truth, "gold"):
+    if hasattr(ground_truth, "gold"):
         gold = [ground_truth.gold(prompt, response)
                 for prompt, responses in texts for response in responses]
         flat = np.concatenate(scores)
         varies = np.ptp(flat) > 0 and np.ptp(gold) > 0
         metrics["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if varies else 0.0
-    if ground_truth and hasattr(ground_truth, "preference_probability"):
+    if hasattr(ground_truth, "preference_probability"):
         probabilities = np.array([
             ground_truth.preference_probability(prompt, responses[w], responses[l])
             for (prompt, responses), group in zip(texts, groups) for w, l, _, _ in group.pairs])

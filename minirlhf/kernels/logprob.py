@@ -28,8 +28,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, entropy=False, impl
     H_i = -sum_v p[i, v] log p[i, v],  p = softmax(z)                                        (nats)
 
     hidden [N, D], weight [V, D], targets [N] int64 in [0, V); temperature > 0.
-    vocab_size: V, if the weight has more rows, which are then ignored. (The gradient of a slice of
-    the weight would need one more tensor of its size.)
+    vocab_size: V, only needed if the weight has more rows; those after V are ignored. (A slice of
+    the weight as the argument would need one more gradient, of the size of the whole weight.)
     Returns logp [N], or (logp [N], H [N]) with entropy=True: float64 for float64 inputs, otherwise
     float32.
 

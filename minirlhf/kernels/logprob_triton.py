@@ -21,7 +21,7 @@ FLOAT32 = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, num_warps=4, num_stages=3)
 
 
 def statistics(hidden, weight, targets, inv_temperature, entropy):
-    """(target logit [N], log-sum-exp [tiles, N], entropy [tiles, N] or None)."""
+    """(target logit [N]; of each vocabulary tile: log-sum-exp, and entropy or None, [tiles, N])."""
     config = _config(hidden)
     hidden, weight = _row_major(hidden), _row_major(weight)
     grid = triton.cdiv(len(weight), config["BLOCK_V"]), triton.cdiv(len(hidden), config["BLOCK_N"])
@@ -70,7 +70,10 @@ def statistics_kernel(
     N, D, V, hidden_stride, weight_stride, inv_temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """lse = log sum_v exp z and, unless entropies is None, H = -sum_v p log p, over one tile."""
+    """Target logit, lse = log sum_v exp z and, unless None, H = -sum_v p log p, all over one tile.
+
+    p is the softmax over the tile.
+    """
     row_tile, column_tile = _position()
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)

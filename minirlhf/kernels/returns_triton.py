@@ -44,5 +44,5 @@ def scan_kernel(rewards, valid, returns, B, R, gamma, BLOCK_B: tl.constexpr, BLO
 
 @triton.jit
 def _then(later_coefficient, later_value, coefficient, value):
-    """Two steps of x -> coefficient x + value as one, the later step in time first."""
+    """Compose two steps x -> coefficient x + value; the one later in time is applied first."""
     return coefficient * later_coefficient, coefficient * later_value + value

@@ -52,8 +52,9 @@ def load_gpt2(path: Path, vocab_size: int, table_rows: int) -> Transformer:
     """The transformer of a GPT-2 file, in float32 on the CPU. Sizes are inferred from the shapes.
 
     vocab_size: of the tokenizer; must equal the rows of the file's token table.
-    table_rows: of the model; the additional rows (PAD and rounding) are 0, and so are the reward
-    and value heads. Raises UserError that names the file, the tensor and the problem.
+    table_rows: of the model's token table. The rows after vocab_size (PAD, and those that fill up
+    to a multiple of 64) are 0, and so are the reward and value heads.
+    Raises UserError that names the file, the tensor and the problem.
     """
     try:
         is_safetensors = path.suffix == ".safetensors"
@@ -100,7 +101,7 @@ def convert(tensors: dict[str, Tensor], model: Transformer) -> dict[str, Tensor]
     for name, expected in model.state_dict().items():
         is_scale = name == "score_scale"
         state[name] = target = torch.ones(()) if is_scale else torch.zeros(expected.shape)
-        if name.startswith(("reward_head", "value_head", "score_")):
+        if name.startswith(("reward_head", "value_head", "score_")):  # not in GPT-2's file
             continue
         part = name.split(".")
         is_block = part[0] == "blocks"
@@ -117,7 +118,7 @@ def convert(tensors: dict[str, Tensor], model: Transformer) -> dict[str, Tensor]
                              "those of wte.weight and wpe.weight")
         if not tensor.isfinite().all():
             raise ValueError(f"{theirs}: contains a number that is not finite")
-        target[: len(tensor)] = tensor  # a copy: mapped memory would change with the file
+        target[: len(tensor)] = tensor  # a copy, because the memory-mapped file may change later
     check_remaining(remaining, tensors)
     return state
 

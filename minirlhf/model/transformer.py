@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         """Compile every block except attention, for any number of tokens."""
         for block in self.blocks:
             for part in (Block.attention_input, Block.block_output):
-                # an attribute of the instance, so that a deep copy gets its own
+                # set on the instance and bound to it, so that a deep copy uses its own weights
                 compiled = functools.partial(torch.compile(part, dynamic=True), block)
                 setattr(block, part.__name__, compiled)
 
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
 
 def attend_packed(packed: Packed, n_head: int, cache: KVCache | None, layer: int,
                   qkv: Tensor) -> Tensor:
-    """[N, D] attention of packed tokens, computed in rows padded on the right."""
+    """[N, D] attention of packed tokens, computed in the padded layout packed.rows [B, C]."""
     batch, columns = packed.rows.shape
     # F.embedding(index, x) is x[index], with a faster backward pass
     qkv = F.embedding(packed.rows, qkv).view(batch, columns, 3, n_head, -1)
@@ -176,7 +176,7 @@ def attend_packed(packed: Packed, n_head: int, cache: KVCache | None, layer: int
     # padding comes after the real tokens, so the causal mask also hides it
     attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     attended = attended.transpose(1, 2).reshape(batch * columns, -1)
-    return F.embedding(packed.first, attended)
+    return F.embedding(packed.first, attended)  # one row per token again
 
 
 def attend_cached(cache: KVCache, layer: int, qkv: Tensor) -> Tensor:

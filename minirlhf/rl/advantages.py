@@ -62,7 +62,8 @@ def group_normalized(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """GRPO: (score - mean) / standard deviation within the group (Shao et al. 2024).
 
     Biased: the standard deviation reweights prompts and depends on the action. (The mean includes
-    the response itself, which only scales all weights by (K - 1) / K.) Equal scores give 0.
+    the response itself. With K responses, that only scales all weights by (K - 1) / K.)
+    Equal scores give 0.
     """
     groups = scores.view(-1, group_size)
     centered = groups - groups.mean(1, keepdim=True)

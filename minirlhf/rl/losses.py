@@ -1,8 +1,8 @@
 """All losses, as small pure functions.
 
-They return sums divided by an explicit denominator, so that the gradient does not depend on how a
-minibatch is split into micro-batches. Masked values are set to 0 before they are used, because the
-gradient of where(mask, x * nan, 0) is NaN.
+The policy and value losses are sums divided by an explicit denominator, so that the gradient does
+not depend on how a minibatch is split into micro-batches. Values beyond the mask are set to 0
+before they are used, because the gradient of where(mask, x * nan, 0) is NaN.
 """
 
 import torch
@@ -85,7 +85,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """1/2 (log pi - log pi_ref)^2.
 
-    Biased as an estimate, but as a loss its gradient at one state is that of KL(pi || ref).
+    Biased as an estimate, but as a loss its expected gradient at a state is that of KL(pi || ref).
     """
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
@@ -93,8 +93,8 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """pi_ref / pi - 1 - log(pi_ref / pi).
 
-    Unbiased for KL(pi || ref) and never negative; as a loss its gradient at one state is that of
-    KL(ref || pi).
+    Unbiased for KL(pi || ref) and never negative; as a loss its expected gradient at a state is
+    that of KL(ref || pi).
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio

@@ -25,7 +25,7 @@ def score(reward: Reward, samples: Samples) -> Tensor:
     """[B] the score of each response, during training.
 
     Each process computes its share of a reward model's scores. A user-defined function is called
-    once, in the first process, with all responses.
+    once, in the main process, with all responses.
     """
     if isinstance(reward.source, Transformer):
         with reward.source.autocast():

@@ -40,7 +40,9 @@ class Rollout(NamedTuple):
 
     def rows(self, index: Tensor) -> "Rollout":
         """The responses with these row numbers."""
-        return Rollout(self.samples.rows(index), self.logprobs[index], self.ref_logprobs[index],
+        samples = self.samples.rows(index)
+        index = index.to(self.rewards.device)
+        return Rollout(samples, self.logprobs[index], self.ref_logprobs[index],
                        self.values[index], self.scores[index], self.rewards[index], self.kl_coef,
                        self.advantages[index], self.returns[index])
 
@@ -86,7 +88,7 @@ def measure(model: Transformer, samples: Samples, config: PolicyConfig) -> tuple
     """
     model = unsharded(model)
     logprobs, values = [], []
-    rows = torch.arange(len(samples.prompts), device=samples.response_ids.device)
+    rows = torch.arange(len(samples.prompts))
     for micro_batch in rows.split(config.micro_batch_size or len(rows)):
         with model.autocast():
             batch_logprobs, batch_values, _ = evaluate_actions(model, samples.rows(micro_batch),
@@ -115,8 +117,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, config: PolicyConfig) -> float:
 
     With --kl-target it rises if the KL is above the target, and falls if it is below.
 
-    A proportional controller in log space, error clipped to +-0.2 (Ziegler et al. 2019, section
-    2.2). kl: mean over responses of the KL summed over tokens, nats.
+    A proportional controller with its relative error clipped to +-0.2 (Ziegler et al. 2019,
+    section 2.2). kl: mean over responses of the KL summed over tokens, nats.
     """
     if not config.kl_target:
         return kl_coef
@@ -129,8 +131,8 @@ def sequence_kl(model: Transformer, reference: Transformer, samples: Samples, te
                 chunk: int = 4096) -> Tensor:
     """[B] sum over visited states of KL(pi(. | s_t) || pi_ref(. | s_t)), in nats.
 
-    It uses the whole distributions. So its mean is that of k1 summed over the sampled tokens, with
-    less noise.
+    Its expected value is that of k1 summed over the sampled tokens, but it has less noise, because
+    it uses the whole distributions.
     chunk: states at a time, because their logits are large.
     """
     mask = samples.response_mask

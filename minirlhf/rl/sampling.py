@@ -39,6 +39,7 @@ class Samples(NamedTuple):
     def rows(self, index: Tensor) -> "Samples":
         """The samples with these row numbers."""
         chosen = index.tolist()
+        index = index.to(self.response_ids.device)
         return Samples([self.prompts[i] for i in chosen], [self.responses[i] for i in chosen],
                        [self.finished[i] for i in chosen], self.prompt_ids[index],
                        self.prompt_mask[index], self.response_ids[index], self.response_mask[index])

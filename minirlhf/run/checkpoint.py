@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the folder stores the new name
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name is stored here: sync it as well
     try:
         os.fsync(folder)
     finally:
@@ -110,7 +110,9 @@ def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
 
 
 def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict] | None:
-    """(meta, states) of the newest valid checkpoint of this kind; skips others with a warning.
+    """(meta, states) of the newest valid checkpoint of this kind, or None.
+
+    Prints a warning for each newer one that it skips.
 
     folder: the run's checkpoints/.
     """

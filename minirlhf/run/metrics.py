@@ -83,7 +83,7 @@ class Metrics:
         return [self.count, self.digest]
 
     def write(self, row: dict) -> None:
-        """Append one row with one system call, so that no row is half-written. Raises OSError."""
+        """Append one row with one system call. Raises OSError, for example if the disk is full."""
         if self.file is None:  # only the main process writes
             return
         row = rounded(row)

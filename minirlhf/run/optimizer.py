@@ -45,7 +45,8 @@ def step_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float
     limit = max_grad_norm or math.inf
     norm = float(full_tensor(nn.utils.clip_grad_norm_(model.parameters(), limit)))
     if not math.isfinite(norm):
-        raise UserError(f"the gradient{name} is not finite (norm {norm}); try a smaller --lr")
+        raise UserError(f"the gradient{name} is not finite (norm {norm}); "
+                        "try a smaller learning rate")
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()

@@ -129,11 +129,11 @@ def micro_batches(rows, size: int, learner: nn.Module) -> Iterator:
     """This process's rows, at most `size` at a time (0: all), one forward and backward pass each.
 
     Replicas exchange gradients in the last pass only. All processes make the same number of passes,
-    because sharded passes wait for each other; so a process may get two rows even if size is 1.
+    because sharded passes wait for each other: 3 rows in 2 processes with size 1 are one pass.
     """
     fewest = len(rows) // process_count()
     most = math.ceil(len(rows) / process_count())
-    # at most `fewest` passes, so that every process has a row in each of them
+    # at most `fewest` passes, so that every process has a row in each (or one pass without a row)
     count = max(1, min(fewest, math.ceil(most / (size or most))))
     for index in range(count):
         is_last = index + 1 == count

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -29,17 +30,21 @@ class Run:
     """
 
     folder: Path  # set by open()
+    metrics: Metrics  # set by the first resume(), once its checkpoint is known to fit
 
     def __init__(self, config, script: str):
         """From here on signals are handled. script: named in the command that resumes the run."""
         self.config = config
         self.stop = StopSignal(script)
         self.batch: dict | None = None  # written to disk if a UserError ends the step
+        self.lock: IO | None = None  # of the run folder, in the main process
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if self.lock:
+            self.lock.close()
         if self.batch is not None and isinstance(error, UserError):
             raise self._save_bad_batch(self.batch, error) from None
 
@@ -61,24 +66,25 @@ class Run:
                 self.checkpoints[stage] = checkpoint
             if total and (not checkpoint or checkpoint[0].get("step", 0) < total):
                 break  # this stage is not finished, so no later one has started
-        mark = None  # of the last stage that has a checkpoint
-        for meta, _ in self.checkpoints.values():
-            mark = meta.get("metrics")
-        path = self.folder / f"{list(stages)[-1]}_metrics.jsonl"
-        self.metrics = Metrics(path, mark, self.config.tensorboard)
 
     def resume(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                label: str = "", plain_lines: int = 10) -> dict:
         """Begin a stage, from its newest checkpoint if there is one.
 
-        Returns the state that save() stored, {} in a new run.
+        Returns what save() stored: the state, and step, run and metrics; {} without a checkpoint.
         label: name on the progress line.
         plain_lines: about how many lines to print if the output is not a terminal.
         """
+        mark = None  # of the metrics (count and digest of rows) in the newest checkpoint
+        for meta, _ in self.checkpoints.values():
+            mark = meta.get("metrics")
         checkpoint = self.checkpoints.pop(stage, None)
         self.stage = stage
         self.total = self.stages[stage]
         self.done = restore(checkpoint, model, optimizer)
+        if not hasattr(self, "metrics"):
+            path = self.folder / f"{list(self.stages)[-1]}_metrics.jsonl"
+            self.metrics = Metrics(path, mark, self.config.tensorboard)
         self.progress = Progress(label or stage, self.total, self.done, plain_lines)
         return checkpoint[0] if checkpoint else {}
 
@@ -87,6 +93,7 @@ class Run:
 
         After Ctrl-C the process ends when the step is complete.
         """
+        self.progress.start_clock()
         for step in self.stop.steps(self.done, self.total):
             self.step = step
             self.phases: dict[str, float] = {}

@@ -30,8 +30,12 @@ class Progress:
         self.total = total
         self.first = done
         self.every = max(1, total // plain_lines)
-        self.start = time.monotonic()
         self.is_terminal = sys.stdout.isatty()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Measure the time per step from now on."""
+        self.start = time.monotonic()
 
     def show(self, done: int, text: str) -> None:
         """Print how many steps are done, this text, and the time left."""
