@@ -145,7 +145,7 @@ def minibatches(config: PolicyConfig, step: int) -> Iterator[Tensor]:
             shuffle = generator(config.seed, "minibatches", step, epoch)
             order = torch.randperm(count, generator=shuffle)
         for minibatch in order.split(size):
-            yield minibatch.sort().values  # neighbors with one prompt compute it once (packing.py)
+            yield minibatch.sort().values  # rows with the same prompt side by side: see packing.py
 
 
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollout,

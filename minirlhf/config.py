@@ -181,6 +181,12 @@ class PolicyConfig(RunConfig):
         200.0, "stop if the KL exceeds this many nats: the policy no longer writes language", 0)
     eval_every: int = setting(20, "iterations between evaluations on the held-out prompts", 1)
     eval_prompts: int = setting(256, "held-out prompts in an evaluation", 1)
+    eval_temperature: float = setting(
+        0.0, "of sampling in evaluations and the final table; 0: --temperature", 0)
+    eval_top_k: int = setting(
+        0, "in evaluations, sample from this many most likely tokens; 0: from all", 0)
+    eval_top_p: float = setting(
+        1.0, "in evaluations, sample from the smallest set of tokens of this probability", 1e-3, 1)
     test_prompts: int = setting(512, "test prompts of the final table, if there are as many", 1)
     best_of_n: int = setting(128, "test prompts of the best-of-n rows; 0: no such rows", 0)
     save_every: int = setting(10, "iterations between checkpoints", 1)
@@ -205,5 +211,5 @@ class PolicyConfig(RunConfig):
         """Raise UserError for the first setting that is wrong or contradicts another."""
         check_ranges(self)
         if self.kl_target and not self.kl_coef:
-            raise UserError("--kl-target multiplies --kl-coef, and 0 stays 0; "
+            raise UserError("--kl-target scales --kl-coef up or down, and 0 stays 0; "
                             "leave out --kl-coef 0, or the target")

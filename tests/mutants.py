@@ -306,8 +306,8 @@ MUTANTS = [
     Mutant(
         'sampler-at-temperature-1',
         GENERATE,
-        '(logits.float() / temperature)',
-        'logits.float()',
+        'filter_logits(logits.float() / temperature,',
+        'filter_logits(logits.float(),',
         "generate::token_frequencies_agree_with_the_log_probs[0.7]",
     ),
     Mutant(

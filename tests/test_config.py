@@ -81,7 +81,7 @@ def test_a_wrong_setting_fails_before_any_work(config_class, tmp_path, monkeypat
         (RewardConfig(d_model=100, n_head=3), "--n-head 3 does not divide --d-model 100"),
         (
             PolicyConfig(kl_coef=0.0, kl_target=6.0),
-            "--kl-target multiplies --kl-coef, and 0 stays 0",
+            "--kl-target scales --kl-coef up or down, and 0 stays 0",
         ),
         (
             RewardConfig(init="base.pt", init_reward="reward.pt"),
@@ -448,6 +448,9 @@ POLICY_CHANGES = {
     "max_kl": (dict(lr=0.3, iterations=4), 200.0, 0.01),
     "eval_every": ({}, 1, 2),
     "eval_prompts": ({}, 2, 4),
+    "eval_temperature": ({}, 0.0, 0.3),
+    "eval_top_k": ({}, 0, 2),
+    "eval_top_p": ({}, 1.0, 0.3),
     "test_prompts": ({}, 2, 4),
     "best_of_n": ({}, 0, 2),
     "out": ({}, "a", "b"),

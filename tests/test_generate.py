@@ -310,7 +310,7 @@ BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
 def draw(probabilities: list[float], u: float) -> int:
-    return sample_tokens(torch.tensor([probabilities]).log(), torch.tensor([u]), 1.0).item()
+    return sample_tokens(torch.tensor([probabilities]).log(), torch.tensor([u])).item()
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_the_largest_uniform_gives_a_token_of_the_vocabulary():
     logits *= torch.linspace(0, 8, 64)[:, None]
     logits[:, -100:] = float("-inf")
     for u in (0.0, BELOW_ONE):
-        assert sample_tokens(logits, torch.full((64,), u), 1.0).max() < 49_900
+        assert sample_tokens(logits, torch.full((64,), u)).max() < 49_900
 
 
 def test_a_sum_times_the_largest_uniform_is_less_than_the_sum():
@@ -360,7 +360,7 @@ def test_sampling_does_not_change_its_arguments():
     logits = torch.randn(3, 5)
     uniforms = torch.rand(3)
     copies = (logits.clone(), uniforms.clone())
-    sample_tokens(logits, uniforms, 0.5)
+    sample_tokens(logits, uniforms)
     filter_logits(logits, 2, 0.5)
     assert torch.equal(logits, copies[0]) and torch.equal(uniforms, copies[1])
 
@@ -423,6 +423,33 @@ def test_top_k_by_hand(top_k, expected):
     assert kept([0.05, 0.5, 0.15, 0.3], top_k=top_k) == expected
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_top_k_keeps_k_tokens_if_logits_are_equal(top_k):
+    """A threshold at the k-th logit would keep all of them."""
+    assert len(kept([0.25, 0.25, 0.25, 0.25], top_k=top_k)) == top_k
+
+
+def test_top_p_applies_after_the_temperature():
+    """The most likely token has a probability of 0.8 at temperature 0.5, and of 0.59 at 1."""
+    model = random_model(spread=0.0)
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1.0)
+        model.ln_f.weight.zero_()
+        model.wte.weight.zero_()
+        model.wte.weight[:3, 0] = torch.tensor([0.8, 0.1, 0.1]).log() / 2 + 40.0
+    ids, mask = (x.expand(500, -1) for x in pad_left([[1]], PAD))
+    uniforms = torch.rand(500, 1)
+
+    def tokens(temperature: float) -> set[int]:
+        response, _ = generate(
+            model, ids, mask, 1, EOS, PAD, uniforms, temperature=temperature, top_p=0.7
+        )
+        return set(response.flatten().tolist())
+
+    assert tokens(0.5) == {0}
+    assert tokens(1.0) == {0, 1}
+
+
 @pytest.mark.parametrize(
     "top_p, expected",
     [
@@ -456,4 +483,4 @@ def test_tokens_that_were_filtered_out_are_never_sampled():
     """Uses random numbers over the whole unit interval, both ends included."""
     logits = filter_logits(torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log(), 2, 1.0).expand(1002, -1)
     uniforms = torch.cat([torch.linspace(0, BELOW_ONE, 1000), torch.tensor([0.0, BELOW_ONE])])
-    assert set(sample_tokens(logits, uniforms, 1.3).tolist()) == {1, 3}
+    assert set(sample_tokens(logits, uniforms).tolist()) == {1, 3}

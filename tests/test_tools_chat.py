@@ -110,9 +110,14 @@ def test_without_flags_sampling_is_as_in_training(policy_run):
     trained = load_trained(str(policy_run), CPU)
     config = dataclasses.replace(trained.config, temperature=0.7, max_response_length=3)
     changed = trained._replace(config=config)
-    assert trained.sampling(0.0, 0, 5)[1:] == (5, 1.0, 5)
-    assert changed.sampling(0.0, 0, 5)[1:] == (3, 0.7, 5)
-    assert changed.sampling(0.2, 4, 5)[1:] == (4, 0.2, 5)
+
+    def settings(source, *arguments) -> tuple:
+        sampling = source.sampling(*arguments)
+        return sampling.max_response_length, sampling.temperature, sampling.seed
+
+    assert settings(trained, 0.0, 0, 5) == (5, 1.0, 5)
+    assert settings(changed, 0.0, 0, 5) == (3, 0.7, 5)
+    assert settings(changed, 0.2, 4, 5) == (4, 0.2, 5)
 
 
 def test_a_cut_response_is_marked(policy_run, capsys):

@@ -235,7 +235,7 @@ def best_response(prompt: str) -> str:
 
 
 def probes(prompt: str) -> dict[str, str]:
-    """defect -> the best response with exactly this defect: which does a reward model detect?
+    """defect -> the best response with exactly this defect: does a reward model score it lower?
 
     The wrong problem, action and so on are random, seeded by the prompt. The prompt must be one of
     the task.

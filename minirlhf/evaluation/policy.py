@@ -24,7 +24,9 @@ class EvalResult(NamedTuple):
     responses: list[str]
     score: np.ndarray
     gold: np.ndarray | None
-    kl: np.ndarray  # nats: full-distribution KL from the base model, summed over the response
+    # nats, summed over the response: KL from the base model at the temperature of evaluation,
+    # before top-k and top-p
+    kl: np.ndarray
     length: np.ndarray
     finished: np.ndarray
 
@@ -40,12 +42,12 @@ def evaluate_decoding(model: Transformer, task: Task, prompts: Prompts, greedy: 
     responses, score, gold, kl, length, finished = [], [], [], [], [], []
     for start in range(0, len(prompts.texts), BATCH):
         rows = list(range(start, min(start + BATCH, len(prompts.texts))))
-        samples = sample_responses(model, prompts.rows(rows), task.sampling, purpose,
+        samples = sample_responses(model, prompts.rows(rows), task.evaluation, purpose,
                                    rows=None if greedy else rows)
         responses += samples.responses
         score += score_responses(task.reward, samples).tolist()
         gold += gold_utility(samples, task.ground_truth) or []
-        kl += sequence_kl(model, task.base, samples, task.sampling.temperature).tolist()
+        kl += sequence_kl(model, task.base, samples, task.evaluation.temperature).tolist()
         length += samples.response_mask.sum(1).tolist()
         finished += samples.finished
     return EvalResult(responses, np.array(score), np.array(gold) if gold else None,
@@ -95,7 +97,7 @@ def best_of_n(task: Task, prompts: Prompts, counts: tuple[int, ...]) -> list[dic
     it is a bound: Beirami et al. 2024).
     """
     rows = list(range(len(prompts.texts)))
-    all_samples = [sample_responses(task.base, prompts, task.sampling, "best of n", number, rows)
+    all_samples = [sample_responses(task.base, prompts, task.evaluation, "best of n", number, rows)
                    for number in range(max(counts))]
     scores = np.array([score_responses(task.reward, samples).tolist()
                        for samples in all_samples])  # [max(counts), prompts]

@@ -95,7 +95,7 @@ def describe(tensor):
 def require(conditions, message):
     """Raise ValueError(message) unless every element is true.
 
-    On CUDA this is an assertion on the device, which does not wait.
+    On CUDA the device checks it asynchronously: the CPU does not wait, and the error comes later.
     """
     all_true = conditions.view(torch.uint8).amin()  # 20 times as fast as conditions.all() on CPU
     if all_true.is_cuda:
@@ -153,8 +153,8 @@ class _TokenLogprobs(torch.autograd.Function):
         lse = lse_parts.logsumexp(0)
         entropies = None
         if entropy:
-            # Shannon's grouping rule: the entropy of the choice of a slab of the vocabulary, plus
-            # the mean of the entropies inside the slabs.
+            # A part covers one slab, a range of the vocabulary. Shannon's grouping rule: the
+            # entropy of the choice of a slab, plus the mean of the entropies inside the slabs.
             log_share = lse_parts - lse
             entropies = (log_share.exp() * (entropy_parts - log_share)).sum(0)
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)

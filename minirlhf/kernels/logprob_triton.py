@@ -126,7 +126,8 @@ def gradient_kernel(
 def _position():
     """(row tile, vocabulary tile) of this program.
 
-    Neighbors form groups of 8 row tiles and share operands in the L2 cache.
+    Consecutive programs cover 8 row tiles of one vocabulary tile, then the same 8 of the next, so
+    they find their operands in the L2 cache.
     """
     return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1),
                         tl.num_programs(0), 8)

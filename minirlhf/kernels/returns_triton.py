@@ -34,8 +34,8 @@ def scan_kernel(rewards, valid, returns, B, R, gamma, BLOCK_B: tl.constexpr, BLO
         inside = (rows < B)[:, None] & (t < R)[None, :]
         r = tl.load(rewards + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.where(tl.load(valid + at, mask=inside, other=0) != 0, r, 0.0)
-        # x: sums inside the block.  power: gamma^(columns from t to its end), the weight of what
-        # follows the block.
+        # x: discounted sum from t to the block's end.  power: gamma^(columns from t to that end),
+        # the weight of what follows the block.
         power, x = tl.associative_scan((tl.zeros_like(r) + gamma, r), 1, _then, reverse=True)
         x += power * after[:, None]
         tl.store(returns + at, x, mask=inside)

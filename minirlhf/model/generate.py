@@ -14,13 +14,13 @@ COMPACT_EVERY = dict(cuda=16)  # tokens between removals of finished rows; elsew
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """[B, V] with -inf outside the top_k tokens and outside the nucleus of probability top_p.
 
-    The nucleus is the smallest set of tokens whose total probability reaches top_p.
-
+    The nucleus is the smallest set of tokens whose total probability reaches top_p, after top_k.
+    logits: already divided by the temperature. Of equal logits top_k keeps some.
     For evaluation only: it changes the distribution, and training needs the original one.
     """
     if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        top = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        logits = torch.full_like(logits, float("-inf")).scatter_(-1, top.indices, top.values)
     if top_p < 1.0:
         ordered, index = logits.sort(dim=-1, descending=True)
         probability = ordered.softmax(-1)
@@ -30,14 +30,14 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """[B] tokens by inverse CDF.
 
     The token is the first whose cumulative probability exceeds the row's uniform [B] in [0, 1).
     """
     # On CUDA a float32 cumsum need not be monotone, and a token of probability 0 could be drawn.
     exact = torch.float64 if logits.is_cuda else torch.float32
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=exact)
+    cdf = logits.float().softmax(-1).cumsum(-1, dtype=exact)
     target = uniforms[:, None] * cdf[:, -1:]  # less than the last, because u <= 1 - 2^-24
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
 
@@ -71,8 +71,8 @@ def generate(model: Transformer, prompt_ids: Tensor, prompt_mask: Tensor, max_re
             if uniforms is None:
                 token = logits.argmax(-1)
             else:
-                logits = filter_logits(logits, top_k, top_p)
-                token = sample_tokens(logits, uniforms[rows, t], temperature)
+                logits = filter_logits(logits.float() / temperature, top_k, top_p)
+                token = sample_tokens(logits, uniforms[rows, t])
             response[rows, t] = token
             is_running &= token != eos
             if t + 1 == max_response_length:

@@ -126,7 +126,7 @@ def convert(tensors: dict[str, Tensor], model: Transformer) -> dict[str, Tensor]
 def check_remaining(remaining: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError for tensors that GPT-2 does not have, or an untied LM head."""
     if "lm_head.weight" in remaining:
-        shape_of(remaining, "lm_head.weight", 2)
+        shape_of(remaining, "lm_head.weight", 2)  # only for its ValueError
         if not torch.equal(remaining.pop("lm_head.weight"), tensors["wte.weight"]):
             raise ValueError("lm_head.weight: differs from wte.weight, but GPT-2 ties them")
     if remaining:

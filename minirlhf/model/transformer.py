@@ -127,7 +127,8 @@ class Transformer(nn.Module):
         """Compile every block except attention, for any number of tokens."""
         for block in self.blocks:
             for part in (Block.attention_input, Block.block_output):
-                # set on the instance and bound to it, so that a deep copy uses its own weights
+                # hides the method on this instance; a deep copy also copies the block in the
+                # partial, so it uses its own weights
                 compiled = functools.partial(torch.compile(part, dynamic=True), block)
                 setattr(block, part.__name__, compiled)
 

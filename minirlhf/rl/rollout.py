@@ -131,8 +131,8 @@ def sequence_kl(model: Transformer, reference: Transformer, samples: Samples, te
                 chunk: int = 4096) -> Tensor:
     """[B] sum over visited states of KL(pi(. | s_t) || pi_ref(. | s_t)), in nats.
 
-    Its expected value is that of k1 summed over the sampled tokens, but it has less noise, because
-    it uses the whole distributions.
+    The sum of log pi - log pi_ref over the sampled tokens (k1 in losses.py) has the same expected
+    value but more noise, because it does not use the whole distributions.
     chunk: states at a time, because their logits are large.
     """
     mask = samples.response_mask

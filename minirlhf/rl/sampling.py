@@ -23,6 +23,8 @@ class SamplingSettings(NamedTuple):
     max_response_length: int  # tokens, EOS included
     temperature: float
     seed: int
+    top_k: int = 0  # of evaluation only: the most likely tokens, 0 for all
+    top_p: float = 1.0  # of evaluation only: the nucleus of this probability
 
 
 class Samples(NamedTuple):
@@ -68,7 +70,8 @@ def sample_responses(model: Transformer, prompts: Prompts, settings: SamplingSet
     if rows is not None:
         uniforms = row_uniforms(settings.seed, purpose, step, rows, length).to(device)
     response_ids, response_mask = generate(model, ids, mask, length, encoding.eot_token,
-                                           pad_id(encoding), uniforms, settings.temperature)
+                                           pad_id(encoding), uniforms, settings.temperature,
+                                           settings.top_k, settings.top_p)
     finished = ((response_ids == encoding.eot_token) & response_mask).any(1).tolist()
     texts = [decode(encoding, row[is_real].tolist())
              for row, is_real in zip(response_ids.cpu(), response_mask.cpu())]

@@ -26,7 +26,8 @@ class Task(NamedTuple):
     name: str
     facts: dict  # recorded in the run folder: the reward run and the hashes of all files read
     base: Transformer  # the reference model; the policy starts as a copy of it
-    sampling: SamplingSettings
+    sampling: SamplingSettings  # of training
+    evaluation: SamplingSettings
     reward: Reward
     ground_truth: ModuleType | None
     train: Prompts
@@ -61,6 +62,9 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
         facts=dict(reward_run=str(folder), data=splits.hashes | file_hashes(inputs)),
         base=base,
         sampling=SamplingSettings(encoding, response_length, config.temperature, config.seed),
+        evaluation=SamplingSettings(encoding, response_length,
+                                    config.eval_temperature or config.temperature, config.seed,
+                                    config.eval_top_k, config.eval_top_p),
         reward=reward,
         ground_truth=ground_truth,
         train=encode_prompts(texts, encoding, length),

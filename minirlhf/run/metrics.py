@@ -54,8 +54,8 @@ class Metrics:
         size = self._read(self.file, expected_count)
         if (self.count, self.digest) != (expected_count, expected_digest):
             aside = path.with_name(path.name + ".damaged")
-            print(printable(f"warning: {path}: damaged; renamed to {aside.name}, which also holds "
-                            "the rows up to the checkpoint"))
+            print(printable(f"warning: {path}: damaged; renamed to {aside.name}; the new file "
+                            "starts after the checkpoint"))
             os.replace(path, aside)
             self.file = open(path, "a+b", buffering=0)
             self.count = 0

@@ -126,10 +126,11 @@ def by_rows(function: Callable) -> Callable:
 
 
 def micro_batches(rows, size: int, learner: nn.Module) -> Iterator:
-    """This process's rows, at most `size` at a time (0: all), one forward and backward pass each.
+    """This process's rows, about `size` for each forward and backward pass (0: all in one pass).
 
     Replicas exchange gradients in the last pass only. All processes make the same number of passes,
-    because sharded passes wait for each other: 3 rows in 2 processes with size 1 are one pass.
+    because sharded passes wait for each other. So a pass can exceed `size` by a row: 3 rows in
+    2 processes with size 1 are one pass, of 1 row here and 2 rows there.
     """
     fewest = len(rows) // process_count()
     most = math.ceil(len(rows) / process_count())

@@ -156,7 +156,7 @@ def stream(model: Transformer, prompt_ids: Ids, uniforms: Tensor | None, max_res
         if uniforms is None:
             token = logits.argmax(-1)
         else:
-            token = sample_tokens(logits, uniforms[t:t + 1], temperature)
+            token = sample_tokens(logits.float() / temperature, uniforms[t:t + 1])
         yield int(token)
         if int(token) == eos or t + 1 == max_response_length:
             return
