@@ -45,7 +45,7 @@ from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import SamplingSettings, sample_responses
 from minirlhf.run.command_line import run_script
 from minirlhf.run.device import check_processes, pick_device, prepare_training
-from minirlhf.run.errors import check_finite
+from minirlhf.run.errors import UserError, check_finite
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
@@ -64,6 +64,10 @@ def main(config: RewardConfig) -> dict:
         ground_truth = load_ground_truth(config)
         splits = load_splits(config)
         train, test = encode_splits(splits, encoding, config)
+        normalization_texts = unique_prompts(splits.train)[: config.normalize_prompts]
+        if len(normalization_texts) < 2:
+            raise UserError("the training data has only one prompt; give at least 2, because "
+                            "scores are normalized on responses to several prompts")
         base = initial_base_model(config, encoding).to(device)
         earlier = earlier_reward_model(config, encoding)
         start_files = [file for file in (base_model_file(config), config.init_reward) if file]
@@ -94,8 +98,7 @@ def main(config: RewardConfig) -> dict:
 
         # 3. Normalize the scores: samples of the base model get mean 0, standard deviation 1.
         settings = SamplingSettings(encoding, config.max_response_length, 1.0, config.seed)
-        texts = unique_prompts(splits.train)[: config.normalize_prompts]
-        prompts = encode_prompts(texts, encoding, config.max_prompt_length)
+        prompts = encode_prompts(normalization_texts, encoding, config.max_prompt_length)
         normalize_scores(reward_model, base, prompts, settings)
 
         # 4. Evaluation.

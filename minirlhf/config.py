@@ -213,3 +213,7 @@ class PolicyConfig(RunConfig):
         if self.kl_target and not self.kl_coef:
             raise UserError("--kl-target scales --kl-coef up or down, and 0 stays 0; "
                             "leave out --kl-coef 0, or the target")
+        if self.kl_target and self.kl_horizon < self.batch_size:
+            raise UserError(f"--kl-horizon {self.kl_horizon} is smaller than --batch-size "
+                            f"{self.batch_size}, so the KL coefficient could change its sign; "
+                            f"use at least {self.batch_size}")

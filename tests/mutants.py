@@ -162,8 +162,8 @@ MUTANTS = [
     Mutant(
         'whitens-with-padding',
         ADVANTAGES,
-        'kept = advantages[mask]',
-        'kept = advantages.flatten()',
+        'kept = shifted[mask]',
+        'kept = shifted.flatten()',
         "advantages::whitening_uses_all_real_tokens_of_the_batch",
     ),
     Mutant(

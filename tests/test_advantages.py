@@ -15,7 +15,7 @@ from minirlhf.rl.advantages import (
     reward_to_go_minus_value,
     whiten,
 )
-from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
+from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages, explained_variance
 from minirlhf.rl.rollout import Rollout
 
 REWARDS = torch.tensor([[1.0, -2.0, 4.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
@@ -109,6 +109,24 @@ def test_equal_scores_in_a_group_give_zero_advantage():
     """A standard deviation of 0 must not give NaN."""
     mask = torch.ones(4, 2, dtype=torch.bool)
     assert torch.equal(group_normalized(torch.full((4,), 3.0), mask, 4), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [3.7, -0.1, 12345.6, 1e-7, 1e30])
+def test_equal_values_of_any_size_give_exact_zeros(value, dtype):
+    """Rounding in the mean gave advantages of -9.8 for equal scores of 12345.6.
+
+    A policy then drifts although all its responses are equally good.
+    """
+    mask = torch.ones(64, 37, dtype=torch.bool)
+    mask[::3, 20:] = False
+    same = torch.full((64, 37), value, dtype=dtype)
+    assert (whiten(same, mask) == 0).all()
+    assert (group_normalized(same[:, 0], mask, 4) == 0).all()
+    at_the_start = torch.zeros(64, 37, dtype=dtype)
+    at_the_start[:, 0] = value
+    assert (leave_one_out(at_the_start, mask, 4) == 0).all()
+    assert explained_variance(torch.randn(64, 37, dtype=dtype), same, mask) == 0.0
 
 
 def test_discount_counts_from_the_current_step():

@@ -84,6 +84,10 @@ def test_a_wrong_setting_fails_before_any_work(config_class, tmp_path, monkeypat
             "--kl-target scales --kl-coef up or down, and 0 stays 0",
         ),
         (
+            PolicyConfig(kl_target=0.5, kl_horizon=5, batch_size=32),
+            "--kl-horizon 5 is smaller than --batch-size 32",
+        ),
+        (
             RewardConfig(init="base.pt", init_reward="reward.pt"),
             "--init-reward uses the base.pt next to it; leave out --init",
         ),

@@ -28,6 +28,7 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data import splits
 from minirlhf.data.prompts import prompts_of_step
+from minirlhf.model.loading import save_model
 from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
 from minirlhf.run import terminal
 from minirlhf.run.errors import UserError
@@ -957,3 +958,22 @@ def test_the_time_left_does_not_include_the_evaluation_before_the_first_step(mon
     now[0] = 1001.0
     progress.show(1, "")
     assert "9 s left" in capsys.readouterr().out
+
+
+def test_training_data_with_one_prompt_is_an_error_before_training(inputs, tmp_path, capsys):
+    """The standard deviation of one score is NaN, and scores would be divided by it."""
+    path = tmp_path / "pairs.jsonl"
+    lines = (inputs / "pairs.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[8]]))  # two prompts, of which one is held out
+    config = reward_config(inputs, tmp_path / "run", data=(str(path),))
+    error = tiny.refused(capsys, train_reward.main, RewardConfig, tiny.as_flags(config))
+    assert "only one prompt" in error and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
+    """A later run would start from NaN weights without an error."""
+    model = tiny.random_model()
+    model.blocks[1].mlp_in.weight[3, 2] = math.nan
+    with pytest.raises(UserError, match="not saved, because blocks.1.mlp_in.weight is not finite"):
+        save_model(tmp_path / "policy.pt", "policy", model, {})
+    assert not (tmp_path / "policy.pt").exists()

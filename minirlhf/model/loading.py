@@ -14,7 +14,14 @@ from minirlhf.run.seeding import derive_seed
 
 
 def save_model(path: Path, kind: str, model: Transformer, meta: dict) -> None:
-    """Save base.pt, reward.pt or policy.pt: weights, sizes, and meta. Raises OSError."""
+    """Save base.pt, reward.pt or policy.pt: weights, sizes, and meta.
+
+    Raises OSError, or UserError if a weight is not finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: not saved, because {name} is not finite; "
+                            "try a smaller learning rate")
     meta = meta | dict(model=vars(model.config))
     save_checkpoint(path, kind, meta, dict(model=model.state_dict()))
 

@@ -54,6 +54,7 @@ def leave_one_out(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """
     total = torch.where(mask, rewards, 0.0).sum(1)
     groups = total.view(-1, group_size)
+    groups = groups - groups[:, :1]  # so that equal returns give exact zeros at any size
     mean_of_others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - mean_of_others).view(-1, 1) * mask
 
@@ -63,9 +64,10 @@ def group_normalized(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
 
     Biased: the standard deviation reweights prompts and depends on the action. (The mean includes
     the response itself. With K responses, that only scales all weights by (K - 1) / K.)
-    Equal scores give 0.
+    Equal scores give exactly 0.
     """
     groups = scores.view(-1, group_size)
+    groups = groups - groups[:, :1]  # so that equal scores give exact zeros at any size
     centered = groups - groups.mean(1, keepdim=True)
     return (centered / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask
 
@@ -73,8 +75,10 @@ def group_normalized(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over all tokens of the rollout.
 
-    Equal advantages give 0, not NaN.
+    Equal advantages give exactly 0.
     """
-    kept = advantages[mask]
+    first = advantages[mask][0]
+    shifted = advantages - first  # so that equal advantages give exact zeros at any size
+    kept = shifted[mask]
     std = kept.std(correction=0)
-    return torch.where(mask, (advantages - kept.mean()) / (std + 1e-8), 0.0)
+    return torch.where(mask, (shifted - kept.mean()) / (std + 1e-8), 0.0)

@@ -163,7 +163,8 @@ def minibatch_loss(policy: Transformer, rollout: Rollout, config: PolicyConfig, 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var[G - V] / Var[G] over real tokens: 1 for a perfect V, 0 for a constant."""
-    variance = returns[mask].var(correction=0)
+    kept = returns[mask]
+    variance = (kept - kept[0]).var(correction=0)  # exactly 0 for equal returns of any size
     if not variance > 0:  # zero or NaN
         return 0.0
     return float(1.0 - (returns - values)[mask].var(correction=0) / variance)
