@@ -120,8 +120,10 @@ class RewardConfig(RunConfig):
         """Raise UserError for the first setting that is wrong or contradicts another."""
         check_ranges(self)
         if self.d_model % self.n_head:
+            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_head))
             raise UserError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; "
-                            "try --n-head 4")
+                            f"try --n-head {nearest}")
         if self.init and self.init_reward:
             raise UserError("--init-reward uses the base.pt next to it; leave out --init")
 

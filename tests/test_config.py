@@ -99,6 +99,27 @@ def test_settings_that_contradict_each_other_are_refused(config, problem):
         config.check()
 
 
+def test_a_list_flag_that_is_given_twice_keeps_all_files():
+    """argparse's default keeps only the last one, so a file would be dropped silently."""
+    given = parse_flags(RewardConfig, ["--data", "a", "b", "--data", "c"])
+    assert given["data"] == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--bf16", "True"], "unexpected argument 'True': it belongs to no flag; --help"),
+        (["--d-model", "130"], "--n-head 4 does not divide --d-model 130; try --n-head 5"),
+    ],
+)
+def test_a_flag_that_cannot_be_used_is_one_short_line(arguments, words, capsys):
+    def main(config):
+        config.check()
+
+    error = refused(capsys, main, RewardConfig, arguments)
+    assert words in error and len(error) < 200
+
+
 @pytest.mark.parametrize(
     "config, problem",
     [
@@ -149,7 +170,7 @@ def test_the_group_size_matters_only_for_algorithms_with_groups():
         (PolicyConfig, ["--no-seed"], "unknown argument --no-seed"),
         # abbreviations are refused, because a new flag could change their meaning
         (PolicyConfig, ["--iter", "3"], "unknown argument --iter"),
-        (PolicyConfig, ["ppo"], "unknown argument ppo"),
+        (PolicyConfig, ["ppo"], "unexpected argument 'ppo'"),
         (PolicyConfig, ["--seed", "one"], "--seed: invalid int value: 'one'"),
         (PolicyConfig, ["--seed", "1.5"], "--seed: invalid int value: '1.5'"),
         (PolicyConfig, ["--lr", "nan"], "--lr must be a finite number"),

@@ -103,16 +103,55 @@ def test_standard_error_by_hand():
 def test_calibration_error_by_hand():
     """With confidence 0.75, an accuracy of 3/4 has no error, and 1 or 1/2 have the error 0.25."""
     gap = math.log(3.0)  # sigmoid: 0.75
-    assert calibration_error(np.full(4, gap), np.array([1.0, 1.0, 1.0, 0.0])) == pytest.approx(0.0)
-    assert calibration_error(np.full(4, -gap), np.array([1.0, 1.0, 1.0, 0.0])) == pytest.approx(0.0)
-    assert calibration_error(np.full(4, gap), np.ones(4)) == pytest.approx(0.25)
-    assert calibration_error(np.full(4, gap), np.array([1.0, 1.0, 0.0, 0.0])) == pytest.approx(0.25)
+    assert calibration_error(
+        np.full(4, gap), np.array([1.0, 1.0, 1.0, 0.0]), np.ones(4)
+    ) == pytest.approx(0.0)
+    assert calibration_error(
+        np.full(4, -gap), np.array([1.0, 1.0, 1.0, 0.0]), np.ones(4)
+    ) == pytest.approx(0.0)
+    assert calibration_error(np.full(4, gap), np.ones(4), np.ones(4)) == pytest.approx(0.25)
+    assert calibration_error(
+        np.full(4, gap), np.array([1.0, 1.0, 0.0, 0.0]), np.ones(4)
+    ) == pytest.approx(0.25)
     sure = np.array([gap, gap, 20.0, 20.0])  # two bins, one of them with an error of 0.25
-    assert calibration_error(sure, np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(0.125)
-    assert calibration_error(np.full(3, 1e4), np.ones(3)) == pytest.approx(0.0)
+    assert calibration_error(sure, np.array([1.0, 1.0, 1.0, 1.0]), np.ones(4)) == pytest.approx(
+        0.125
+    )
+    assert calibration_error(np.full(3, 1e4), np.ones(3), np.ones(3)) == pytest.approx(0.0)
 
 
 # ---- the reward model ----------------------------------------------------------------------------
+
+
+def test_a_prompt_counts_once_in_any_number_of_groups(score_by_last_letter, encoding):
+    """Pairs of a prompt may be anywhere in a file. Counted twice, the interval is too narrow."""
+    apart = [group("a", ("y", "x")), group("b", ("x", "y")), group("a", ("x", "z"), ("z", "x"))]
+    together = [group("a", ("y", "x"), ("x", "z"), ("z", "x")), group("b", ("x", "y"))]
+    results = [
+        evaluate_reward_model(fresh_model(), groups, encoding, None) for groups in (apart, together)
+    ]
+    assert results[0] == pytest.approx(results[1])
+    assert results[0]["prompts"] == 2
+    assert results[0]["accuracy"] == pytest.approx(2 / 4)
+
+
+def test_calibration_and_ceiling_use_the_weights_of_the_pairs(score_by_last_letter, encoding):
+    """A pair of weight 3 counts like three pairs, as it does in the accuracy."""
+
+    class Truth:
+        @staticmethod
+        def preference_probability(prompt, a, b):
+            return 0.9 if "y" in (a, b) else 0.6
+
+    weighted = [group("a", ("y", "x", 3.0), ("x", "z", 1.0))]
+    repeated = [group("a", ("y", "x"), ("y", "x"), ("y", "x"), ("x", "z"))]
+    a, b = (
+        evaluate_reward_model(fresh_model(), groups, encoding, Truth)
+        for groups in (weighted, repeated)
+    )
+    for key in ("accuracy", "loss", "calibration_error", "ceiling"):
+        assert a[key] == pytest.approx(b[key]), key
+    assert a["ceiling"] == pytest.approx((3 * 0.9 + 0.6) / 4)
 
 
 def test_equal_scores_give_accuracy_one_half(encoding):

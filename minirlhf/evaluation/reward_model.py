@@ -38,23 +38,25 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup],
     """
     scores = group_scores(model, groups, pad_id(encoding))
     scale = model.score_scale.item()  # the loss is stated on the raw scale
-    gaps, weights, correct, accuracies = [], [], [], []
+    gap_list, weight_list, prompts = [], [], []
     for group, of_group in zip(groups, scores):
-        gap = np.array([of_group[w] - of_group[l] for w, l, _, _ in group.pairs]) * scale
-        weight = np.array([weight for *_, weight in group.pairs])
-        is_correct = np.where(gap == 0, 0.5, gap > 0)
-        gaps.append(gap)
-        weights.append(weight)
-        correct.append(is_correct)
-        accuracies.append(np.average(is_correct, weights=weight) if weight.sum() else 0.5)
-    group_weights = np.array([weight.sum() for weight in weights])
-    accuracy, low, high = bootstrap_interval(np.array(accuracies), group_weights)
-    flat_gaps = np.concatenate(gaps)
-    losses = np.logaddexp(0, -flat_gaps)
+        for winner, loser, _, weight in group.pairs:
+            gap_list.append(scale * (of_group[winner] - of_group[loser]))
+            weight_list.append(weight)
+            prompts.append(group.prompt)
+    gaps = np.array(gap_list)
+    weights = np.array(weight_list)
+    is_correct = np.where(gaps == 0, 0.5, gaps > 0)
+    # a prompt may have several groups, but counts once
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    number_of_pair = np.array([numbers[prompt] for prompt in prompts])
+    prompt_weights = np.bincount(number_of_pair, weights)
+    prompt_accuracies = np.bincount(number_of_pair, weights * is_correct) / prompt_weights
+    accuracy, low, high = bootstrap_interval(prompt_accuracies, prompt_weights)
     result = dict(accuracy=accuracy, accuracy_low=low, accuracy_high=high,
-                  pairs=len(flat_gaps), prompts=len(groups),
-                  loss=float(np.average(losses, weights=np.concatenate(weights))),
-                  calibration_error=calibration_error(flat_gaps, np.concatenate(correct)))
+                  pairs=len(gaps), prompts=len(numbers),
+                  loss=float(np.average(np.logaddexp(0, -gaps), weights=weights)),
+                  calibration_error=calibration_error(gaps, is_correct, weights))
     return result | compare_to_ground_truth(groups, scores, encoding, ground_truth)
 
 
@@ -75,27 +77,30 @@ def compare_to_ground_truth(groups: list[PreferenceGroup], scores: list[np.ndarr
         varies = np.ptp(flat) > 0 and np.ptp(gold) > 0
         metrics["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if varies else 0.0
     if hasattr(ground_truth, "preference_probability"):
-        probabilities = np.array([
-            ground_truth.preference_probability(prompt, responses[w], responses[l])
-            for (prompt, responses), group in zip(texts, groups) for w, l, _, _ in group.pairs])
-        metrics["ceiling"] = float(np.maximum(probabilities, 1 - probabilities).mean())
+        probabilities, weights = [], []
+        for (prompt, responses), group in zip(texts, groups):
+            for w, l, _, weight in group.pairs:
+                probability = ground_truth.preference_probability(prompt, responses[w],
+                                                                  responses[l])
+                probabilities.append(max(probability, 1 - probability))
+                weights.append(weight)
+        metrics["ceiling"] = float(np.average(probabilities, weights=weights))
     return metrics
 
 
-def calibration_error(gaps: np.ndarray, correct: np.ndarray, bins: int = 10) -> float:
+def calibration_error(gaps: np.ndarray, correct: np.ndarray, weights: np.ndarray,
+                      bins: int = 10) -> float:
     """Expected calibration error: the mean over bins of |confidence - accuracy| (Guo et al. 2017).
 
-    gaps: raw score differences; confidence is sigmoid(|gap|).
+    gaps: raw score differences; confidence is sigmoid(|gap|).  weights: of the pairs.
     """
     confidence = 1 / (1 + np.exp(-np.abs(gaps)))
     bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     total = 0.0
     for b in range(bins):
-        inside = bin_of == b
-        if inside.any():
-            error = abs(confidence[inside].mean() - correct[inside].mean())
-            total += error * inside.mean()
-    return float(total)
+        weight = np.where(bin_of == b, weights, 0.0)
+        total += abs((weight * (confidence - correct)).sum())
+    return float(total / weights.sum())
 
 
 def evaluate_probes(model: Transformer, prompts: Prompts, encoding: tiktoken.Encoding,

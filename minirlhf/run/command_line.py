@@ -99,7 +99,8 @@ def make_parser(config_class) -> Parser:
         if kind is bool:
             parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag(field.name), nargs="+", metavar="PATH", help=text)
+            parser.add_argument(flag(field.name), action="extend", nargs="+", metavar="PATH",
+                                help=text)
         else:
             metavar = kind.__name__.upper()
             parser.add_argument(flag(field.name), type=kind, metavar=metavar, help=text)
@@ -115,6 +116,9 @@ def parse_flags(config_class, arguments: list[str]) -> dict:
         if new_name in parser._option_string_actions:
             raise UserError(f"{old_name} is now called {new_name}")
     namespace, unknown = parser.parse_known_args(arguments)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(f"unexpected argument {unknown[0]!r}: it belongs to no flag; "
+                        "--help lists all flags")
     if unknown:
         name = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {unknown[0]}"
