@@ -13,15 +13,13 @@ from types import SimpleNamespace
 import pytest
 import test_exact
 import tiny
-from test_readme import commands_of
+from test_readme import COMMANDS, PAGES, WALKS, commands_of
 
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.rl.algorithms import ALGORITHMS
 
-WALK = "minirlhf/rl/README.md"
-WALK_ZH = "minirlhf/rl/README.zh.md"
-WALKS = (WALK, WALK_ZH)
-PAGES = ("README.md", "data/README.md", *WALKS)
+WALK, WALK_ZH = WALKS
+LAB = "minirlhf/lab/README.md"
 QUICK_START = "快速开始"  # a section of the Chinese page alone
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"!?\[([^\[\]]*)\]\(([^()\s]+)\)")
@@ -288,9 +286,10 @@ def test_terms_have_one_spelling(page):
 
 
 @pytest.mark.parametrize("page", WALKS)
-def test_measured_numbers_are_those_of_the_readme(page):
-    """Finds a number that was updated in the README only, and one that was not measured."""
-    known = set(NUMBER.findall(prose(read("README.md"), code=True)))
+def test_measured_numbers_are_those_of_the_other_pages(page):
+    """Finds a number that was updated in another page only, and one that was not measured."""
+    others = "\n".join(read(other) for other in PAGES if other not in WALKS)
+    known = set(NUMBER.findall(prose(others, code=True)))
     text = re.sub(r"[(（](?:[^()（）]* )?(?:19|20)\d\d[)）]", "", prose(read(page)))
     numbers = {number for number in NUMBER.findall(text) if re.search(r"[-+.,%]|^\d\d+$", number)}
     settings = {
@@ -308,7 +307,7 @@ def test_exact_variances_are_those_that_the_test_prints(capsys):
     test_exact.test_each_algorithm_has_less_variance_than_the_one_before(shown)
     printed = ast.literal_eval(capsys.readouterr().out.split(": ", 1)[1])
     assert set(printed) == {"reinforce", "reward-to-go", "baseline"}
-    for page in ("README.md", *WALKS):
+    for page in ("tests/README.md", *WALKS):
         assert {f"{variance:.1f}" for variance in printed.values()} <= set(
             NUMBER.findall(prose(read(page)))
         ), page
@@ -325,17 +324,36 @@ def test_values_of_settings_are_the_defaults(page):
 
 
 @pytest.mark.parametrize("page", WALKS)
-def test_commands_are_in_the_readme_or_run_existing_tests(page):
-    """The commands of the README are run by test_readme.py."""
-    known = commands_of(read("README.md"))
+def test_commands_are_in_another_page_or_run_existing_tests(page):
+    """The commands of the other pages are run by test_readme.py."""
     pytests = 0
     for command in commands_of(read(page)):
-        if command not in known:
+        if command not in COMMANDS:
             words = re.fullmatch(r"pytest (tests/\w+\.py)(?: -k (\w+))?", command)
-            assert words, f"{page}: {command}: not a command of the README"
+            assert words, f"{page}: {command}: not a command of another page"
             pytests += 1
             tests = [name for name in definitions(tiny.ROOT / words[1]) if name.startswith("test_")]
             assert any((words[2] or "") in name for name in tests), (
                 f"{page}: {command}: no such test"
             )
     assert pytests
+
+
+def test_the_front_page_is_short():
+    """At most 200 lines and 2,200 words: details belong to the page of a package."""
+    text = read("README.md")
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 2200
+
+
+def test_the_results_of_the_front_page_are_those_of_the_lab():
+    """Finds a result that was updated in one page only."""
+    rows = re.findall(r"^\| `[\w-]+` \| [+-]\d.*$", read("README.md"), re.M)
+    assert len(rows) == len(ALGORITHMS)
+    lab = read(LAB)
+    assert [row for row in rows if row not in lab] == []
+
+
+def test_the_cited_version_is_the_newest():
+    (cited,) = re.findall(r"version = \{([\d.]+)\}", read("README.md"))
+    assert re.findall(r"^- \*\*([\d.]+)\*\*", read("minirlhf/CHANGES.md"), re.M)[0] == cited

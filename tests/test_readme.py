@@ -1,7 +1,7 @@
-"""Every command of the README runs, with flags appended that make it small.
+"""Every command of every page runs, with flags appended that make it small.
 
-A command that is not in COMMANDS fails the test, and so does an entry of COMMANDS that is not in
-the README.
+A command that is not in COMMANDS fails the test, and so does an entry of COMMANDS that is in no
+page. The walkthrough has only commands of other pages; test_docs.py checks this.
 """
 
 import gzip
@@ -30,12 +30,24 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.run.command_line import run_script
 from minirlhf.tools import label
 
-README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.compile(r"(?:(?:python3?|pip|pytest|curl|torchrun|less|git) |train_\w+\.py |pytest$)")
+WALKS = ("minirlhf/rl/README.md", "minirlhf/rl/README.zh.md")
+# relative to ROOT: every file of Markdown in the project
+PAGES = (
+    "README.md",
+    *sorted(
+        path.relative_to(tiny.ROOT).as_posix()
+        for folder in ("data", "minirlhf", "tests")
+        for path in (tiny.ROOT / folder).rglob("*.md")
+    ),
+)
+TEXTS = {page: (tiny.ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+PROGRAMS = re.compile(
+    r"(?:(?:python3?|pip|pytest|curl|torchrun|less|git|ruff) |train_\w+\.py |(?:pytest|mypy)$)"
+)
 
 
 class Run(NamedTuple):
-    """How to run a command, in a folder with the files that earlier commands of the README make."""
+    """How to run a command, in a folder with the files that earlier commands of the pages make."""
 
     flags: str  # appended
     product: str  # a pattern of a file that it makes, or "says: " and a part of its output
@@ -76,6 +88,8 @@ COMMANDS = {
     "pip install -r requirements.txt": Elsewhere(step="pip install -q -r requirements.txt"),
     "pytest": Elsewhere(step="pytest -q"),
     "pytest tests/test_parity.py": Elsewhere(step="pytest -q tests/test_parity.py"),
+    "ruff check .": Elsewhere(step="ruff check ."),
+    "mypy": Elsewhere(step="mypy"),
     "python -m tests.mutants": Elsewhere(step="python -m tests.mutants"),
     "python -m tests.reliability": Elsewhere(step="python -m tests.reliability brief"),
     "python -m minirlhf.plain": Elsewhere(step="python -m minirlhf.plain"),
@@ -135,6 +149,9 @@ COMMANDS = {
     ),
     "python -m minirlhf.tools.report runs/A runs/B": Run("", "runs/A/report.html"),
     "python -m minirlhf.tools.bpe OUT.tiktoken --size 1022 FILE...": Run("", "OUT.tiktoken"),
+    "python -m minirlhf.tools.helpdesk_data data": Run(
+        "", "data/helpdesk-train.jsonl.gz", slow=True
+    ),
     "less runs/*/samples.md": Run("", "says: **before**"),
     # labs
     "python -m minirlhf.lab.algorithms --seeds 3": Run(
@@ -182,13 +199,15 @@ def commands_of(text: str) -> list[str]:
 
 
 def write_desk(folder: Path) -> None:
-    """Every input that the README names, as small as possible."""
+    """Every input that the pages name, as small as possible."""
     tiny.write_inputs(folder)
     records = (tiny.ROOT / "data" / "helpdesk-test.jsonl").read_text().splitlines(keepends=True)
     (folder / "desk.jsonl").write_text("".join(records[:12]))
     (folder / "more.json").write_text('[{"prompt": "x", "chosen": "yes", "rejected": "no"}]')
     (folder / "mine.jsonl.gz").write_bytes(gzip.compress((folder / "pairs.jsonl").read_bytes()))
-    (folder / "my_rewards.py").write_text(re.search(r"`(def brevity.*?)`", README)[1] + "\n")
+    (folder / "my_rewards.py").write_text(
+        re.search(r"`(def brevity.*?)`", TEXTS["README.md"])[1] + "\n"
+    )
     (folder / "FILE...").write_text("a short text of a few words\n" * 3)
     (folder / "gpt2").mkdir()
     (folder / "gpt2" / "model.safetensors").write_bytes(
@@ -206,7 +225,7 @@ def write_desk(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with the inputs and runs that the README names; runs/NAME was stopped."""
+    """A folder with the inputs and runs that the pages name; runs/NAME was stopped."""
     folder = tmp_path_factory.mktemp("readme")
     write_desk(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -232,9 +251,10 @@ def desk(tmp_path_factory):
     return folder
 
 
-def test_commands_lists_every_command_of_the_readme_and_no_other():
+def test_commands_lists_every_command_of_the_pages_and_no_other():
     """Finds a command that no test runs."""
-    listed = commands_of(README)
+    pages = [commands_of(text) for page, text in TEXTS.items() if page not in WALKS]
+    listed = [command for commands in pages for command in commands]
     assert len(listed) > 30
     assert [command for command in listed if command not in COMMANDS] == []
     assert [command for command in COMMANDS if command not in listed] == []

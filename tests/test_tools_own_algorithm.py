@@ -1,4 +1,4 @@
-"""The code of the README's section on a user's own algorithm works as the README describes it."""
+"""The code of minirlhf/rl/EXTENDING.md, a user's own algorithm, works as the page describes it."""
 
 import json
 import re
@@ -17,23 +17,21 @@ from minirlhf.rl.rollout import Rollout
 
 
 @pytest.fixture(scope="module")
-def section():
-    """The code of the section, and its command lines."""
-    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-    match = re.search(r"^## Bring your own algorithm\n(.*?)(?=^## |\Z)", readme, re.M | re.S)
-    assert match, "README.md has no section 'Bring your own algorithm'"
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", match[1], re.M | re.S)
+def page():
+    """The code of the page, and its command lines."""
+    text = (tiny.ROOT / "minirlhf" / "rl" / "EXTENDING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
     (first, code), (second, commands) = blocks
     assert (first, second) == ("python", "")
     return code, commands.splitlines()
 
 
 @pytest.fixture
-def steps(section, monkeypatch):
-    """The section's code as a module; its new algorithm is removed after the test."""
+def steps(page, monkeypatch):
+    """The page's code as a module; its new algorithm is removed after the test."""
     monkeypatch.setattr("minirlhf.rl.algorithms.ALGORITHMS", dict(ALGORITHMS))
     module = types.ModuleType("steps")
-    exec(compile(section[0], "README.md", "exec"), module.__dict__)
+    exec(compile(page[0], "EXTENDING.md", "exec"), module.__dict__)
     yield module
 
 
@@ -48,9 +46,9 @@ def run_steps(folder, *flags):
     )
 
 
-def test_all_commands_of_the_section_run(section, reward_run, tmp_path):
+def test_all_commands_of_the_section_run(page, reward_run, tmp_path):
     """Each runs in its own process on a tiny task; its run folder is like any other's."""
-    code, commands = section
+    code, commands = page
     assert len(commands) == 2
     (tmp_path / "steps.py").write_text(code)
     for number, command in enumerate(commands):
@@ -70,8 +68,8 @@ def test_all_commands_of_the_section_run(section, reward_run, tmp_path):
     assert done.returncode == 0 and (out / "policy.pt").exists(), done.stderr
 
 
-def test_each_function_of_the_section_has_less_than_15_lines(section):
-    functions = re.findall(r"^def .*?(?=^\S)", section[0] + "\n#", re.M | re.S)
+def test_each_function_of_the_section_has_less_than_15_lines(page):
+    functions = re.findall(r"^def .*?(?=^\S)", page[0] + "\n#", re.M | re.S)
     lengths = [len(function.rstrip().split("\n")) for function in functions]
     assert len(lengths) == 2
     assert max(lengths) < 15
@@ -103,7 +101,7 @@ def test_the_advantages_equal_values_by_hand(steps):
 
 
 def test_the_expected_gradient_equals_that_of_reward_to_go(steps):
-    """The README claims it. All pairs of responses of a small policy are enumerated."""
+    """The page claims it. All pairs of responses of a small policy are enumerated."""
     # [step, action]; action 0 stops
     logits = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)
     # (actions, reward of the last one)
