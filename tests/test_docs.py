@@ -354,6 +354,16 @@ def test_the_results_of_the_front_page_are_those_of_the_lab():
     assert [row for row in rows if row not in lab] == []
 
 
+def test_results_state_their_version():
+    """Each section of the lab's page with a table or a picture names a version or a date."""
+    sections = re.split(r"^## ", read(LAB), flags=re.M)[1:]
+    assert len(sections) >= 8
+    for section in sections:
+        assert not re.search(r"^(\||!)", section, re.M) or re.search(
+            r"[Vv]ersion\s\d|^As of ", section, re.M
+        ), section.splitlines()[0]
+
+
 def test_the_cited_version_is_the_newest():
     (cited,) = re.findall(r"version = \{([\d.]+)\}", read("README.md"))
     assert re.findall(r"^- \*\*([\d.]+)\*\*", read("minirlhf/CHANGES.md"), re.M)[0] == cited
