@@ -291,17 +291,23 @@ def test_expected_optimizer_step_is_along_the_policy_gradient():
 # ---- variance and advantages ---------------------------------------------------------------------
 
 
+def random_rewards(c: Case) -> Table:
+    """A reward for each token, 1 plus noise."""
+    generator = torch.Generator().manual_seed(5)
+    rewards = {}
+    for state in c.policy.logprobs:
+        noise = torch.randn(c.mdp.vocab, dtype=torch.float64, generator=generator)
+        rewards[state] = 1.0 + noise
+    return rewards
+
+
 def test_each_algorithm_has_less_variance_than_the_one_before(capsys):
     """With a reward for each token, reward-to-go and then the baseline reduce the variance.
 
     An estimate with the right mean and a larger variance has its baseline in the wrong place.
     """
     c = case()
-    generator = torch.Generator().manual_seed(5)
-    rewards = {}
-    for state in c.policy.logprobs:
-        noise = torch.randn(c.mdp.vocab, dtype=torch.float64, generator=generator)
-        rewards[state] = 1.0 + noise
+    rewards = random_rewards(c)
     values = true_values(c.policy, c.mdp, rewards, gamma=1.0)
     rollout = rollout_of_all(c, kl_coef=0.0)._replace(
         rewards=per_token(c.mdp, lambda state, action: rewards[state][action]),
@@ -320,6 +326,63 @@ def test_each_algorithm_has_less_variance_than_the_one_before(capsys):
         print("\nexact variance of the gradient of one response:", rounded)
     assert variance["reinforce"] > 1.2 * variance["reward-to-go"]
     assert variance["reward-to-go"] > 1.2 * variance["baseline"]
+
+
+@functools.cache
+def variance_by_baseline() -> dict[str, float]:
+    """Exact variance of the gradient of one response, with a random reward for each token.
+
+    With the baselines: none; V(s); the mean of G_t weighted by |grad log pi|^2, which minimizes
+    the variance of one term of the sum over t; and the b(s) that minimizes that of the whole sum.
+    """
+    c = case()
+    rewards = random_rewards(c)
+    values = true_values(c.policy, c.mdp, rewards, gamma=1.0)
+    states = {state: number for number, state in enumerate(values)}
+    scores = {
+        (state, action): gradient(c.policy.logprobs[state][action], c.model)
+        for state in states
+        for action in range(c.mdp.vocab)
+    }
+    rows = range(len(c.scores))
+    without = torch.zeros(len(rows), len(flat_weights(c.model)), dtype=torch.float64)
+    # The estimate of a response is its row of `without`, minus sum_s b(s) times its row of `slope`.
+    slope = torch.zeros(len(rows), len(states), without.shape[1], dtype=torch.float64)
+    weight = torch.zeros(len(states), dtype=torch.float64)
+    weighted_return = torch.zeros(len(states), dtype=torch.float64)
+    for row in rows:
+        steps = list(c.mdp.steps(row))
+        for t, (state, action) in enumerate(steps):
+            to_go = sum(rewards[later][chosen] for later, chosen in steps[t:])
+            without[row] += scores[state, action] * to_go
+            slope[row, states[state]] = scores[state, action]
+            squared = c.probabilities[row] * scores[state, action].square().sum()
+            weight[states[state]] += squared
+            weighted_return[states[state]] += squared * to_go
+    moments = torch.einsum("n,nsd,nud->su", c.probabilities, slope, slope)
+    cross = torch.einsum("n,nsd,nd->s", c.probabilities, slope, without)
+    baselines = {
+        "none": torch.zeros(len(states), dtype=torch.float64),
+        "value": torch.stack([values[state] for state in states]),
+        "best for each term": weighted_return / weight,
+        "best for the sum": torch.linalg.solve(moments, cross),
+    }
+    expected = gradient(objective(c.policy, c.mdp, rewards), c.model)
+    variance = {}
+    for name, baseline in baselines.items():
+        gradients = without - torch.einsum("nsd,s->nd", slope, baseline)
+        mean = c.probabilities @ gradients
+        assert relative_error(mean, expected) < EXACT
+        variance[name] = float(c.probabilities @ (gradients - mean).square().sum(1))
+    return variance
+
+
+def test_the_best_baseline_of_a_term_is_not_that_of_the_sum():
+    """The terms of one response are correlated, so each baseline affects the other terms too."""
+    variance = variance_by_baseline()
+    assert variance["none"] > 8 * variance["value"]
+    assert variance["value"] > 1.1 * variance["best for each term"]
+    assert variance["best for each term"] > 1.01 * variance["best for the sum"]
 
 
 def test_full_return_is_reward_to_go_if_the_only_reward_is_terminal():
