@@ -5,6 +5,8 @@ The two languages of the walkthrough agree with each other, and GitHub can rende
 
 import ast
 import contextlib
+import io
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -13,10 +15,14 @@ from types import SimpleNamespace
 import pytest
 import test_exact
 import tiny
+import torch
 from test_readme import COMMANDS, PAGES, WALKS, commands_of
 
 from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data import helpdesk
+from minirlhf.rl.advantages import gae, group_normalized, leave_one_out
 from minirlhf.rl.algorithms import ALGORITHMS
+from minirlhf.rl.losses import ppo_loss, preference_loss
 
 WALK, WALK_ZH = WALKS
 LAB = "minirlhf/lab/README.md"
@@ -27,11 +33,24 @@ MATH = re.compile(r"\$`(.+?)`\$", re.S)
 CODE = re.compile(r"`[^`]+`")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d*(?:,\d{3})*\.?\d+(?:e-?\d+)?%?")
 
+PROGRAM = re.compile(r"^```python\n(import .*?)^```\n```text\n(.*?)^```$", re.M | re.S)
+
+# Numbers of the walkthrough that are not in README.md.
+# The table of metrics: runs of train_reward.py and train_policy.py with --seed 0, 1 and 2.
+METRIC_RANGES = set(
+    """-0.28 -0.11 0.0 0.00 0.001 0.0050 0.010 0.0113 0.012 0.015 +0.06 0.06 0.07 0.08 0.10
+    0.12 0.138 +0.14 0.146 0.27 0.34 0.37 0.38 0.44 0.60 0.98 1.01 +1.97 +2.10 +2.11
+    +2.26 +4.98 +5.02 5.4% 5.5 5.9% 6.5 33 35 37 42% 46% 100.0%""".split()
+)
+SECTIONS = {str(number) for number in range(1, 17)}  # of the walkthrough
+EXAMPLES = set("9 10 11 81 100 121 +3.4 -0.2".split())  # computed by the tests below
+NOTES = set("2.1 2.2 2.3 2.4 3.1 3.2 3.3 4.1".split())  # sections of the Chinese notes
+
 # LaTeX and AMS macros that GitHub renders; it rejects \operatorname and \newcommand.
 MACROS = set(
     """pi theta tau rho gamma beta sigma lambda delta epsilon ell nabla partial log ln exp min
     mathrm mathbb text sum prod pm frac tfrac hat mid cdot dots left right qquad
-    sim ge ne , ; |""".split()
+    sim ge ne , ; | alpha gets""".split()
 )
 
 # One spelling per term, so that a search finds all places: (wrong, right), in prose, any case.
@@ -160,8 +179,11 @@ def test_the_name_in_a_link_is_defined_in_the_file_it_leads_to(page):
 
 @pytest.mark.parametrize("page", WALKS)
 def test_quoted_code_is_part_of_the_linked_function(page):
-    """Each block of Python is a part of the function or class in the last link before it."""
-    text = read(page)
+    """Each block of Python is a part of the function or class in the last link before it.
+
+    Programs are run by test_programs_print_what_the_page_shows.
+    """
+    text = PROGRAM.sub("", read(page))
     count = 0
     for block in FENCE.finditer(text):
         if block[1] != "python":
@@ -223,7 +245,7 @@ def test_both_languages_have_the_same_formulas_code_links_and_numbers():
     def place(page: str, target: str) -> tuple:
         path, anchor = target_of(page, target)
         file = path.relative_to(tiny.ROOT).as_posix()
-        names = [name for name in anchors(file) if name != QUICK_START]
+        names = [name for name in anchors(file) if name != QUICK_START] if anchor else []
         return file.replace(".zh.md", ".md"), anchor and names.index(anchor)
 
     assert QUICK_START in anchors(WALK_ZH)
@@ -298,7 +320,9 @@ def test_measured_numbers_are_those_of_the_other_pages(page):
         for default in vars(config).values()
     }
     assert len(numbers) > 40
-    assert numbers - known - settings - {"2024"} == set()  # the year of the notes
+    exact = {f"{variance:.2f}" for variance in test_exact.variance_by_baseline().values()}
+    known |= settings | exact | EXAMPLES | NOTES | SECTIONS | METRIC_RANGES
+    assert numbers - known - {"2024"} == set()  # the year of the notes
 
 
 def test_exact_variances_are_those_that_the_test_prints(capsys):
@@ -311,6 +335,122 @@ def test_exact_variances_are_those_that_the_test_prints(capsys):
         assert {f"{variance:.1f}" for variance in printed.values()} <= set(
             NUMBER.findall(prose(read(page)))
         ), page
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_exact_variances_by_baseline_are_in_the_walkthrough(page):
+    """24.08, 20.82 and 20.32, in this order."""
+    variance = test_exact.variance_by_baseline()
+    names = ("value", "best for each term", "best for the sum")
+    numbers = NUMBER.findall(prose(read(page)))
+    first = numbers.index(f"{variance['value']:.2f}")
+    assert numbers[first : first + 3] == [f"{variance[name]:.2f}" for name in names]
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_programs_print_what_the_page_shows(page):
+    """Runs each program of the walkthrough, whose output is the next block."""
+    programs = PROGRAM.findall(read(page))
+    assert programs
+    for program, expected in programs:
+        assert len(program.splitlines()) <= 8
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), torch.random.fork_rng():
+            exec(program, {})
+        assert output.getvalue() == expected
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_the_preference_pair_of_the_introduction_is_in_the_data(page):
+    """Its text is in the data, and its gold utilities are those of the task."""
+    shown = next(
+        json.loads(block)
+        for language, block in FENCE.findall(shared_text(page))
+        if language == "json"
+    )
+    path = tiny.ROOT / "data" / "helpdesk-validation.jsonl"
+    record = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    pair = [record["responses"].index(shown[name]) for name in ("chosen", "rejected")]
+    assert record["prompt"] == shown["prompt"] and pair in record["preferences"]
+    for name in ("chosen", "rejected"):
+        gold = f"{helpdesk.gold(shown['prompt'], shown[name], True):+.1f}"
+        assert gold in NUMBER.findall(prose(read(page))), gold
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_answers_of_the_exercises(page):
+    """Computes the numeric answers with the functions of the project."""
+    answers = re.findall(
+        r"^\d\. (.*?)(?=^\d\. |^</details>)", read(page).split("<details>")[-1], re.M | re.S
+    )
+    assert len(answers) == 5
+    shown = [re.findall(r"`([-\d., ]+)`(?!\$)", answer) for answer in answers]
+
+    def text(*numbers, digits: int) -> str:
+        return ", ".join(f"{number:.{digits}f}" for number in numbers)
+
+    scores = torch.eye(3) - 1 / 3  # grad log pi of each action of the bandit
+    bandit = []
+    for baseline in (0.0, 10.0):
+        grads = scores * (torch.tensor([9.0, 10.0, 11.0]) - baseline)[:, None]
+        assert torch.allclose(grads.mean(0), torch.tensor([-1 / 3, 0.0, 1 / 3]), atol=1e-5)
+        bandit.append(text(grads.var(0, correction=0).sum(), digits=2))
+    assert torch.allclose(scores.square().sum(1), torch.tensor(2 / 3))
+
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    rewards = torch.tensor([[0.0, 0.0, 1.0]])
+    values = torch.tensor([[0.5, 0.6, 0.8]])
+    gae_lists = [gae(rewards, values, mask, 1.0, lam)[0].tolist() for lam in (0.0, 0.5, 1.0)]
+    gae_answers = [", ".join(f"{x:.2g}" for x in row) for row in gae_lists]
+
+    ppo = []
+    for advantage in (2.0, -2.0):
+        for ratio in (1.5, 0.5):
+            logprobs = torch.tensor([[ratio]]).log().requires_grad_()
+            loss = ppo_loss(
+                logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), mask[:, :1], 0.2, 1.0
+            )
+            loss.backward()
+            assert bool(logprobs.grad) == ((ratio > 1) == (advantage < 0))
+            ppo += [str(ratio), text(-loss, digits=1)]
+
+    returns = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    column = torch.ones(4, 1, dtype=torch.bool)
+    groups = [
+        text(*weights.flatten(), digits=2)
+        for weights in (
+            leave_one_out(returns[:, None], column, 4),
+            group_normalized(returns, column, 4),
+        )
+    ]
+
+    pairs = []
+    for difference in (2.0, -2.0):
+        difference = torch.tensor([difference])
+        loss = preference_loss(difference + 5, torch.tensor([5.0]))
+        pairs += [text(torch.sigmoid(difference).item(), digits=2), text(loss, digits=2)]
+    assert shown == [bandit, gae_answers, ppo, groups, pairs]
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_the_table_of_settings_has_the_defaults(page):
+    """Each row of the table of settings: the name and its default."""
+    defaults = vars(PolicyConfig())
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.-]+)` \|", read(page), re.M)
+    assert len(rows) == 10
+    for name, default in rows:
+        assert defaults[name] == type(defaults[name])(default), name
+
+
+@pytest.mark.parametrize("page", WALKS)
+def test_the_table_of_metrics_names_logged_metrics(page):
+    """Each metric in the table is computed in train_policy.py or minibatch_loss."""
+    files = ("train_policy.py", "minirlhf/rl/algorithms.py")
+    source = "".join((tiny.ROOT / name).read_text() for name in files)
+    tables = re.findall(r"^\| `(\w+)` \| [^`]", read(page), re.M)
+    assert len(tables) >= 12
+    for name in tables:
+        assert f"{name}=" in source or f'["{name}"]' in source, name
 
 
 @pytest.mark.parametrize("page", WALKS)
