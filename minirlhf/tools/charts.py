@@ -1,18 +1,26 @@
-"""Curves of one or several runs as SVG inside a page, in the colors of the page's style sheet."""
+"""Curves of one or several runs as SVG inside a page, in the colors of the page's style sheet.
 
-import io
-import re
+Each run has a color, a dash pattern and a shape of marks, so that the curves also differ in gray.
+"""
+
+import math
+from functools import partial
 from typing import NamedTuple
 
+from minirlhf.tools.page import text
+
 Points = list[tuple[float, float]]
-COLORS = tuple(f"#0000{n:02x}" for n in range(1, 9))  # replaced by the page's colors of runs
-INK = "#0000fe"  # replaced by the page's text color
-GRID = "#0000fd"
+WIDTH = 340  # of a chart; this and all coordinates are in the SVG's own units
+TOP, BOTTOM, RIGHT = 8, 158, 320  # of the area with the curves
 NOISY = 150  # a curve of more points is drawn thin, with its running mean over it
+COLORS = 8  # --run0 to --run7 in the style sheet
+DASHES = ("none", "7 3", "2 2", "9 3 2 3")
+SHAPES = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "m-4-4h8v8h-8z", "m0-5 5 9h-10z",
+          "m0-6 5 6-5 6-5-6z", "m0 5 5-9h-10z")  # circle, square, triangle, diamond, triangle
 
 POLICY_PANELS = (  # metric, title, explanation
-    ("gold", "Gold utility", "The ground truth, which training does not use. Marks: held-out "
-                             "prompts, sampled (filled) and greedy (open)."),
+    ("gold", "Gold utility", "The ground truth, which training does not use. Large marks: "
+                             "held-out prompts, sampled (filled) and greedy (open)."),
     ("score", "Score", "The objective of training. If it rises and gold does not, the policy "
                        "exploits errors of the reward model."),
     ("kl", "KL from the base model", "Nats per response."),
@@ -45,8 +53,7 @@ class Panel(NamedTuple):
     @property
     def constant(self) -> float | None:
         """The value of all points, or None if they differ."""
-        values = {y for series in (self.lines, self.sampled, self.greedy)
-                  for _, points in series for _, y in points}
+        values = {y for _, points in self.lines + self.sampled + self.greedy for _, y in points}
         return values.pop() if len(values) == 1 else None
 
 
@@ -84,66 +91,97 @@ def running_mean(points: Points) -> Points:
     [(0, 2.0), (1, 2.0)]
     """
     reach = max(1, len(points) // 80)
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
     means = []
     for i, (x, _) in enumerate(points):
-        low = max(0, i - reach)
-        high = min(len(points), i + reach + 1)
-        means.append((x, (sums[high] - sums[low]) / (high - low)))
+        window = [y for _, y in points[max(0, i - reach) : i + reach + 1]]
+        means.append((x, sum(window) / len(window)))
     return means
 
 
-def load_pyplot():
-    """matplotlib's Figure and rc_context, or None if it is not installed."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure, matplotlib.rc_context
+def ticks(low: float, high: float) -> list[float]:
+    """At most seven multiples of 1, 2 or 5 times a power of ten. They cover low to high.
 
-
-def draw(panel: Panel, number: int, x_label: str, pyplot) -> str:
-    """One panel as an <svg> element.
-
-    number: the panel's number on the page; ids start with it, because they must differ.
+    >>> ticks(0.13, 0.52)
+    [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    >>> ticks(7, 7)
+    [6.0, 8.0]
     """
-    Figure, rc_context = pyplot
-    style = {"svg.fonttype": "none", "svg.hashsalt": str(number), "text.color": INK,
-             "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-             "axes.edgecolor": GRID, "grid.color": GRID, "axes.spines.top": False,
-             "axes.spines.right": False, "font.size": 10, "text.parse_math": False}
-    with rc_context(style):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        draw_points(panel, figure.add_subplot(), x_label)
-        file = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="p{number}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>p{number}-", svg)
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
-    for run, color in enumerate(COLORS):
-        svg = svg.replace(color, f"var(--run{run})")
-    return svg.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    size = max(-low, high)
+    size = size if size > 1e-300 else 1.0
+    # labels of ten digits could not show a smaller spread
+    spread = high - low if high - low > 1e-8 * size else size
+    exponent = math.floor(math.log10(spread / 5))
+    factor = next((n for n in (1, 2, 5) if n * 10.0**exponent >= spread / 5), 10)
+    step = float(f"{factor}e{exponent}")
+    first = math.floor(low / step + 1e-9)  # because 0.3 / 0.1 is less than 3
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [float(f"{n * factor}e{exponent}") for n in range(first, last + 1)]
 
 
-def draw_points(panel: Panel, axes, x_label: str) -> None:
-    """Draw the curves and marks of a panel."""
-    axes.grid(True, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(x_label)
+def place(ticks: list[float], start: float, end: float, value: float) -> float:
+    """The coordinate of a value. start, end: the coordinates of the first and the last tick."""
+    return start + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start)
+
+
+def draw(panel: Panel, names: list[str], x_label: str) -> str:
+    """One panel as an <svg> element. names: of all runs of the page; several get a legend."""
+    series = panel.lines + panel.sampled + panel.greedy
+    xs, ys = zip(*(point for _, points in series for point in points))
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    left = 10 + 6 * max(len(f"{value:.10g}") for value in y_ticks)  # a digit is about 6 wide
+    x = partial(place, x_ticks, left, RIGHT)
+    y = partial(place, y_ticks, BOTTOM, TOP)
+    grid = "".join(f"M{x(value):.1f},{TOP}V{BOTTOM}" for value in x_ticks)
+    grid += "".join(f"M{left},{y(value):.1f}H{RIGHT}" for value in y_ticks)
+    body = f"<path d='{grid}' style='stroke:var(--line)' stroke-width='0.6'/>"
+    body += "".join(write(x(v), BOTTOM + 14, f"{v:.10g}", "middle") for v in x_ticks)
+    body += "".join(write(left - 7, y(v) + 3.5, f"{v:.10g}", "end") for v in y_ticks)
+    body += write((left + RIGHT) / 2, BOTTOM + 28, x_label, "middle")
     for run, points in panel.lines:
-        color = COLORS[run % len(COLORS)]
-        if len(points) > NOISY:
-            axes.plot(*zip(*points), color=color, linewidth=0.6, alpha=0.35)
-            points = running_mean(points)
-        axes.plot(*zip(*points), color=color, linewidth=1.6)
-    for marks, fill in ((panel.sampled, None), (panel.greedy, "none")):
+        places = [(x(a), y(b)) for a, b in points]
+        if len(places) > NOISY:
+            body += polyline(run, places, "stroke-width='0.6' opacity='0.35'")
+            places = running_mean(places)
+        body += curve(run, places)
+    for marks, fill in ((panel.sampled, "currentColor"), (panel.greedy, "none")):
         for run, points in marks:
-            color = COLORS[run % len(COLORS)]
-            axes.plot(*zip(*points), "o", color=color, markersize=5.5,
-                      markerfacecolor=fill or color)
+            body += "".join(mark(run, x(a), y(b), 0.8, fill) for a, b in points)
+    height = BOTTOM + 40
+    for run in sorted({run for run, _ in series}) if len(names) > 1 else ():
+        body += curve(run, [(6, height), (38, height)]) + write(46, height + 4, names[run][-50:])
+        height += 16
+    return (f"<svg viewBox='0 0 {WIDTH} {height - 4}' font-size='10' role='img' "
+            f"fill='currentColor'><title>{text(panel.title)}</title>{body}</svg>")
+
+
+def write(x: float, y: float, content: str, anchor: str = "start") -> str:
+    """A text at a coordinate. anchor: the part of the text that is there."""
+    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'>{text(content)}</text>"
+
+
+def curve(run: int, places: Points) -> str:
+    """A line through coordinates, with the run's dashes, and a small mark at its end."""
+    style = f"stroke-width='1.6' stroke-dasharray='{DASHES[run % len(DASHES)]}'"
+    return polyline(run, places, style) + mark(run, *places[-1], 0.5, "currentColor")
+
+
+def polyline(run: int, places: Points, style: str) -> str:
+    """A line through coordinates."""
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    return in_color(run, f"<polyline points='{points}' fill='none' {style}")
+
+
+def mark(run: int, x: float, y: float, size: float, fill: str) -> str:
+    """The run's shape around a coordinate."""
+    style = f"transform='translate({x:.1f},{y:.1f}) scale({size})' fill='{fill}'"
+    return in_color(run, f"<path d='{SHAPES[run % len(SHAPES)]}' {style}")
+
+
+def in_color(run: int, element: str) -> str:
+    """An unfinished element with the run's color, closed."""
+    return f"{element} stroke='currentColor' style='color:var(--run{run % COLORS})'/>"
+
+
+def line_sample(run: int) -> str:
+    """A piece of the run's line as an <svg> element, for a list of runs."""
+    return f"<svg width='40' height='12'>{curve(run, [(0, 6), (34, 6)])}</svg>"

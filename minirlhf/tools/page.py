@@ -67,7 +67,7 @@ h4 { font-size: 0.8rem; margin: 0 0 0.25rem; color: var(--soft); }
 ul.runs { list-style: none; margin: 0; padding: 0; }
 ul.runs li { margin: 0.25rem 0; overflow-wrap: anywhere; }
 ul.runs b { margin-right: 0.75rem; }
-ul.runs i { display: inline-block; width: 0.75rem; height: 0.75rem; border-radius: 50%; }
+ul.runs svg { vertical-align: middle; }
 p.hint { color: var(--soft); }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
@@ -75,7 +75,7 @@ figure { margin: 0; padding: 0.75rem; border: 1px solid var(--line); border-radi
   background: var(--card); display: flex; flex-direction: column;
   justify-content: space-between; }
 figure svg { width: 100%; height: auto; margin-top: 0.5rem; }
-figure svg text { font-family: system-ui, sans-serif !important; }
+figure svg text { font-family: system-ui, sans-serif; }
 figcaption { font-size: 0.85rem; color: var(--soft); }
 figcaption b { color: var(--ink); display: block; font-size: 0.95rem; }
 .wide { overflow-x: auto; }

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import fail
 from minirlhf.run.errors import UserError
-from minirlhf.tools.charts import COLORS, Panel, draw, load_pyplot, make_panels, number
+from minirlhf.tools.charts import draw, line_sample, make_panels, number
 from minirlhf.tools.page import STYLE, sample_blocks, table, text
 
 # (key, name on the page, format)
@@ -80,7 +80,7 @@ def parse_object(text: str) -> dict:
 
 
 def curves(runs: list[RunFiles]) -> str:
-    """A chart for each metric that changes, or a table without matplotlib."""
+    """A chart for each metric that changes."""
     panels = make_panels([run.rows for run in runs], runs[0].is_policy)
     constants = ", ".join(f"{panel.title} {panel.constant:g}" for panel in panels
                           if panel.constant is not None)
@@ -89,28 +89,12 @@ def curves(runs: list[RunFiles]) -> str:
     x_label = "iteration" if runs[0].is_policy else "step"
     if not panels:
         return f"<p>There are no curves yet.</p>{note}"
-    pyplot = load_pyplot()
-    if pyplot is None:
-        hint = "To see curves instead of this table: <code>pip install matplotlib</code>"
-        return f"<p class=hint>{hint}</p>{curve_table(panels, runs, x_label)}{note}"
     charts = ""
-    for n, panel in enumerate(panels):
+    for panel in panels:
         caption = f"<b>{text(panel.title)}</b> {text(panel.explanation)}"
         charts += (f"<figure><figcaption>{caption}</figcaption>"
-                   f"{draw(panel, n, x_label, pyplot)}</figure>")
+                   f"{draw(panel, [run.name for run in runs], x_label)}</figure>")
     return f"<div class=charts>{charts}</div>{note}"
-
-
-def curve_table(panels: list[Panel], runs: list[RunFiles], x_label: str) -> str:
-    """About a dozen points of each curve."""
-    body = []
-    for panel in panels:
-        for run, points in panel.lines:
-            shown = points[::max(1, len(points) // 11)]
-            shown += points[-1:] if shown[-1] != points[-1] else []
-            name = f"{panel.title}, {runs[run].name}" if len(runs) > 1 else panel.title
-            body.append([name, "   ".join(f"{x:g}: {y:.4g}" for x, y in shown)])
-    return table(["", f"{x_label}: value"], body)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -236,8 +220,7 @@ def make_page(runs: list[RunFiles]) -> str:
     """The HTML of runs of one kind."""
     legend = ""
     for i, run in enumerate(runs):
-        legend += (f"<li><i style='background:var(--run{i % len(COLORS)})'></i> "
-                   f"<b>{text(run.name)}</b> {text(headline(run))}</li>")
+        legend += f"<li>{line_sample(i)} <b>{text(run.name)}</b> {text(headline(run))}</li>"
     is_policy = runs[0].is_policy
     sections = [("Curves", curves(runs)), ("Final metrics", evaluation(runs))]
     sections += [("Before and after", samples(runs))] if is_policy else []
