@@ -118,9 +118,9 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{n * factor}e{exponent}") for n in range(first, last + 1)]
 
 
-def place(ticks: list[float], start: float, end: float, value: float) -> float:
+def place(axis: list[float], start: float, end: float, value: float) -> float:
     """The coordinate of a value. start, end: the coordinates of the first and the last tick."""
-    return start + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start)
+    return start + (value - axis[0]) / (axis[-1] - axis[0]) * (end - start)
 
 
 def draw(panel: Panel, names: list[str], x_label: str) -> str:
@@ -146,7 +146,7 @@ def draw(panel: Panel, names: list[str], x_label: str) -> str:
     for marks, fill in ((panel.sampled, "currentColor"), (panel.greedy, "none")):
         for run, points in marks:
             body += "".join(mark(run, x(a), y(b), 0.8, fill) for a, b in points)
-    height = BOTTOM + 40
+    height = BOTTOM + 40  # the middle of the next line of the legend
     for run in sorted({run for run, _ in series}) if len(names) > 1 else ():
         body += curve(run, [(6, height), (38, height)]) + write(46, height + 4, names[run][-50:])
         height += 16
@@ -184,4 +184,4 @@ def in_color(run: int, element: str) -> str:
 
 def line_sample(run: int) -> str:
     """A piece of the run's line as an <svg> element, for a list of runs."""
-    return f"<svg width='40' height='12'>{curve(run, [(0, 6), (34, 6)])}</svg>"
+    return f"<svg width='40' height='12' aria-hidden='true'>{curve(run, [(0, 6), (34, 6)])}</svg>"
