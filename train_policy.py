@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.data.prompts import Prompts, prompts_of_step
 from minirlhf.data.tokenizer import fingerprint
@@ -42,6 +39,9 @@ from minirlhf.run.optimizer import make_optimizer, step_optimizer
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
 from minirlhf.run.seeding import generator
+
+import torch
+from torch import Tensor
 
 
 def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:

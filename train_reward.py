@@ -14,10 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-import tiktoken
-import torch
-from torch import Tensor
-
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import (
     PreferenceGroup,
@@ -49,6 +45,10 @@ from minirlhf.run.errors import UserError, check_finite
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
+
+import tiktoken
+import torch
+from torch import Tensor
 
 # The random numbers are derived from this word; another spelling would change the samples.
 NORMALIZATION = "normalise"

@@ -23,15 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+# The only import from the project: the task. Its gold function gives the true utility.
+from minirlhf.data import helpdesk
+
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
-
-# The only import from the project: the task. Its gold function gives the true utility.
-from minirlhf.data import helpdesk
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 

@@ -5,6 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
+import minirlhf  # noqa: F401 (before torch: sets how its threads wait)
+
 import pytest
 import torch
 
@@ -15,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import tiny  # noqa: E402
-from terminals import Terminal  # noqa: E402
-
 import train_policy  # noqa: E402
 import train_reward  # noqa: E402
+
+import tiny  # noqa: E402
+from terminals import Terminal  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,15 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
-from tiny import make_samples
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages, minibatch_loss
 from minirlhf.rl.rollout import Rollout, measure, token_rewards
 from minirlhf.rl.sampling import Samples
+
+import torch
+from tiny import make_samples
+from torch import Tensor
 
 State = tuple[int, tuple[int, ...]]
 Table = dict[State, Tensor]  # one entry for each reachable state

@@ -31,10 +31,6 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import tiny  # noqa: E402
-import torch._dynamo  # noqa: E402  (otherwise each fork would import it, which takes a second)
-from test_data import byte_tokenizer, mutated_file, outcome_of_file  # noqa: E402
-
 import train_policy  # noqa: E402
 import train_reward  # noqa: E402
 from minirlhf.config import PolicyConfig, RewardConfig  # noqa: E402
@@ -42,6 +38,10 @@ from minirlhf.run import checkpoint  # noqa: E402
 from minirlhf.run import run as run_module  # noqa: E402
 from minirlhf.run.errors import UserError  # noqa: E402
 from minirlhf.run.metrics import Metrics  # noqa: E402
+
+import tiny  # noqa: E402
+import torch._dynamo  # noqa: E402  (otherwise each fork would import it, which takes a second)
+from test_data import byte_tokenizer, mutated_file, outcome_of_file  # noqa: E402
 
 FULL = dict(kill=200, corrupt=1000, fault=200, tmpfs=20, fuzz=10_000, soak=20_000, cost=20)
 BRIEF = dict(kill=16, corrupt=60, fault=16, tmpfs=3, fuzz=300, soak=600)  # short enough for CI

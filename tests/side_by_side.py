@@ -15,9 +15,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-from tiny import letters_right
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
@@ -26,6 +23,9 @@ from minirlhf.run import parallel
 from minirlhf.run.command_line import run_script
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import with_tuples
+
+import torch
+from tiny import letters_right
 
 SCRIPTS = dict(
     train_policy=(train_policy.main, PolicyConfig), train_reward=(train_reward.main, RewardConfig)

@@ -1,10 +1,5 @@
 """Advantages: values by hand, independence of padding, and general properties."""
 
-import pytest
-import torch
-from tiny import make_samples
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.rl.advantages import (
     full_return,
@@ -17,6 +12,11 @@ from minirlhf.rl.advantages import (
 )
 from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages, explained_variance
 from minirlhf.rl.rollout import Rollout
+
+import pytest
+import torch
+from tiny import make_samples
+from torch import Tensor
 
 REWARDS = torch.tensor([[1.0, -2.0, 4.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
 VALUES = torch.tensor([[0.5, 1.0, -1.0], [2.0, 0.0, 0.0]], dtype=torch.float64)

@@ -5,14 +5,14 @@ import gzip
 import json
 import random
 
-import pytest
-import regex
-import tiktoken
-
 from minirlhf.data.helpdesk import PHRASES
 from minirlhf.data.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
 from minirlhf.tools.bpe import main, merge, train_ranks, write_ranks
 from minirlhf.tools.helpdesk_data import SPLITS, prompts_of
+
+import pytest
+import regex
+import tiktoken
 
 CORPUS = [
     "the cat sat on the mat; the rat ate the fat cat",

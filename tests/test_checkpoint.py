@@ -8,10 +8,6 @@ import os
 import pickle
 import random
 
-import pytest
-import torch
-from tiny import contents
-
 import minirlhf
 from minirlhf.model.loading import load_model, save_model
 from minirlhf.model.transformer import ModelConfig, Transformer
@@ -25,6 +21,10 @@ from minirlhf.run.checkpoint import (
     write_atomically,
 )
 from minirlhf.run.errors import UserError
+
+import pytest
+import torch
+from tiny import contents
 
 STATES = dict(
     model=dict(a=torch.arange(6.0).view(2, 3), b=torch.tensor(3)),

@@ -10,10 +10,6 @@ import sys
 import types
 import typing
 
-import pytest
-import torch
-from tiny import contents, policy_config, refused, reward_config, rows, write_inputs
-
 import minirlhf
 import train_policy
 import train_reward
@@ -24,6 +20,10 @@ from minirlhf.run import run as run_module
 from minirlhf.run.command_line import RENAMED_FLAGS, flag, parse_flags, run_script
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config, sealed
+
+import pytest
+import torch
+from tiny import contents, policy_config, refused, reward_config, rows, write_inputs
 
 VERSION = minirlhf.__version__
 SCRIPTS = {RewardConfig: train_reward.main, PolicyConfig: train_policy.main}

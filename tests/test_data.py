@@ -8,9 +8,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import pytest
-import torch
-
 from minirlhf.config import RewardConfig
 from minirlhf.data import batches, json_files, preference_files
 from minirlhf.data.batches import (
@@ -32,6 +29,9 @@ from minirlhf.data.prompts import Prompts, encode_prompt, encode_prompts, unique
 from minirlhf.data.splits import load_splits, split_holdout
 from minirlhf.data.tokenizer import CHUNK, decode, load_tokenizer, pad_id
 from minirlhf.run.errors import UserError
+
+import pytest
+import torch
 
 
 def byte_tokenizer(folder):

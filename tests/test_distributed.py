@@ -11,6 +11,13 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+import train_policy
+from minirlhf.config import PolicyConfig
+from minirlhf.rl import rollout, sampling
+from minirlhf.run import device, parallel
+from minirlhf.run.checkpoint import load_checkpoint
+from minirlhf.run.errors import UserError
+
 import pytest
 import torch
 from side_by_side import in_float64
@@ -25,13 +32,6 @@ from tiny import (
     rows,
     weights,
 )
-
-import train_policy
-from minirlhf.config import PolicyConfig
-from minirlhf.rl import rollout, sampling
-from minirlhf.run import device, parallel
-from minirlhf.run.checkpoint import load_checkpoint
-from minirlhf.run.errors import UserError
 
 SIDE_BY_SIDE = ROOT / "tests" / "side_by_side.py"
 

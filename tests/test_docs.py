@@ -12,17 +12,17 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import test_exact
-import tiny
-import torch
-from test_readme import COMMANDS, PAGES, WALKS, commands_of
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data import helpdesk
 from minirlhf.rl.advantages import gae, group_normalized, leave_one_out
 from minirlhf.rl.algorithms import ALGORITHMS
 from minirlhf.rl.losses import ppo_loss, preference_loss
+
+import pytest
+import test_exact
+import tiny
+import torch
+from test_readme import COMMANDS, PAGES, WALKS, commands_of
 
 WALK, WALK_ZH = WALKS
 LAB = "minirlhf/lab/README.md"

@@ -2,12 +2,6 @@
 
 import math
 
-import numpy as np
-import pytest
-import tiny
-import torch
-from tiny import EOS, PAD, policy_config
-
 import train_reward
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import PreferenceGroup
@@ -28,6 +22,12 @@ from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import SamplingSettings, gold_utility, sample_responses
 from minirlhf.rl.task import load_task
 from minirlhf.run.folder import read_config
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import EOS, PAD, policy_config
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,17 @@ import copy
 import functools
 from typing import NamedTuple
 
+from minirlhf.config import PolicyConfig
+from minirlhf.model.generate import generate
+from minirlhf.model.transformer import Transformer
+from minirlhf.rl.advantages import full_return, gae, reward_to_go
+from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
+from minirlhf.rl.losses import kl_k1, kl_k3
+from minirlhf.rl.rollout import Rollout, sequence_kl
+from minirlhf.run.optimizer import make_optimizer
+from minirlhf.run.seeding import row_uniforms
+from train_policy import update
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,17 +51,6 @@ from exact import (
 )
 from tiny import make_samples
 from torch import Tensor
-
-from minirlhf.config import PolicyConfig
-from minirlhf.model.generate import generate
-from minirlhf.model.transformer import Transformer
-from minirlhf.rl.advantages import full_return, gae, reward_to_go
-from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
-from minirlhf.rl.losses import kl_k1, kl_k3
-from minirlhf.rl.rollout import Rollout, sequence_kl
-from minirlhf.run.optimizer import make_optimizer
-from minirlhf.run.seeding import row_uniforms
-from train_policy import update
 
 KL_COEF = 0.3
 TEMPERATURE = 2.0

@@ -2,11 +2,6 @@
 
 import math
 
-import pytest
-import torch
-from tiny import make_samples, random_model
-from torch import Tensor
-
 from minirlhf.data.batches import pad_left
 from minirlhf.model import fast_decode
 from minirlhf.model import generate as generate_module
@@ -16,6 +11,11 @@ from minirlhf.model.generate import filter_logits, generate, sample_tokens
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.rl.rollout import evaluate_actions
 from minirlhf.run.seeding import row_uniforms
+
+import pytest
+import torch
+from tiny import make_samples, random_model
+from torch import Tensor
 
 EOS = 10
 VOCAB = 11

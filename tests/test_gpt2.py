@@ -5,12 +5,6 @@ import os
 import pickle
 import random
 
-import pytest
-import tiny
-import torch
-import torch.nn.functional as F
-from tiny import as_flags, policy_config, refused, reward_config
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
@@ -19,6 +13,12 @@ from minirlhf.model.gpt2 import MAX_HEADER, checkpoint_file, load_gpt2
 from minirlhf.model.loading import load_model
 from minirlhf.run.command_line import run_script
 from minirlhf.run.errors import UserError
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from tiny import as_flags, policy_config, refused, reward_config
 
 WIDTH = 128
 LAYERS = 2

@@ -6,17 +6,17 @@ Everything is skipped without CUDA. `pytest -m gpu` also runs the tests of the T
 import copy
 import dataclasses
 
-import pytest
-import torch
-from tiny import assert_same_weights, make_samples, policy_config, random_model, reward_config, rows
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import train_policy
 import train_reward
 from minirlhf.data.batches import pad_left
 from minirlhf.model.cache import KVCache
 from minirlhf.model.generate import generate, sample_tokens
 from minirlhf.rl.rollout import evaluate_actions
+
+import pytest
+import torch
+from tiny import assert_same_weights, make_samples, policy_config, random_model, reward_config, rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = [
     pytest.mark.gpu,

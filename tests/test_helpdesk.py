@@ -10,8 +10,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from minirlhf.data import helpdesk
 from minirlhf.data.helpdesk import (
     COLORS,
@@ -36,6 +34,8 @@ from minirlhf.tools.helpdesk_data import (
     sample_response,
     write_data,
 )
+
+import pytest
 
 DATA = Path(__file__).parent.parent / "data"
 ASKS_REFUND = prompts_of(Context("blue", "kettle", "broken", "refund"))[0]

@@ -4,11 +4,11 @@ import contextlib
 import math
 import weakref
 
+from minirlhf.kernels import discounted_returns, logprob, token_logprobs
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from minirlhf.kernels import discounted_returns, logprob, token_logprobs
 
 # (N, D, V): single rows and columns, tiny vocabularies, and sizes that are no multiple of a tile
 SHAPES = [

@@ -27,10 +27,10 @@ if importlib.util.find_spec("triton") is None:
         allow_module_level=True,
     )
 
+from minirlhf.kernels import discounted_returns, logprob_triton, returns_triton, token_logprobs
+
 import triton
 from triton.backends.compiler import GPUTarget
-
-from minirlhf.kernels import discounted_returns, logprob_triton, returns_triton, token_logprobs
 
 pytestmark = pytest.mark.gpu
 GPU = torch.cuda.is_available()

@@ -7,12 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tiny
-import torch
-from tiny import refused
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
@@ -25,6 +19,12 @@ from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import load_task
 from minirlhf.run.command_line import parse_flags
 from minirlhf.run.errors import UserError
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import refused
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import pytest
-import torch
-from tiny import random_model
-from torch.utils.flop_counter import FlopCounterMode
-
 from minirlhf.data.batches import pad_left
 from minirlhf.kernels import discounted_returns, token_logprobs
 from minirlhf.lab import bench, bench_cases, bench_machine, bench_naive, bench_peers
@@ -17,6 +12,11 @@ from minirlhf.model.generate import generate
 from minirlhf.model.transformer import Transformer
 from minirlhf.rl.advantages import gae
 from minirlhf.run.errors import UserError
+
+import pytest
+import torch
+from tiny import random_model
+from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 CUDA = SimpleNamespace(type="cuda")

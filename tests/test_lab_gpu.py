@@ -3,13 +3,13 @@
 import json
 import sys
 
-import pytest
-import torch
-from tiny import refused
-
 from minirlhf.lab import gpu, gpu_parts
 from minirlhf.lab.gpu import GpuConfig, main
 from minirlhf.lab.gpu_parts import MEASUREMENTS, Row, Variant, one_row
+
+import pytest
+import torch
+from tiny import refused
 
 
 def command(code: str) -> list[str]:

@@ -1,11 +1,11 @@
 """The memory table: its parts against the real model, and what more GPUs must change."""
 
-import pytest
-import torch
-
 from minirlhf.lab import memory as lab
 from minirlhf.model.transformer import Transformer
 from minirlhf.run.optimizer import make_optimizer
+
+import pytest
+import torch
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,6 @@
 import dataclasses
 import math
 
-import pytest
-import torch
-from exact import (
-    changed_copy,
-    flat_weights,
-    gradient,
-    make_mdp,
-    make_rollout,
-    padded_samples,
-    relative_error,
-    tiny_model,
-)
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.data.batches import PreferenceGroup
 from minirlhf.data.tokenizer import load_tokenizer, table_rows
@@ -40,6 +26,20 @@ from minirlhf.rl.losses import (
 )
 from minirlhf.rl.rollout import Rollout
 from train_policy import update
+
+import pytest
+import torch
+from exact import (
+    changed_copy,
+    flat_weights,
+    gradient,
+    make_mdp,
+    make_rollout,
+    padded_samples,
+    relative_error,
+    tiny_model,
+)
+from torch import Tensor
 
 
 def numbers(*values) -> Tensor:

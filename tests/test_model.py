@@ -2,12 +2,6 @@
 
 import math
 
-import pytest
-import torch
-from exact import make_rollout
-from tiny import make_samples, random_model
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.data.batches import PreferenceGroup, collate_preferences, pad_left, pad_right
 from minirlhf.model.cache import KVCache
@@ -25,6 +19,12 @@ from minirlhf.rl.rollout import action_states, evaluate_actions, measure, sequen
 from minirlhf.rl.sampling import Samples
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
+
+import pytest
+import torch
+from exact import make_rollout
+from tiny import make_samples, random_model
+from torch import Tensor
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7], [8, 1, 5]]
 RESPONSES = [[3, 10], [4, 5, 6, 10], [7, 2, 1, 8, 9], [10]]

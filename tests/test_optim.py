@@ -1,12 +1,12 @@
 """One optimizer step: learning rates, weight decay and gradient clipping."""
 
+from minirlhf.model import Transformer
+from minirlhf.run.optimizer import make_optimizer, step_optimizer
+
 import pytest
 import torch
 from tiny import random_model
 from torch import Tensor
-
-from minirlhf.model import Transformer
-from minirlhf.run.optimizer import make_optimizer, step_optimizer
 
 LR = 1e-3
 

@@ -7,10 +7,6 @@ import os
 from collections import defaultdict
 from types import SimpleNamespace
 
-import pytest
-import torch
-from tiny import make_samples
-
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import PreferenceGroup, pad_left, pad_right
 from minirlhf.kernels import discounted_returns, token_logprobs
@@ -20,6 +16,10 @@ from minirlhf.rl.advantages import gae, reward_to_go
 from minirlhf.rl.losses import preference_loss
 from minirlhf.rl.rollout import evaluate_actions
 from train_reward import language_model_loss, pair_loss
+
+import pytest
+import torch
+from tiny import make_samples
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries are imported
 VOCAB = 50257

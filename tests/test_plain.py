@@ -8,10 +8,6 @@ import copy
 import json
 from types import SimpleNamespace
 
-import pytest
-import torch
-from tiny import ROOT, make_samples, random_model
-
 import train_policy
 import train_reward
 from minirlhf import plain
@@ -24,6 +20,10 @@ from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.rollout import Rollout, evaluate_actions, measure, token_rewards
 from minirlhf.run.device import prepare_training
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
+
+import pytest
+import torch
+from tiny import ROOT, make_samples, random_model
 
 CPU = torch.device("cpu")
 VOCAB, EOS, PAD = 11, 10, 11  # of tiny.random_model

@@ -3,12 +3,6 @@
 import copy
 import dataclasses
 
-import pytest
-import torch
-from tiny import make_samples, policy_config, random_model, reward_config, weights, write_inputs
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
@@ -21,6 +15,12 @@ from minirlhf.run import command_line
 from minirlhf.run.command_line import flag, run_script
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
+
+import pytest
+import torch
+from tiny import make_samples, policy_config, random_model, reward_config, weights, write_inputs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PAD = 40
 PROMPT_IDS, PROMPT_MASK = pad_left([[1, 2, 3, 4], [5], [5]], PAD)

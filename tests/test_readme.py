@@ -20,15 +20,15 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-import tiny
-from test_gpt2 import gpt2_tensors, safetensors
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.run.command_line import run_script
 from minirlhf.tools import label
+
+import pytest
+import tiny
+from test_gpt2 import gpt2_tensors, safetensors
 
 WALKS = ("minirlhf/rl/README.md", "minirlhf/rl/README.zh.md")
 # relative to ROOT: every file of Markdown in the project

@@ -11,17 +11,17 @@ import random
 import re
 from pathlib import Path
 
-import pytest
-import reliability
-import tiny
-import torch
-from tiny import as_flags, contents, policy_config, refused, reward_config, rows
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.run.checkpoint import load_checkpoint
 from minirlhf.run.folder import open_folder, unused_folder
+
+import pytest
+import reliability
+import tiny
+import torch
+from tiny import as_flags, contents, policy_config, refused, reward_config, rows
 
 # ---- a batch on which training fails -------------------------------------------------------------
 

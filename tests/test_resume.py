@@ -13,6 +13,15 @@ import signal
 import subprocess
 import sys
 
+import train_policy
+import train_reward
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.run import checkpoint, signals
+from minirlhf.run.command_line import run_script
+from minirlhf.run.errors import UserError
+from minirlhf.run.folder import lock_folder, open_folder
+from minirlhf.run.signals import StopSignal
+
 import pytest
 import tiny
 import torch
@@ -27,15 +36,6 @@ from tiny import (
     reward_config,
     rows,
 )
-
-import train_policy
-import train_reward
-from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.run import checkpoint, signals
-from minirlhf.run.command_line import run_script
-from minirlhf.run.errors import UserError
-from minirlhf.run.folder import lock_folder, open_folder
-from minirlhf.run.signals import StopSignal
 
 REWARD_STEPS = 7  # of both stages; the metrics file has one more row, of the final test
 POLICY_STEPS = 4  # the metrics file has one more row, of step 0

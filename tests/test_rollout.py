@@ -3,11 +3,6 @@
 import copy
 import math
 
-import pytest
-import torch
-from exact import gradient, make_mdp, make_rollout, padded_samples, per_token, tabulate, tiny_model
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.model.generate import generate
 from minirlhf.model.transformer import ModelConfig, Transformer
@@ -25,6 +20,11 @@ from minirlhf.rl.sampling import Samples
 from minirlhf.run import parallel
 from minirlhf.run.seeding import row_uniforms
 from train_policy import describe, update
+
+import pytest
+import torch
+from exact import gradient, make_mdp, make_rollout, padded_samples, per_token, tabulate, tiny_model
+from torch import Tensor
 
 MDP = make_mdp(((1, 2, 0), (2,)))
 COUNT = 80  # responses in MDP

@@ -10,6 +10,18 @@ import subprocess
 import sys
 import types
 
+import train_policy
+import train_reward
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data import splits
+from minirlhf.data.prompts import prompts_of_step
+from minirlhf.model.loading import save_model
+from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
+from minirlhf.run import terminal
+from minirlhf.run.errors import UserError
+from minirlhf.run.metrics import Metrics, rounded
+from minirlhf.run.terminal import Progress, duration, printable
+
 import pytest
 import tiny
 import torch
@@ -22,18 +34,6 @@ from tiny import (
     reward_config,
     rows,
 )
-
-import train_policy
-import train_reward
-from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.data import splits
-from minirlhf.data.prompts import prompts_of_step
-from minirlhf.model.loading import save_model
-from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
-from minirlhf.run import terminal
-from minirlhf.run.errors import UserError
-from minirlhf.run.metrics import Metrics, rounded
-from minirlhf.run.terminal import Progress, duration, printable
 
 # What every iteration logs, with any algorithm.
 LOGGED = {

@@ -2,7 +2,10 @@
 
 import ast
 import io
+import os
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -220,6 +223,39 @@ def test_the_reward_script_shows_two_loops():
         for node in functions(path)
     }
     assert [name for name in loops if loops[name]] == ["finetune", "learn_preferences"]
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def test_threads_that_wait_do_not_spin_for_long():
+    """Spinning threads take the cores from each other if another program runs.
+
+    The setting has an effect only before torch is imported.
+    """
+    code = "import {}, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    for environment, expected in (({}, "1000"), (dict(GOMP_SPINCOUNT="7"), "7")):
+        inherited = {key: os.environ[key] for key in os.environ if key != "GOMP_SPINCOUNT"}
+        done = subprocess.run(
+            [sys.executable, "-c", code.format("minirlhf")],
+            env=inherited | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == [expected, "False"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_import_the_project_before_torch(path):
+    imports = [
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.parse(read(path)).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = [name.partition(".")[0] for name in imports]
+    assert names.index("minirlhf") < names.index("torch")
 
 
 # ---- plain.py ------------------------------------------------------------------------------------

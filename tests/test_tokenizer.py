@@ -3,9 +3,6 @@
 import base64
 import random
 
-import pytest
-import tiktoken
-
 from minirlhf.data.tokenizer import (
     EOS_TEXT,
     GPT2_PATTERN,
@@ -17,6 +14,9 @@ from minirlhf.data.tokenizer import (
     table_rows,
 )
 from minirlhf.run.errors import UserError
+
+import pytest
+import tiktoken
 
 BYTES = [bytes([i]) for i in range(256)]
 MERGES = [b"th", b"the", b" the", b"er", b"\n\n", b"\xc3\xa9"]

@@ -7,11 +7,6 @@ import json
 import os
 import re
 
-import pytest
-import tiny
-import torch
-from tiny import refused
-
 from minirlhf.data import helpdesk
 from minirlhf.data.prompts import encode_prompts
 from minirlhf.rl.reward import Reward, score_responses
@@ -23,6 +18,11 @@ from minirlhf.tools import chat
 from minirlhf.tools.chat import ChatConfig, apply_template, pick_template, stream
 from minirlhf.tools.terminal import redraw
 from minirlhf.tools.trained import identity, load_trained
+
+import pytest
+import tiny
+import torch
+from tiny import refused
 
 CPU = torch.device("cpu")
 PROMPT_SIGN = "\r\n> "

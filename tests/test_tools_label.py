@@ -15,11 +15,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-import tiny
-import torch
-from tiny import refused
-
 import train_reward
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import pad_right
@@ -35,6 +30,11 @@ from minirlhf.tools.label import LabelConfig
 from minirlhf.tools.labels import LabelFile, Pair, wilson_interval
 from minirlhf.tools.terminal import cells, side_by_side, wrap
 from minirlhf.tools.trained import load_trained
+
+import pytest
+import tiny
+import torch
+from tiny import refused
 
 QUIT = "q\u00a0quit"  # the end of a screen
 SOURCE = dict(tokenizer="t", reward="r")

@@ -5,15 +5,15 @@ import re
 import subprocess
 import types
 
-import pytest
-import tiny
-import torch
-from tiny import as_flags, policy_config
-
 from minirlhf.config import PolicyConfig
 from minirlhf.rl.algorithms import ALGORITHMS, pick_algorithm
 from minirlhf.rl.losses import policy_gradient_loss
 from minirlhf.rl.rollout import Rollout
+
+import pytest
+import tiny
+import torch
+from tiny import as_flags, policy_config
 
 
 @pytest.fixture(scope="module")

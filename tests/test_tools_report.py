@@ -7,14 +7,14 @@ import random
 import re
 import xml.etree.ElementTree
 
-import pytest
-import tiny
-
 import train_policy
 from minirlhf.evaluation.policy import fenced
 from minirlhf.tools import report
 from minirlhf.tools.charts import Panel, draw, make_panels, running_mean, ticks
 from minirlhf.tools.page import sample_blocks
+
+import pytest
+import tiny
 
 EVIL = "<script>alert('1')</script> & \"quoted\" \x1b[31m\u202e ```"
 

@@ -4,11 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pytest
-import tiny
-import torch
-from tiny import assert_same_weights, refused
-
 from minirlhf.config import RewardConfig
 from minirlhf.data.preference_files import PreferencePair, read_preferences
 from minirlhf.data.prompts import Prompts, unique_prompts
@@ -18,6 +13,11 @@ from minirlhf.lab.second_round import ARMS, RoundConfig
 from minirlhf.rl.sampling import sample_responses
 from minirlhf.run.folder import read_config
 from minirlhf.tools.trained import load_trained
+
+import pytest
+import tiny
+import torch
+from tiny import assert_same_weights, refused
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.rl.sampling import Samples
 from minirlhf.run.checkpoint import load_checkpoint
 from minirlhf.run.command_line import run_script
 from minirlhf.run.metrics import Metrics
+
+import torch
 
 # Tiny tensors gain nothing from more threads, and sums have the same bits in every process.
 torch.set_num_threads(1)

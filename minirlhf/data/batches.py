@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-import tiktoken
-import torch
-from torch import Tensor
-
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.prompts import encode_prompt
 from minirlhf.data.tokenizer import CHUNK, Ids
 from minirlhf.run.errors import UserError
 from minirlhf.run.seeding import generator
+
+import tiktoken
+import torch
+from torch import Tensor
 
 MAX_GROUP = 16  # responses; a file with a single prompt must not become one batch
 SORTED_WINDOW = 16  # batches: see epoch_batches

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import tiktoken
-import torch
-
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.tokenizer import CHUNK, Ids
 from minirlhf.run.seeding import generator
+
+import tiktoken
+import torch
 
 
 class Prompts(NamedTuple):

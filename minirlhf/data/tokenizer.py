@@ -15,10 +15,10 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import tiktoken
-
 from minirlhf.config import DATA
 from minirlhf.run.errors import UserError, suggest
+
+import tiktoken
 
 Ids = tuple[int, ...]
 HELPDESK_RANKS = DATA / "helpdesk.tiktoken"

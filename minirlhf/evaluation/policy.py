@@ -3,8 +3,6 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from minirlhf.data.prompts import Prompts
 from minirlhf.evaluation.statistics import bootstrap_interval, standard_error
 from minirlhf.model import Transformer
@@ -13,6 +11,8 @@ from minirlhf.rl.rollout import sequence_kl
 from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import Task
 from minirlhf.run.terminal import printable
+
+import numpy as np
 
 DECODINGS = ("sampled", "greedy")  # the two decoding methods
 BATCH = 128  # prompts at a time

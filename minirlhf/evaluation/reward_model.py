@@ -2,16 +2,16 @@
 
 from types import ModuleType
 
-import numpy as np
-import tiktoken
-import torch
-
 from minirlhf.data.batches import PreferenceGroup, pad_right
 from minirlhf.data.prompts import Prompts
 from minirlhf.data.tokenizer import decode, pad_id
 from minirlhf.evaluation.statistics import bootstrap_interval
 from minirlhf.model import Transformer
 from minirlhf.model.transformer import sequence_scores
+
+import numpy as np
+import tiktoken
+import torch
 
 
 @torch.no_grad()

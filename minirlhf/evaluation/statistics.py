@@ -2,9 +2,9 @@
 
 import math
 
-import numpy as np
-
 from minirlhf.run.seeding import derive_seed
+
+import numpy as np
 
 
 def bootstrap_interval(values: np.ndarray, weights: np.ndarray | None = None,

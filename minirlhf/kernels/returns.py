@@ -2,10 +2,10 @@
 
 import functools
 
+from minirlhf.kernels.logprob import describe, require, use_triton
+
 import torch
 import torch.nn.functional as F
-
-from minirlhf.kernels.logprob import describe, require, use_triton
 
 BLOCK = 32  # columns; of 16, 32, 64 and 128 the fastest on CPU from 64 x 64 to 2048 x 256
 

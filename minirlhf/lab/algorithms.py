@@ -12,8 +12,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.lab.common import (
     STYLES,
@@ -31,6 +29,8 @@ from minirlhf.rl.algorithms import ALGORITHMS
 from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
+
+import numpy as np
 
 POINTS = 12  # of a learning curve; each is a mean over an equal part of the iterations
 COLUMNS = (("gold, sampled", "sampled_gold", "{:+.2f}"), ("gap", "sampled_gap_closed", "{:.0%}"),

@@ -17,8 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
-
 from minirlhf.config import DEVICES
 from minirlhf.lab import bench_cases as cases
 from minirlhf.lab import bench_peers
@@ -29,6 +27,8 @@ from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
 from minirlhf.run.terminal import Progress
+
+import torch
 
 LONGEST = 20.0  # seconds: what is expected to take longer is skipped
 GROWTH = dict(batch=[1, 4, 16, 64, 256, 1024], response=[32, 64, 128, 256, 512, 1024],

@@ -5,9 +5,6 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import PreferenceGroup, pad_right
 from minirlhf.kernels import discounted_returns, token_logprobs
@@ -23,6 +20,9 @@ from minirlhf.run.optimizer import make_optimizer, step_optimizer
 from minirlhf.run.seeding import row_uniforms
 from train_policy import update
 from train_reward import pair_loss
+
+import torch
+from torch import Tensor
 
 EOS = 0  # the first token, so that a uniform of 0 samples it
 PAD = 1

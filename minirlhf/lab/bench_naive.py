@@ -1,10 +1,10 @@
 """The benchmark's plain PyTorch: the same work, written in the most direct way."""
 
+from minirlhf.model import Transformer
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from minirlhf.model import Transformer
 
 
 def uses_bf16(device: torch.device) -> bool:

@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from minirlhf.lab import bench_naive as naive
 from minirlhf.lab.bench_cases import distinct_share
 from minirlhf.model import Transformer
 from minirlhf.run.optimizer import make_optimizer
+
+import torch
+from torch import Tensor
 
 # the libraries read these when they are imported
 ENVIRONMENT = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",

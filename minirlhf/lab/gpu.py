@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from minirlhf.kernels.logprob import HAS_TRITON
 from minirlhf.lab.common import ROOT, markdown_table, read_rows, run_lab
 from minirlhf.lab.gpu_parts import MEASUREMENTS, Row
@@ -25,6 +23,8 @@ from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
 from minirlhf.run.metrics import rounded
 from minirlhf.run.terminal import duration, printable
+
+import torch
 
 TOTAL_SECONDS = 360
 DRY_RUN_FACTOR = 10  # a dry run may take longer: an interpreter runs the kernels

@@ -7,10 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
@@ -24,6 +20,10 @@ from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
 from minirlhf.rl.rollout import Rollout, measure, token_rewards
 from minirlhf.run.checkpoint import load_checkpoint
 from minirlhf.run.optimizer import make_optimizer
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPT2_SMALL = ModelConfig(50257, 50304, n_layer=12, n_head=12, d_model=768, context=1024)

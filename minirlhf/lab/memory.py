@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.lab.bench_cases import make_samples
 from minirlhf.lab.bench_machine import kilobytes
@@ -33,6 +31,8 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.optimizer import make_optimizer
 from minirlhf.run.parallel import finish_processes, init_processes, is_main
 from train_policy import update
+
+import torch
 
 GIB = 2**30
 FLOAT = 4  # bytes

@@ -15,8 +15,6 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.prompts import Prompts
 from minirlhf.data.splits import HELPDESK_FILES, file_hashes
@@ -42,6 +40,8 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config
 from minirlhf.run.terminal import Progress
 from train_reward import normalize_scores
+
+import torch
 
 LR = 3e-4  # of PPO; with the script's default, gold peaks within 6 iterations: too few points
 CHUNK = 4  # prompts of the pool in one row of rows.jsonl

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from minirlhf.evaluation.statistics import standard_error
 from minirlhf.lab.common import read_rows, reward_test_rows
 from minirlhf.run.seeding import derive_seed
+
+import numpy as np
 
 
 class Curve(NamedTuple):

@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from minirlhf.lab.common import STYLES, markdown_table
 from minirlhf.lab.overoptimization_fit import (
     Fit,
@@ -17,6 +15,8 @@ from minirlhf.lab.overoptimization_fit import (
     gain_at_same_kl,
     policy_peak,
 )
+
+import numpy as np
 
 HEAD = """# How far a reward model can be trusted
 

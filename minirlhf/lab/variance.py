@@ -15,10 +15,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.data.prompts import prompts_of_step
 from minirlhf.data.splits import file_hashes
@@ -45,6 +41,10 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.seeding import derive_seed
 from minirlhf.run.terminal import Progress
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

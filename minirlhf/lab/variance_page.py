@@ -1,8 +1,5 @@
 """The results of `minirlhf.lab.variance` as a page and as pictures."""
 
-import numpy as np
-import torch
-
 from minirlhf.data.tokenizer import decode
 from minirlhf.evaluation.statistics import bootstrap_interval
 from minirlhf.lab.common import STYLES, markdown_table
@@ -13,6 +10,9 @@ from minirlhf.rl.rollout import evaluate_actions
 from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import Task
 from minirlhf.run.terminal import printable
+
+import numpy as np
+import torch
 
 PAIRS = (("reinforce", "reward-to-go"), ("reward-to-go", "baseline"), ("reinforce", "baseline"),
          ("baseline", "gae"), ("reinforce", "rloo"), ("rloo", "baseline"))

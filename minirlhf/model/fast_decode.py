@@ -3,10 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 
+from minirlhf.model.transformer import Transformer
+
 import torch
 from torch import Tensor, nn
-
-from minirlhf.model.transformer import Transformer
 
 SMALLEST = 2**18  # elements of a matrix; smaller ones stay in the processor's cache anyway
 

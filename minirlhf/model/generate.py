@@ -1,11 +1,11 @@
 """Sampling responses with a key-value cache. Finished rows leave the batch."""
 
-import torch
-from torch import Tensor
-
 from minirlhf.model.cache import KVCache
 from minirlhf.model.fast_decode import fast_linear_layers
 from minirlhf.model.transformer import Transformer
+
+import torch
+from torch import Tensor
 
 COMPACT_EVERY = dict(cuda=16)  # tokens between removals of finished rows; elsewhere 1
 

@@ -16,13 +16,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from minirlhf.data.json_files import unique_keys
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.run.errors import UserError
+
+import numpy as np
+import torch
+from torch import Tensor
 
 MAX_HEADER = 2**20  # bytes; GPT-2 XL's has 60,000
 HEAD_WIDTH = 64  # in all four sizes

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import tiktoken
-
 from minirlhf.config import RewardConfig
 from minirlhf.data.tokenizer import fingerprint, table_rows
 from minirlhf.model.gpt2 import checkpoint_file, load_gpt2
@@ -11,6 +9,8 @@ from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.run.errors import UserError
 from minirlhf.run.seeding import derive_seed
+
+import tiktoken
 
 
 def save_model(path: Path, kind: str, model: Transformer, meta: dict) -> None:

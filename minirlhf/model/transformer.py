@@ -13,12 +13,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+from minirlhf.model.cache import KVCache
+from minirlhf.model.packing import Packed, pack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from minirlhf.model.cache import KVCache
-from minirlhf.model.packing import Packed, pack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@
     mask [B, R]: a prefix of ones, EOS included.  scores [B]: one for each response.
 """
 
+from minirlhf.kernels import discounted_returns
+
 import torch
 from torch import Tensor
-
-from minirlhf.kernels import discounted_returns
 
 
 def full_return(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:

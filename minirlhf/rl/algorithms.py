@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.model import Transformer
 from minirlhf.rl.advantages import (
@@ -24,6 +21,9 @@ from minirlhf.rl.advantages import (
 from minirlhf.rl.losses import kl_k3, policy_gradient_loss, ppo_loss, value_loss
 from minirlhf.rl.rollout import Rollout, evaluate_actions
 from minirlhf.run.errors import UserError, suggest
+
+import torch
+from torch import Tensor
 
 
 class Algorithm(NamedTuple):

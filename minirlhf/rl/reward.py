@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from minirlhf.model import Transformer
 from minirlhf.model.transformer import sequence_scores
 from minirlhf.rl.sampling import Samples, all_ids
 from minirlhf.run.errors import UserError
 from minirlhf.run.parallel import broadcast, by_rows, is_main
+
+import torch
+from torch import Tensor
 
 
 class Reward(NamedTuple):

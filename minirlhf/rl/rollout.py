@@ -2,10 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from minirlhf.config import PolicyConfig
 from minirlhf.kernels import token_logprobs
 from minirlhf.model import Transformer
@@ -13,6 +9,10 @@ from minirlhf.model.transformer import apply_head
 from minirlhf.rl.losses import kl_k1
 from minirlhf.rl.sampling import Samples
 from minirlhf.run.parallel import by_rows, unsharded
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 EMPTY = torch.empty(0)
 

@@ -3,10 +3,6 @@
 from types import ModuleType
 from typing import NamedTuple
 
-import tiktoken
-import torch
-from torch import Tensor
-
 from minirlhf.data.batches import pad_left
 from minirlhf.data.prompts import Prompts
 from minirlhf.data.tokenizer import decode, pad_id
@@ -14,6 +10,10 @@ from minirlhf.model import Transformer
 from minirlhf.model.generate import generate
 from minirlhf.run.parallel import all_gather_rows, local_rows, unsharded
 from minirlhf.run.seeding import row_uniforms
+
+import tiktoken
+import torch
+from torch import Tensor
 
 
 class SamplingSettings(NamedTuple):

@@ -5,8 +5,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.preference_files import read_prompts
 from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
@@ -18,6 +16,8 @@ from minirlhf.rl.reward import Reward
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config
+
+import torch
 
 
 class Task(NamedTuple):

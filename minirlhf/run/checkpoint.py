@@ -13,12 +13,12 @@ import os
 import re
 from pathlib import Path
 
-import torch
-
 import minirlhf
 from minirlhf.run.errors import UserError
 from minirlhf.run.parallel import full_states, is_main, split_like
 from minirlhf.run.terminal import printable
+
+import torch
 
 FORMAT = f"minirlhf {minirlhf.__version__}"
 OLD_FORMATS = {"minirlhf 1": "1.0"}

@@ -8,8 +8,6 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from minirlhf.run.errors import UserError, suggest
 from minirlhf.run.folder import read_config, with_tuples
 from minirlhf.run.parallel import (
@@ -21,6 +19,8 @@ from minirlhf.run.parallel import (
     process_count,
 )
 from minirlhf.run.terminal import printable
+
+import torch
 
 RENAMED_FLAGS = {
     "--warmup-sequences": "--sft-sequences",

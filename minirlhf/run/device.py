@@ -3,10 +3,10 @@
 import os
 from collections.abc import Collection
 
-import torch
-
 from minirlhf.run.errors import UserError
 from minirlhf.run.parallel import process_count, replicate, shard
+
+import torch
 
 
 def pick_device(name: str, deterministic: bool = False, bf16: bool = False) -> torch.device:

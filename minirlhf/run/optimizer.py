@@ -2,11 +2,11 @@
 
 import math
 
-import torch
-from torch import nn
-
 from minirlhf.run.errors import UserError
 from minirlhf.run.parallel import full_tensor
+
+import torch
+from torch import nn
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0,

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step, write_atomically
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import open_folder
@@ -15,6 +13,8 @@ from minirlhf.run.metrics import Metrics
 from minirlhf.run.parallel import process_rank
 from minirlhf.run.signals import StopSignal
 from minirlhf.run.terminal import Progress
+
+import torch
 
 
 class Run:

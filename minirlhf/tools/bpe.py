@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import regex  # the standard re lacks \p{L}; tiktoken requires this package as well
-
 from minirlhf.data.tokenizer import GPT2_PATTERN
 from minirlhf.run.command_line import fail
 from minirlhf.run.errors import UserError
+
+import regex  # the standard re lacks \p{L}; tiktoken requires this package as well
 
 
 def merge(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:

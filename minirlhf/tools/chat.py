@@ -9,9 +9,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from minirlhf.config import DEVICES
 from minirlhf.data.preference_files import ASSISTANT, HUMAN
 from minirlhf.data.prompts import encode_prompt
@@ -29,6 +26,9 @@ from minirlhf.run.metrics import rounded
 from minirlhf.run.seeding import row_uniforms
 from minirlhf.tools.terminal import can_redraw, is_interactive, redraw, side_by_side, wrap
 from minirlhf.tools.trained import Trained, load_trained
+
+import torch
+from torch import Tensor
 
 # name -> (text before the message, text after it)
 TEMPLATES = {"helpdesk": ("Customer: ", "\nAgent:"), "dialogue": (f"{HUMAN} ", ASSISTANT),

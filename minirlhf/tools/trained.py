@@ -5,9 +5,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import tiktoken
-import torch
-
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.splits import load_ground_truth
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer
@@ -16,6 +13,9 @@ from minirlhf.model.loading import load_model
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config
+
+import tiktoken
+import torch
 
 
 class Trained(NamedTuple):
