@@ -437,7 +437,7 @@ def test_the_table_of_settings_has_the_defaults(page):
     """Each row of the table of settings: the name and its default."""
     defaults = vars(PolicyConfig())
     rows = re.findall(r"^\| `(\w+)` \| `([\w.-]+)` \|", read(page), re.M)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for name, default in rows:
         assert defaults[name] == type(defaults[name])(default), name
 
