@@ -232,10 +232,9 @@ def pair_loss(model: Transformer, groups: Sequence[PreferenceGroup], pad: int, c
     total_weight: of all pairs of the batch, so that micro-batches add up.
 
     The score is the reward head on the last token, and the logged loss is its preference loss.
-    The auxiliary loss is the same loss on another score: the value head on every token, summed.
-    A wrong word then gets a direct gradient. This second score is used in training only. The value
-    head has no other use here: a trained reward model ignores it, and the policy starts from the
-    base model.
+    The auxiliary loss, off by default, is the same loss on another score: the value head on every
+    token, summed. A wrong word then gets a direct gradient. This second score is used in training
+    only.
     """
     batch = collate_preferences(list(groups), pad, model.wte.weight.device)
     hidden = model(batch.ids, batch.attention_mask)  # each response once, in any number of pairs

@@ -49,7 +49,7 @@ POLICIES = dict(
 REWARDS = dict(
     reward=dict(micro_batch_size=1, centering=0.1),
     sharded_reward=dict(micro_batch_size=1, shard=True),
-    no_auxiliary=dict(auxiliary_coef=0.0, epochs=1),
+    auxiliary=dict(auxiliary_coef=1.0, epochs=1),
 )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from minirlhf.config import PolicyConfig
+from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import PreferenceGroup
 from minirlhf.data.tokenizer import load_tokenizer, table_rows
 from minirlhf.evaluation.reward_model import evaluate_reward_model
@@ -26,6 +26,7 @@ from minirlhf.rl.losses import (
 )
 from minirlhf.rl.rollout import Rollout
 from train_policy import update
+from train_reward import pair_loss
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from exact import (
     relative_error,
     tiny_model,
 )
+from tiny import random_model
 from torch import Tensor
 
 
@@ -121,6 +123,38 @@ def test_a_tie_counts_one_half_in_accuracy():
     assert metrics["accuracy"] == 0.5
     assert metrics["loss"] == pytest.approx(math.log(2))
     assert metrics["pairs"] == 6
+
+
+def test_the_reward_models_loss_is_the_weighted_sum_over_pairs():
+    """Each pair by hand: last-token scores, margins and weights; the auxiliary loss is separate."""
+    model = random_model().double()
+    prompt, pad, total = (1, 2), 11, 4.0
+    responses = ((3, 10), (4, 5, 10), (6,))
+    pairs = ((0, 1, 0.5, 1.0), (2, 1, 0.0, 0.25))
+    scores, sums = [], []
+    for response in responses:
+        ids = torch.tensor([prompt + response])
+        hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        raw = hidden[-1] @ model.reward_head.weight[0] + model.reward_head.bias
+        scores.append((raw - model.score_shift) / model.score_scale)
+        sums.append((hidden @ model.value_head.weight[0] + model.value_head.bias).sum())
+
+    def by_hand(values, centering):
+        parts = []
+        for winner, loser, margin, weight in pairs:
+            difference = values[winner] - values[loser] - margin
+            center = centering * (values[winner] + values[loser]) ** 2
+            parts.append(weight * (math.log1p(math.exp(-difference)) + center))
+        return float(sum(parts)) / total
+
+    group = PreferenceGroup(prompt, responses, pairs)
+    for auxiliary in (0.0, 0.3):
+        config = RewardConfig(centering=0.1, auxiliary_coef=auxiliary)
+        loss, metrics = pair_loss(model, [group], pad, config, total)
+        textbook = by_hand(scores, 0.1)
+        expected = textbook + auxiliary * by_hand(sums, 0.0)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+        assert metrics["loss"].item() == pytest.approx(textbook, abs=1e-12)
 
 
 # ---- the policy's losses -------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_loss_and_gradients_of_a_reward_model_equal_those_of_trl(tmp_path):
     for p, c, r, margin in zip(prompts, chosen, rejected, margins):
         pairs = ((0, 1, margin, 1.0),)
         groups.append(PreferenceGroup(tuple(p), (tuple(c), tuple(r)), pairs))
-    config = RewardConfig(centering=0.1, auxiliary_coef=0.0)
+    config = RewardConfig(centering=0.1)
     loss, _ = pair_loss(ours, groups, 0, config, total_weight=4.0)
     loss.backward()
     sequences = [p + c for p, c in zip(prompts, chosen)]

@@ -101,7 +101,7 @@ def real_fine_tuning(model, batches, peak):
 
 def real_reward_training(model, batches, peak):
     """batches: lists of groups (prompt, responses, pairs (better, worse, weight))."""
-    config = RewardConfig(auxiliary_coef=0.0)
+    config = RewardConfig()
 
     def loss_of(model, batch):
         groups = [
