@@ -43,7 +43,7 @@ def load_tokenizer(name: str = "helpdesk") -> tiktoken.Encoding:
     path = HELPDESK_RANKS if name == "helpdesk" else Path(name)
     if path.suffix == ".tiktoken":
         pattern = GPT2_PATTERN
-        tokens = _read_ranks(path)
+        tokens = read_ranks(path)
     else:
         original = _published(name)
         pattern = original._pat_str
@@ -68,7 +68,7 @@ def _published(name: str) -> tiktoken.Encoding:
                         "--tokenizer helpdesk") from error
 
 
-def _read_ranks(path: Path) -> list[bytes]:
+def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a rank file in order of rank; line r + 1 is 'BASE64 r' for rank r."""
     try:
         with path.open("rb") as file:
@@ -114,10 +114,11 @@ def table_rows(encoding: tiktoken.Encoding) -> int:
 
 def fingerprint(encoding: tiktoken.Encoding) -> str:
     """SHA-256 of pattern and tokens: equal only if two encodings give all text the same ids."""
-    digest = hashlib.sha256(encoding._pat_str.encode())
-    for rank in range(encoding.eot_token):
-        token = encoding.decode_single_token_bytes(rank)
-        digest.update(len(token).to_bytes(4, "big") + token)
+    digest = hashlib.sha256((encoding._pat_str + getattr(encoding, "layout", "")).encode())
+    for i in range(encoding.n_vocab):
+        if i != encoding.eot_token:
+            token = encoding.decode_single_token_bytes(i)
+            digest.update(len(token).to_bytes(4, "big") + token)
     return digest.hexdigest()
 
 

@@ -1,0 +1,244 @@
+"""Tokenizers of pretrained models: the file's ids, EOS and normalizer, or one line of error."""
+
+import base64
+import json
+import random
+
+from minirlhf.data.pretrained_tokenizer import LLAMA3_PATTERN, read_pretrained_tokenizer
+from minirlhf.data.tokenizer import decode, fingerprint, pad_id, table_rows
+from minirlhf.run.errors import UserError
+
+import pytest
+
+
+def characters() -> list[str]:
+    """The printable character of each byte in a vocabulary."""
+    names = [""] * 256
+    unprintable = [*range(33), *range(127, 161), 173]
+    for byte in range(256):
+        names[byte] = chr(256 + unprintable.index(byte)) if byte in unprintable else chr(byte)
+    return names
+
+
+BLANK = characters()[32]
+MERGES = [("t", "h"), ("th", "e"), (BLANK, "the"), (BLANK, BLANK), ("Ã", "©")]
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SMOLLM2 = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    ],
+}
+SPLIT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": LLAMA3_PATTERN},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
+
+
+def added_token(content: str, index: int, special: bool = True) -> dict:
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return {"id": index, "content": content, "special": special} | flags
+
+
+def tokenizer_json(merges_as_strings: bool = False, pre_tokenizer=SMOLLM2, **model) -> dict:
+    """Three special tokens first, then bytes, then merges, as in SmolLM2."""
+    tokens = [*ADDED, *characters(), *(left + right for left, right in MERGES)]
+    return {
+        "added_tokens": [added_token(token, i) for i, token in enumerate(ADDED)],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {"type": "ByteLevel"},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [" ".join(pair) if merges_as_strings else list(pair) for pair in MERGES],
+        }
+        | model,
+    }
+
+
+def write(folder, file: dict | str, eos: object = "<|im_end|>", **others: dict):
+    (folder / "tokenizer.json").write_text(file if isinstance(file, str) else json.dumps(file))
+    settings = {} if eos is None else {"tokenizer_config": {"eos_token": eos}}
+    for name, content in (settings | others).items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def byte_ids(text: str) -> list[int]:
+    return [3 + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize("merges_as_strings", [False, True])
+def test_ids_are_the_files_and_merges_have_their_order(tmp_path, merges_as_strings):
+    encoding = read_pretrained_tokenizer(write(tmp_path, tokenizer_json(merges_as_strings)))
+    assert encoding.encode_ordinary("the  the") == [260, *byte_ids(" "), 261]
+    assert encoding.encode_ordinary("thé") == [259, 263]
+    assert encoding.encode_single_token("<|im_start|>") == 1
+    assert encoding.eot_token == 2 and encoding.n_vocab == 264
+    assert pad_id(encoding) == 264 and table_rows(encoding) == 320
+    assert decode(encoding, [260, 2, 264, 261, 999]) == "the the"
+
+
+def test_every_digit_is_a_piece_and_blanks_before_it_stay_together(tmp_path):
+    """GPT-2's pattern alone would leave the last blank to the digit."""
+    encoding = read_pretrained_tokenizer(write(tmp_path, tokenizer_json()))
+    assert encoding.encode_ordinary("  12") == [262, *byte_ids("12")]
+    assert encoding.encode_ordinary("  the") == [*byte_ids(" "), 261]
+    gpt2 = tokenizer_json(pre_tokenizer=SMOLLM2["pretokenizers"][1])
+    encoding = read_pretrained_tokenizer(write(tmp_path, gpt2))
+    assert encoding.encode_ordinary("  12") == byte_ids("  12")
+
+
+def test_special_tokens_in_text_stay_text_and_other_added_tokens_are_found(tmp_path):
+    file = tokenizer_json()
+    file["added_tokens"].append(added_token("<think>", 300, special=False))
+    encoding = read_pretrained_tokenizer(write(tmp_path, file))
+    for text in ADDED:
+        assert encoding.encode_ordinary(text) == byte_ids(text)
+    assert encoding.encode_ordinary("a<think>") == [*byte_ids("a"), 300]
+    assert encoding.n_vocab == 301 and decode(encoding, [300, 299]) == "<think>"
+
+
+def test_ids_in_another_order_than_merges_are_translated(tmp_path):
+    """With ids as ranks, "the" would become t + he."""
+    file = tokenizer_json(pre_tokenizer=SPLIT)
+    vocab = file["model"]["vocab"]
+    shuffled = list(vocab.values())
+    random.Random(0).shuffle(shuffled)
+    file["model"]["vocab"] = dict(zip(vocab, shuffled))
+    for token in file["added_tokens"]:
+        token["id"] = file["model"]["vocab"][token["content"]]
+    folder = tmp_path / "shuffled"
+    folder.mkdir()
+    encoding = read_pretrained_tokenizer(write(folder, file))
+    plain = read_pretrained_tokenizer(write(tmp_path, tokenizer_json(pre_tokenizer=SPLIT)))
+    for text in ["the  the", " thé 12\n", "e\u0301"]:
+        ids = [shuffled[i] for i in plain.encode_ordinary(text)]
+        assert encoding.encode_ordinary(text) == ids and encoding.decode(ids) == text
+    assert encoding.eot_token == shuffled[2]
+
+
+def test_text_is_normalized_only_if_the_file_says_so(tmp_path):
+    file = tokenizer_json()
+    plain = read_pretrained_tokenizer(write(tmp_path, file))
+    assert plain.encode_ordinary("e\u0301") == byte_ids("e\u0301")
+    file["normalizer"] = {"type": "NFC"}
+    normalizing = read_pretrained_tokenizer(write(tmp_path, file))
+    assert normalizing.encode_ordinary("e\u0301") == [263]
+    assert fingerprint(plain) != fingerprint(normalizing)
+
+
+def test_a_byte_without_a_token_is_dropped(tmp_path):
+    file = tokenizer_json()
+    del file["model"]["vocab"][characters()[4]]
+    encoding = read_pretrained_tokenizer(write(tmp_path, file))
+    assert encoding.encode_ordinary("a\x04b") == byte_ids("ab")
+
+
+def test_a_token_without_a_merge_is_used_only_if_merges_are_ignored(tmp_path):
+    for ignore_merges, ids in [(False, byte_ids("cat")), (True, [400])]:
+        file = tokenizer_json(ignore_merges=ignore_merges)
+        file["model"]["vocab"]["cat"] = 400
+        encoding = read_pretrained_tokenizer(write(tmp_path, file))
+        assert encoding.encode_ordinary("cat") == ids and encoding.decode([400]) == "cat"
+
+
+def test_eos_is_the_tokenizers_else_the_models_first(tmp_path):
+    file = tokenizer_json()
+    cases = [
+        ("<|endoftext|>", {}, 0),
+        ({"content": "<|im_start|>"}, {}, 1),
+        (None, {"config": {"eos_token_id": 2}}, 2),
+        (None, {"generation_config": {"eos_token_id": [1, 2]}, "config": {"eos_token_id": 0}}, 1),
+    ]
+    prints = set()
+    for number, (eos, others, index) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        encoding = read_pretrained_tokenizer(write(folder, file, eos, **others))
+        assert encoding.eot_token == index
+        prints.add(fingerprint(encoding))
+    assert len(prints) == 3
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="EOS None is not an added token"):
+        read_pretrained_tokenizer(write(tmp_path / "none", file, None))
+
+
+def test_llama3_model_file(tmp_path):
+    """Its special tokens have the ids after the ranks."""
+    tokens = [*(bytes([i]) for i in range(256)), b"th", b"the", b" the"]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    config = {"eos_token": "<|eot_id|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    encoding = read_pretrained_tokenizer(tmp_path)
+    assert encoding.encode_ordinary("the the") == [257, 258]
+    names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    special = [encoding.encode_single_token(f"<|{name}|>") for name in names]
+    assert special == [259, 260, 265, 266, 268] and encoding.n_vocab == 259 + 256
+    assert encoding.encode_ordinary("<|eot_id|>") == list(b"<|eot_id|>")
+
+
+def broken(path: str, value: object) -> dict:
+    """A file with another value at a path like "model.type"."""
+    file = tokenizer_json()
+    *outer, key = path.split(".")
+    inner = file
+    for name in outer:
+        inner = inner[int(name) if name.isdigit() else name]
+    inner[key] = value
+    return file
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        (broken("model.type", "Unigram"), "unsupported: model type Unigram"),
+        (broken("model.byte_fallback", True), "unsupported: byte_fallback True"),
+        (broken("model.dropout", 0.1), "unsupported: dropout 0.1"),
+        (broken("model.end_of_word_suffix", "</w>"), "unsupported: end_of_word_suffix </w>"),
+        (broken("normalizer", {"type": "Lowercase"}), "unsupported: normalizer Lowercase"),
+        (broken("pre_tokenizer", {"type": "Metaspace"}), 'pre-tokenizer {"type": "Metaspace"}'),
+        (broken("pre_tokenizer", None), "NoneType"),
+        (broken("added_tokens.1.lstrip", True), "unsupported: lstrip of added token <|im_start|>"),
+        (broken("added_tokens.1.id", 2), "two tokens have the same id"),
+        (broken("added_tokens.1.id", "2"), "an id is not a number"),
+        (broken("model.vocab.▁the", 700), "▁"),
+        (broken("model.merges", ["t h", "t zz"]), "a merge gives a token that is not in the"),
+        (broken("model.merges", ["t h", "th e", "t h"]), "two merges far apart"),
+        (broken("model.merges", ["t h e"]), "too many values"),
+        (broken("model", 3), "int"),
+        ({}, "model"),
+        ("[]", "is not a JSON object"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+    ],
+)
+def test_unusable_file_gets_one_line(tmp_path, file, message):
+    with pytest.raises(UserError) as caught:
+        read_pretrained_tokenizer(write(tmp_path, file))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+def test_pattern_that_skips_characters_is_refused(tmp_path):
+    """tiktoken drops text that the pattern does not match."""
+    file = tokenizer_json(pre_tokenizer=json.loads(json.dumps(SPLIT)))
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\s+"
+    with pytest.raises(UserError, match="loses text"):
+        read_pretrained_tokenizer(write(tmp_path, file))
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="contains no tokenizer.json and no tokenizer.model"):
+        read_pretrained_tokenizer(tmp_path)
