@@ -66,7 +66,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
         reference = task.base
         policy = copy.deepcopy(reference).requires_grad_(True)
-        heads = ["value_head"] if algorithm.learns_value else []
+        heads = ["lm_head", "value_head"] if algorithm.learns_value else ["lm_head"]
         # the policy, or its DistributedDataParallel wrapper (several processes without --shard)
         learner = prepare_training(policy, config, device, heads)
         optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)

@@ -140,7 +140,7 @@ def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config
     """
     texts = [group.prompt + response for group in groups for response in group.responses]
     device = model.wte.weight.device
-    learner = prepare_training(model, config, device, heads=[])
+    learner = prepare_training(model, config, device, heads=["lm_head"])
     optimizer = make_optimizer(model, config.sft_lr, config.weight_decay)
     run.resume("sft", model, optimizer)
     batch_of = batch_schedule(list(map(len, texts)), config.sft_batch_size, config.seed)
@@ -181,7 +181,7 @@ def language_model_loss(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor
     """
     hidden = model(ids[:, :-1], mask[:, :-1])
     is_target = mask[:, 1:]
-    logprobs = token_logprobs(hidden[is_target], model.wte.weight, ids[:, 1:][is_target],
+    logprobs = token_logprobs(hidden[is_target], model.lm_table, ids[:, 1:][is_target],
                               vocab_size=model.config.vocab_size)
     return -logprobs.mean()
 

@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
 
 import train_policy  # noqa: E402
 import train_reward  # noqa: E402
+from minirlhf.data.tokenizer import fingerprint, load_tokenizer  # noqa: E402
+from minirlhf.model import ModelConfig, Transformer  # noqa: E402
+from minirlhf.model.loading import save_model  # noqa: E402
 
 import tiny  # noqa: E402
 from terminals import Terminal  # noqa: E402
@@ -41,6 +44,18 @@ def no_flushing():
         yield
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=() if name in ("gpt2", "mixed") else pytest.mark.slow)
+        for name in tiny.FORMS
+    ]
+)
+def form(request, monkeypatch) -> str:
+    """tiny.random_model has this form of the transformer."""
+    monkeypatch.setattr(tiny, "FORM", tiny.FORMS[request.param])
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     """The folder of the tiny task's files."""
@@ -56,6 +71,19 @@ def reward_run(inputs, tmp_path_factory) -> Path:
     train_reward.main(
         tiny.reward_config(inputs, folder, sft_sequences=480, epochs=3, normalize_prompts=14)
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_run(inputs, reward_run) -> Path:
+    """A finished reward run next to reward_run, with the form "mixed" of the transformer."""
+    folder = reward_run.with_name("mixed")
+    config = ModelConfig(tiny.VOCAB, 320, n_layer=1, d_model=16, context=11, **tiny.FORMS["mixed"])
+    facts = dict(tokenizer=fingerprint(load_tokenizer(str(inputs / "bytes.tiktoken"))))
+    base = folder.with_name("mixed.pt")
+    save_model(base, "base", Transformer(config), facts)
+    settings = dict(sft_sequences=480, epochs=3, normalize_prompts=14)
+    train_reward.main(tiny.reward_config(inputs, folder, init=str(base), sft_init=True, **settings))
     return folder
 
 

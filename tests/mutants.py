@@ -325,6 +325,35 @@ MUTANTS = [
         "model::the_score_is_that_of_the_last_real_token_under_any_padding",
     ),
     Mutant(
+        'rope-backwards',
+        TRANSFORMER,
+        '[a * cos - b * sin, b * cos + a * sin]',
+        '[a * cos + b * sin, b * cos - a * sin]',
+        "model::hidden_states_equal_plain_attention_at_every_length",
+    ),
+    Mutant(
+        'position-late-in-decoding',
+        TRANSFORMER,
+        'self.embed(token, cache.lengths)',
+        'self.embed(token, cache.lengths + 1)',
+        "model::decoding_with_the_cache_equals_one_forward_pass",
+    ),
+    Mutant(
+        'heads-of-other-keys-in-decoding',
+        TRANSFORMER,
+        'queries = queries.reshape(batch * kv_heads, -1, size)',
+        'queries = queries.view(batch, -1, kv_heads, size).transpose(1, 2)'
+        '.reshape(batch * kv_heads, -1, size)',
+        "generate::greedy_decoding_equals_the_argmax_loop_without_a_cache",
+    ),
+    Mutant(
+        'unused-lm-head-not-frozen',
+        "minirlhf/run/device.py",
+        'name.endswith("_head")',
+        'name in ("reward_head", "value_head")',
+        "distributed::several_processes_train_the_reward_model_of_one[2-mixed_reward]",
+    ),
+    Mutant(
         'function-with-gradients',
         SCORE,
         '@torch.no_grad()\ndef score_responses',

@@ -42,6 +42,8 @@ POLICIES = dict(
     rloo=dict(algorithm="rloo", micro_batch_size=3, kl_target=1.5),
     grpo=dict(algorithm="grpo", minibatch_size=6, kl_target=1.2),
     sharded=dict(algorithm="ppo", minibatch_size=6, micro_batch_size=1, shard=True, kl_target=4.5),
+    mixed=dict(iterations=3, minibatch_size=6, micro_batch_size=2, kl_target=4.5),
+    sharded_mixed=dict(iterations=3, minibatch_size=6, shard=True, kl_target=4.5),
     ranking=dict(algorithm="rloo", reward="side_by_side:rank_in_batch", kl_target=1.5),
 )
 # 14 prompts make batches of 4, 4, 4 and 2: in the last one, one of three processes has no prompt.
@@ -50,16 +52,25 @@ REWARDS = dict(
     reward=dict(micro_batch_size=1, centering=0.1),
     sharded_reward=dict(micro_batch_size=1, shard=True),
     auxiliary=dict(auxiliary_coef=1.0, epochs=1),
+    mixed_reward=dict(micro_batch_size=1, epochs=1),
+    sharded_mixed_reward=dict(micro_batch_size=1, epochs=1, shard=True),
 )
 
 
 def settings_of(name, inputs, reward_run, folder, **changes):
-    """(script, settings) of one of the runs above, in folder/name."""
+    """(script, settings) of one of the runs above, in folder/name.
+
+    "mixed" in its name: with a model of this form (tiny.FORMS), whose LM head is untied.
+    """
+    is_mixed = "mixed" in name
     if name in POLICIES:
         common = dict(iterations=5, batch_size=16, kl_horizon=100, eval_every=2, temperature=0.9)
-        config = policy_config(reward_run, folder / name, **{**common, **POLICIES[name], **changes})
+        source = reward_run.with_name("mixed") if is_mixed else reward_run
+        config = policy_config(source, folder / name, **{**common, **POLICIES[name], **changes})
         return "train_policy", dataclasses.asdict(config)
     common = dict(epochs=2, save_every=3)
+    if is_mixed:
+        common |= dict(init=str(reward_run.with_name("mixed.pt")), sft_init=True)
     config = reward_config(inputs, folder / name, **{**common, **REWARDS[name], **changes})
     return "train_reward", dataclasses.asdict(config)
 
@@ -89,7 +100,7 @@ def run(command, **variables):
 
 
 @pytest.fixture(scope="module")
-def alone(inputs, reward_run, tmp_path_factory):
+def alone(inputs, reward_run, mixed_run, tmp_path_factory):
     """Every run in this process alone, in float64."""
     folder = tmp_path_factory.mktemp("alone")
     for name in [*POLICIES, *REWARDS]:

@@ -13,6 +13,7 @@ from minirlhf.rl.rollout import evaluate_actions
 from minirlhf.run.seeding import row_uniforms
 
 import pytest
+import tiny
 import torch
 from tiny import make_samples, random_model
 from torch import Tensor
@@ -36,7 +37,7 @@ def plain_generate(model, prompt, uniforms, temperature=1.0) -> list[int]:
     for t in range(LIMIT):
         ids = torch.tensor([prompt + tokens])
         hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0, -1]
-        logits = hidden @ model.wte.weight[:VOCAB].T
+        logits = hidden @ model.lm_weight.T
         if uniforms is None:
             tokens.append(int(logits.argmax()))
         else:
@@ -68,7 +69,8 @@ def responses(model, prompts, uniforms=None, temperature=1.0, top_k=0, top_p=1.0
 
 def wide_model(seed: int = 0) -> Transformer:
     """2 layers, in which the two matrices of each MLP and the LM head have SMALLEST elements."""
-    config = ModelConfig(1100, table_rows=1104, n_layer=2, n_head=2, d_model=256, context=8)
+    form = tiny.FORM | (dict(d_mlp=1024) if "d_mlp" in tiny.FORM else {})
+    config = ModelConfig(1100, table_rows=1104, n_layer=2, d_model=256, context=8, **form)
     return Transformer(config, seed)
 
 
@@ -104,7 +106,7 @@ def test_only_matrices_of_at_least_the_smallest_size_are_copied():
         assert not any("forward" in vars(layer) for layer in (*small.modules(), lm_head))
 
 
-def test_fast_linear_layers_give_the_same_logits():
+def test_fast_linear_layers_give_the_same_logits(form):
     """The copies are of this model's current weights, and they are removed afterwards.
 
     The weights change at the next update, so an old copy would be wrong.
@@ -175,7 +177,7 @@ def test_a_compiled_model_decodes_with_its_own_weights(compiler, monkeypatch):
 # ---- generate equals the simplest loop -----------------------------------------------------------
 
 
-def test_greedy_decoding_equals_the_argmax_loop_without_a_cache():
+def test_greedy_decoding_equals_the_argmax_loop_without_a_cache(form):
     """Catches a cache that is off by one position."""
     for seed in range(4):
         model = ending_model(seed)
@@ -184,7 +186,7 @@ def test_greedy_decoding_equals_the_argmax_loop_without_a_cache():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampling_equals_the_simplest_loop_while_rows_leave_the_batch(temperature):
+def test_sampling_equals_the_simplest_loop_while_rows_leave_the_batch(temperature, form):
     """Catches random numbers, keys or places of another row after finished rows have left."""
     model = ending_model()
     prompts = PROMPTS * 8
@@ -196,7 +198,7 @@ def test_sampling_equals_the_simplest_loop_while_rows_leave_the_batch(temperatur
 
 
 @pytest.mark.parametrize("every", [2, 3, 16])
-def test_finished_rows_may_leave_the_batch_later(every, monkeypatch):
+def test_finished_rows_may_leave_the_batch_later(every, monkeypatch, form):
     """A GPU removes finished rows only every few tokens; the result must be the same."""
     model = random_model()
     ids, mask = pad_left([[1, 2, 3], [4], [5, 6]] * 20, PAD)
@@ -209,7 +211,7 @@ def test_finished_rows_may_leave_the_batch_later(every, monkeypatch):
         assert torch.equal(ours, theirs)
 
 
-def test_samples_do_not_depend_on_the_batch_or_its_order():
+def test_samples_do_not_depend_on_the_batch_or_its_order(form):
     """One generator for the whole batch would make samples depend on memory settings."""
     model = ending_model()
     prompts = PROMPTS * 4
@@ -256,13 +258,13 @@ def test_random_numbers_do_not_use_the_global_generator():
 # ---- which tokens are possible -------------------------------------------------------------------
 
 
-def test_padding_rows_of_the_table_are_never_sampled():
+def test_padding_rows_of_the_table_are_never_sampled(form):
     """An id after the vocabulary has no text and no log-prob."""
     model = random_model()
-    model.wte.weight[VOCAB:] *= 100
+    model.lm_table[VOCAB:] *= 100
     hidden = model(*pad_left(PROMPTS, PAD))[:, -1]
     # a softmax over the whole table would choose them
-    assert ((hidden @ model.wte.weight.T).argmax(-1) >= VOCAB).any()
+    assert ((hidden @ model.lm_table.T).argmax(-1) >= VOCAB).any()
     for uniforms in (
         None,
         row_uniforms(0, "test", 0, list(range(6)), LIMIT),

@@ -39,18 +39,61 @@ def hidden_alone(model: Transformer, sequence: list[int]) -> Tensor:
     return model(ids, torch.ones_like(ids, dtype=torch.bool))[0]
 
 
+def turned(x: Tensor, config: ModelConfig) -> Tensor:
+    """RoPE on x [heads, T, d]: the pair (x_i, x_{i + d / 2}) as a complex number times e^(i angle).
+
+    Llama 3's scaling by the cases of its published code: wavelengths up to original / high stay,
+    those from original / low are multiplied by the factor, those between are interpolated.
+    """
+    half = config.head_width // 2
+    frequencies = []
+    for i in range(half):
+        frequency = config.rope_base ** (-2 * i / config.head_width)
+        if config.rope_scaling:
+            factor, low, high, original = config.rope_scaling
+            wavelength = 2 * math.pi / frequency
+            if wavelength > original / low:
+                frequency /= factor
+            elif wavelength > original / high:
+                smooth = (original / wavelength - low) / (high - low)
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        frequencies.append(frequency)
+    angles = torch.arange(x.shape[1])[:, None] * torch.tensor(frequencies, dtype=x.dtype)
+    pairs = torch.complex(x[..., :half], x[..., half:]) * torch.polar(angles * 0 + 1, angles)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
 def plain_hidden(model: Transformer, sequence: list[int]) -> Tensor:
     """[T, D] hidden_alone with attention written out, without packing or attention kernels."""
+    c = model.config
     length = len(sequence)
-    size = model.config.d_model // model.config.n_head
-    x = model.wte(torch.tensor(sequence)) + model.wpe(torch.arange(length))
+    x = model.wte(torch.tensor(sequence))
+    if not c.rope_base:
+        x = x + model.wpe(torch.arange(length))
     future = torch.full((length, length), float("-inf"), dtype=x.dtype).triu(1)
     for block in model.blocks:
-        qkv = block.attention_input(x).view(length, 3, model.config.n_head, size)
-        queries, keys, values = qkv.permute(1, 2, 0, 3)
-        weights = (queries @ keys.mT / size**0.5 + future).softmax(-1)
-        attended = (weights @ values).transpose(0, 1).flatten(1)
-        x = block.block_output(x, attended)
+        qkv = block.attention_in(block.ln_1(x)).view(length, -1, c.head_width).transpose(0, 1)
+        queries, keys, values = qkv.split([c.n_head, c.kv_heads, c.kv_heads])
+        if c.qk_norm:
+            queries, keys = (
+                y * (y.pow(2).mean(-1, keepdim=True) + c.norm_eps).rsqrt() * norm.weight
+                for y, norm in ((queries, block.ln_q), (keys, block.ln_k))
+            )
+        if c.rope_base:
+            queries, keys = turned(queries, c), turned(keys, c)
+        attended = []
+        for head in range(c.n_head):
+            shared = head * c.kv_heads // c.n_head
+            weights = (queries[head] @ keys[shared].T / c.head_width**0.5 + future).softmax(-1)
+            attended.append(weights @ values[shared])
+        x = x + block.attention_out(torch.cat(attended, 1))
+        inner = block.mlp_in(block.ln_2(x))
+        if c.swiglu:
+            gate, inner = inner[:, : c.d_mlp], inner[:, c.d_mlp :]
+            inner = gate * gate.sigmoid() * inner
+        else:
+            inner = torch.nn.functional.gelu(inner, approximate="tanh")
+        x = x + block.mlp_out(inner)
     return model.ln_f(x)
 
 
@@ -73,7 +116,7 @@ def samples_of(rows=range(4), extra_left: int = 0, extra_right: int = 0) -> Samp
 
 @pytest.mark.parametrize("rows", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 2), (1,)])
 @pytest.mark.parametrize("extra", [(0, 0), (5, 0), (0, 4), (3, 2)])
-def test_log_prob_and_value_do_not_depend_on_padding_or_batch(rows, extra):
+def test_log_prob_and_value_do_not_depend_on_padding_or_batch(rows, extra, form):
     """Catches positions that count padding, and attention to padding."""
     model = random_model()
     logprobs, values, _ = evaluate_actions(model, samples_of(rows, *extra), 1.0)
@@ -81,7 +124,7 @@ def test_log_prob_and_value_do_not_depend_on_padding_or_batch(rows, extra):
         length = len(RESPONSES[i])
         hidden = hidden_alone(model, PROMPTS[i] + RESPONSES[i])
         states = hidden[len(PROMPTS[i]) - 1 : -1]
-        logits = states @ model.wte.weight[:VOCAB].T
+        logits = states @ model.lm_weight.T
         expected = logits.log_softmax(-1)[torch.arange(length), torch.tensor(RESPONSES[i])]
         torch.testing.assert_close(logprobs[row, :length], expected, rtol=0, atol=1e-5)
         expected = model.value_head(states)[:, 0]
@@ -89,7 +132,7 @@ def test_log_prob_and_value_do_not_depend_on_padding_or_batch(rows, extra):
         assert (logprobs[row, length:] == 0).all() and (values[row, length:] == 0).all()
 
 
-def test_action_states_are_the_states_before_each_token():
+def test_action_states_are_the_states_before_each_token(form):
     """One row for each sampled token, in the order of responses; none for padding."""
     model = random_model()
     states = action_states(model, samples_of(extra_left=2, extra_right=3))
@@ -105,7 +148,7 @@ def test_entropy_is_that_of_the_softmax_and_zero_on_padding():
     samples = samples_of((0,), 2, 3)
     _, _, entropy = evaluate_actions(model, samples, 1.0, entropy=True)
     hidden = hidden_alone(model, PROMPTS[0] + RESPONSES[0])
-    p = (hidden[3:5] @ model.wte.weight[:VOCAB].T).softmax(-1)
+    p = (hidden[3:5] @ model.lm_weight.T).softmax(-1)
     torch.testing.assert_close(entropy[0, :2], -(p * p.log()).sum(-1), rtol=0, atol=1e-5)
     assert (entropy[0, 2:] == 0).all()
     assert not evaluate_actions(model, samples, 1.0)[2].any()
@@ -113,7 +156,7 @@ def test_entropy_is_that_of_the_softmax_and_zero_on_padding():
 
 @pytest.mark.parametrize("pad", [pad_left, pad_right])
 @pytest.mark.parametrize("extra", [0, 4])
-def test_the_score_is_that_of_the_last_real_token_under_any_padding(pad, extra):
+def test_the_score_is_that_of_the_last_real_token_under_any_padding(pad, extra, form):
     """Catches the last column on right padding, and the sum of the mask on left padding."""
     model = random_model()
     model.score_shift.fill_(0.5)
@@ -144,7 +187,7 @@ def test_apply_head_is_the_head_without_its_last_dimension():
     assert torch.equal(values, model.value_head(hidden)[..., 0])
 
 
-def test_ids_in_padding_change_nothing():
+def test_ids_in_padding_change_nothing(form):
     """Catches padding that reaches attention."""
     model = random_model()
     ids, mask = pad_left([prompt + response for prompt, response in zip(PROMPTS, RESPONSES)], PAD)
@@ -168,7 +211,7 @@ SHARED = [
 
 
 @pytest.mark.parametrize("side", [pad_left, pad_right])
-def test_sequences_with_a_shared_prefix_are_each_as_if_alone(side):
+def test_sequences_with_a_shared_prefix_are_each_as_if_alone(side, form):
     """A prefix is computed once; hidden states and gradients are those of separate sequences."""
     model = random_model().double().requires_grad_(True)
     ids, mask = side(SHARED, PAD)
@@ -230,25 +273,32 @@ def test_the_gradient_of_the_tied_table_is_the_sum_of_its_uses(with_lm_head):
     assert not actual[VOCAB:].any()
 
 
-def test_evaluate_actions_gives_the_tied_table_the_gradient_of_both_uses():
-    """The log-prob kernel and the embedding both add their part, as in a plain softmax."""
+def tables(model: Transformer) -> tuple[Tensor, ...]:
+    """The embedding table, and the LM head if it is another matrix."""
+    return (model.wte.weight,) if model.config.tied else (model.wte.weight, model.lm_table)
+
+
+def test_evaluate_actions_gives_the_tables_the_gradient_of_both_uses(form):
+    """The log-prob kernel and the embedding both add their part, as in a plain softmax.
+
+    If the LM head is untied, each table gets its own part.
+    """
     model = random_model().double().requires_grad_(True)
     logprobs, _, _ = evaluate_actions(model, samples_of(), 1.0)
-    (actual,) = torch.autograd.grad(logprobs.sum(), model.wte.weight)
+    actual = torch.autograd.grad(logprobs.sum(), tables(model))
     plain = 0.0
     for prompt, response in zip(PROMPTS, RESPONSES):
         states = plain_hidden(model, prompt + response)[len(prompt) - 1 : -1]
-        logp = (states @ model.wte.weight[:VOCAB].T).log_softmax(-1)
+        logp = (states @ model.lm_weight.T).log_softmax(-1)
         plain = plain + logp[torch.arange(len(response)), torch.tensor(response)].sum()
-    (expected,) = torch.autograd.grad(plain, model.wte.weight)
+    expected = torch.autograd.grad(plain, tables(model))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("longest", [1, 7, 8, 15, 16, 17, 95, 96])
-def test_hidden_states_equal_plain_attention_at_every_length(longest):
+def test_hidden_states_equal_plain_attention_at_every_length(longest, form):
     """Attention has as many columns as the longest sequence has tokens, without common padding."""
-    config = ModelConfig(VOCAB, 12, n_layer=2, n_head=2, d_model=16, context=100)
-    model = Transformer(config, seed=3).double()
+    model = random_model(3, context=100).double()
     sequences = [[1 + i % 9 for i in range(longest)], [4], [5] * longest]
     ids, mask = pad_right(sequences, PAD)
     assert pack(ids, mask).rows.shape == (3, longest)
@@ -259,7 +309,7 @@ def test_hidden_states_equal_plain_attention_at_every_length(longest):
     assert pack(padded, padded != PAD).rows.shape == (3, longest)
 
 
-def test_hidden_states_do_not_depend_on_later_tokens():
+def test_hidden_states_do_not_depend_on_later_tokens(form):
     """Catches a causal mask that is off by one."""
     model = random_model()
     hidden = hidden_alone(model, [1, 2, 3, 4, 5])
@@ -272,7 +322,7 @@ def test_hidden_states_do_not_depend_on_later_tokens():
 
 
 @pytest.mark.parametrize("prompt", [5, 6, 8])
-def test_decoding_with_the_cache_equals_one_forward_pass(prompt):
+def test_decoding_with_the_cache_equals_one_forward_pass(prompt, form):
     """Catches positions or masks that differ between decoding and training.
 
     It also works with gradients enabled, as in a notebook.
@@ -286,8 +336,11 @@ def test_decoding_with_the_cache_equals_one_forward_pass(prompt):
     torch.testing.assert_close(torch.cat(hidden, 1)[mask], expected, rtol=0, atol=1e-5)
 
 
-def test_the_cache_has_all_its_room_from_the_start():
-    """Decoding fills the cache in place; nothing is allocated or copied for a new token."""
+def test_the_cache_has_all_its_room_from_the_start(form):
+    """Decoding fills the cache in place; nothing is allocated or copied for a new token.
+
+    Only heads of keys and values have room in it, not the query heads that share them.
+    """
     model = random_model()
     ids, mask = pad_left([[1, 2, 3], [4]], PAD)
     cache = KVCache(model.config, mask, 2, torch.float32)
@@ -297,7 +350,8 @@ def test_the_cache_has_all_its_room_from_the_start():
         model.decode(torch.tensor([5, 6]), cache)
         assert cache.columns == columns
     assert cache.lengths.tolist() == [5, 3]
-    assert [kv.shape for kv in cache.kv] == [(2, 2, 2, 5, 8)] * 2
+    size = dict(gpt2=8, mixed=6, qwen3=6).get(form, 4)  # of the two key-value heads
+    assert [kv.shape for kv in cache.kv] == [(2, 2, 2, 5, size)] * 2
     assert [kv.data_ptr() for kv in cache.kv] == addresses
     used = (cache.bias[:, 0, 0] == 0).int().tolist()
     assert used == [[1, 1, 1, 1, 1], [1, 0, 0, 1, 1]]
@@ -306,7 +360,7 @@ def test_the_cache_has_all_its_room_from_the_start():
 @pytest.mark.parametrize(
     "kept", [(True, False, True), (False, False, True), (True, True, False), (True, True, True)]
 )
-def test_rows_that_leave_the_cache_do_not_change_the_others(kept):
+def test_rows_that_leave_the_cache_do_not_change_the_others(kept, form):
     """After keep_rows each row still has its own keys and values."""
     model = random_model()
     keep = torch.tensor(kept)
@@ -337,14 +391,14 @@ def test_train_and_eval_mode_give_the_same_log_probs():
     assert torch.equal(scores_in_training, sequence_scores(model, *prompts))
 
 
-def test_the_temperature_divides_the_logits_of_policy_and_reference():
+def test_the_temperature_divides_the_logits_of_policy_and_reference(form):
     """Other temperatures for policy and reference would give a KL penalty to an equal policy."""
     policy, reference = random_model(1), random_model(2)
     samples = samples_of((0, 1))
     rollout = make_rollout(policy, reference, samples, torch.zeros(2), 0.1, 0.7, 0)
     for model, logprobs in ((policy, rollout.logprobs), (reference, rollout.ref_logprobs)):
         hidden = hidden_alone(model, PROMPTS[0] + RESPONSES[0])
-        logits = hidden[3:5] @ model.wte.weight[:VOCAB].T
+        logits = hidden[3:5] @ model.lm_weight.T
         expected = (logits / 0.7).log_softmax(-1)[torch.arange(2), torch.tensor(RESPONSES[0])]
         torch.testing.assert_close(logprobs[0, :2], expected, rtol=0, atol=1e-5)
     same = make_rollout(policy, policy, samples, torch.zeros(2), 0.1, 0.7, 0)
@@ -352,7 +406,7 @@ def test_the_temperature_divides_the_logits_of_policy_and_reference():
     assert (sequence_kl(policy, policy, samples, 0.7) == 0).all()
 
 
-def test_padding_rows_of_the_table_are_in_no_softmax():
+def test_padding_rows_of_the_table_are_in_no_softmax(form):
     """Rows after the vocabulary would take probability from real tokens."""
     model = random_model()
     prompt_ids, prompt_mask = (x.expand(VOCAB, -1) for x in pad_left(PROMPTS[:1], PAD))
@@ -361,7 +415,8 @@ def test_padding_rows_of_the_table_are_in_no_softmax():
     samples = make_samples(prompt_ids, prompt_mask, every_token, response_mask)
     logprobs, _, _ = evaluate_actions(model, samples, 1.0)
     assert logprobs.exp().sum() == pytest.approx(1.0, abs=1e-5)
-    model.wte.weight[VOCAB:] *= 100
+    for table in tables(model):
+        table[VOCAB:] *= 100
     assert torch.equal(evaluate_actions(model, samples, 1.0)[0], logprobs)
 
 
@@ -404,7 +459,7 @@ def test_one_row_of_one_token_works_everywhere():
     assert sequence_kl(model, model, samples, 1.0).tolist() == [0.0]
 
 
-def test_no_function_changes_its_arguments():
+def test_no_function_changes_its_arguments(form):
     """A mask that is changed in place would corrupt the batch for the next function."""
     model = random_model()
     samples = samples_of()
@@ -419,7 +474,7 @@ def test_no_function_changes_its_arguments():
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_micro_batches_of_measure_equal_the_full_batch(size):
+def test_micro_batches_of_measure_equal_the_full_batch(size, form):
     """Rows of a smaller batch have the same log-probs and values, in the same places."""
     model = random_model(1)
     full = measure(model, samples_of(), PolicyConfig(micro_batch_size=0))

@@ -38,7 +38,7 @@ def evaluate(model: Transformer, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
 # ---- bf16 ----------------------------------------------------------------------------------------
 
 
-def test_bf16_rounds_matrix_products_only():
+def test_bf16_rounds_matrix_products_only(form):
     """Weights, gradients and results stay float32.
 
     A bfloat16 weight would lose Adam steps below 1/256 of its size.
@@ -75,7 +75,7 @@ class CountCasts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_decoding_step_casts_no_weight(bf16):
+def test_a_decoding_step_casts_no_weight(bf16, form):
     """Autocast would cast all weights and the whole cache again for each token."""
     model = random_model()
     model.bf16 = bf16
@@ -130,7 +130,7 @@ def test_bf16_without_support_is_one_error_line(monkeypatch):
 
 
 @pytest.mark.slow  # half a minute of C++
-def test_compiled_blocks_and_their_copies_give_the_same_results_and_gradients():
+def test_compiled_blocks_and_their_copies_give_the_same_results_and_gradients(form):
     """Catches a deep copy that still calls the compiled code of its original."""
     plain = random_model().requires_grad_(True)
     compiled = random_model().requires_grad_(True)

@@ -144,6 +144,23 @@ def test_a_policy_run_stopped_after_any_step_resumes_exactly(
     assert_same_policy_run(tmp_path / "run", uninterrupted_policy_run)
 
 
+def test_a_model_of_another_form_resumes_exactly(
+    inputs, reward_run, mixed_run, tmp_path, monkeypatch
+):
+    """With key-value heads, RoPE and an untied LM head; in the reward run it gets no gradient."""
+    changes = dict(init=str(mixed_run / "base.pt"), sft_init=True)
+    assert start_reward_run(inputs, tmp_path / "reward", **changes) == 0
+    after_row(monkeypatch, 5, tiny.write_and_signal())
+    assert start_reward_run(inputs, tmp_path / "stopped", **changes) == 130
+    assert resume(train_reward.main, RewardConfig, tmp_path / "stopped") == 0
+    assert_same_reward_run(tmp_path / "stopped", tmp_path / "reward")
+    assert start_policy_run(mixed_run, tmp_path / "policy") == 0
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert start_policy_run(mixed_run, tmp_path / "run") == 130
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert_same_policy_run(tmp_path / "run", tmp_path / "policy")
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "grpo"])
 def test_other_algorithms_resume_exactly(algorithm, reward_run, tmp_path, monkeypatch):
     """Grouped prompts and algorithms without minibatches take other paths through the loop."""

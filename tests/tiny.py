@@ -129,12 +129,35 @@ def as_flags(config) -> list[str]:
     return flags
 
 
+# Forms of the transformer, as changes to ModelConfig. "mixed" has every difference from GPT-2.
+LLAMA = dict(
+    n_head=4, n_kv_head=2, d_mlp=24, swiglu=True, rms_norm=True, rope_base=100.0, biases="none"
+)
+MIXED = dict(
+    d_head=6,
+    norm_eps=1e-6,
+    rope_scaling=(4.0, 1.0, 4.0, 32.0),
+    biases="qkv",
+    qk_norm=True,
+    tied=False,
+)
+FORMS = dict(
+    gpt2=dict(n_head=2),
+    mixed=LLAMA | MIXED,
+    llama=LLAMA,
+    llama3=LLAMA | dict(rope_scaling=(4.0, 1.0, 4.0, 32.0)),
+    qwen2=LLAMA | dict(biases="qkv", tied=False),
+    qwen3=LLAMA | dict(d_head=6, qk_norm=True),
+)
+FORM = FORMS["gpt2"]  # of random_model; the fixture `form` changes it
+
+
 def random_model(
     seed: int = 0, vocab: int = 11, context: int = 24, spread: float = 0.3
 ) -> Transformer:
     """2 layers, far from uniform, with nonzero heads."""
     model = Transformer(
-        ModelConfig(vocab, table_rows=64, n_layer=2, n_head=2, d_model=16, context=context)
+        ModelConfig(vocab, table_rows=64, n_layer=2, d_model=16, context=context, **FORM)
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

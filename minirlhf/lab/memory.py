@@ -232,7 +232,7 @@ def prepare_update(w: Work, shard: bool) -> tuple[Callable, list[Transformer]]:
     policy, reference, reward_model = (Transformer(w.sizes, seed) for seed in range(3))
     reference.requires_grad_(False)
     reward_model.requires_grad_(False)
-    learner = prepare_training(policy, config, torch.device("cpu"), ["value_head"])
+    learner = prepare_training(policy, config, torch.device("cpu"), ["lm_head", "value_head"])
     optimizer = make_optimizer(policy, config.lr)
     generator = torch.Generator().manual_seed(0)
     prompts, responses = (torch.randint(w.vocab, (w.batch, n), generator=generator)

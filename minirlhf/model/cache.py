@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of B sequences: kv [2, B, H, P + R, D / H] for each layer.
+    """Keys and values of B sequences: kv [2, B, K, P + R, d] for each layer.
 
     Columns 0 .. P - 1 hold the prompts, each starting at column 0. Every later token takes the
     next column in all rows. Attention ignores the order of columns (positions are part of the
@@ -18,16 +18,16 @@ class KVCache:
         batch, self.columns = attention_mask.shape  # columns in use
         device = attention_mask.device
         room = self.columns + new_tokens
-        shape = (2, batch, config.n_head, room, config.d_model // config.n_head)
+        shape = (2, batch, config.kv_heads, room, config.head_width)
         # zeros: a bias of -inf does not remove a NaN of uninitialized memory
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = attention_mask.sum(1)  # real tokens of each row
         is_empty = torch.arange(room, device=device) >= self.lengths[:, None]
-        bias = torch.zeros(batch, config.n_head, 1, room, dtype=dtype, device=device)
+        bias = torch.zeros(batch, config.kv_heads, 1, room, dtype=dtype, device=device)
         self.bias = bias.masked_fill_(is_empty[:, None, None], float("-inf"))
 
     def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the prompts' keys and values [B, H, C, D / H]; C is the longest prompt."""
+        """Store the prompts' keys and values [B, K, C, d]; C is the longest prompt."""
         columns = keys.shape[2]
         self.kv[layer][0, :, :, :columns] = keys
         self.kv[layer][1, :, :, :columns] = values
@@ -39,7 +39,7 @@ class KVCache:
         self.columns += 1
 
     def append(self, layer: int, newest: Tensor) -> Tensor:
-        """Store the newest token's keys and values [2, B, H, D / H]; return the layer's cache."""
+        """Store the newest token's keys and values [2, B, K, d]; return the layer's cache."""
         self.kv[layer][:, :, :, self.columns - 1] = newest
         return self.kv[layer]
 

@@ -8,9 +8,11 @@ from minirlhf.model.gpt2 import checkpoint_file, load_gpt2
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.run.errors import UserError
+from minirlhf.run.folder import with_tuples
 from minirlhf.run.seeding import derive_seed
 
 import tiktoken
+import torch
 
 
 def save_model(path: Path, kind: str, model: Transformer, meta: dict) -> None:
@@ -36,9 +38,12 @@ def load_model(path: Path, kind: str, tokenizer: str) -> tuple[Transformer, dict
         raise UserError(f"{path}: was trained with another tokenizer than its config.json names; "
                         "restore that tokenizer, or train again")
     try:
-        model = Transformer(ModelConfig(**meta["model"]))
-        model.load_state_dict(states["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        with torch.device("meta"):  # allocates nothing: the model gets the file's tensors
+            model = Transformer(ModelConfig(**with_tuples(meta["model"])))
+        weights = {name: tensor.to(torch.get_default_dtype())
+                   for name, tensor in states["model"].items()}
+        model.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: its tensors do not fit the sizes it states ({reason}); "
                         "train again") from None

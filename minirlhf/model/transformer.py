@@ -1,6 +1,8 @@
 """The transformer: one trunk and three heads.
 
-Pre-LayerNorm, learned positions, GELU, tied LM head, as in GPT-2 (Radford et al. 2019).
+ModelConfig describes its form: by default that of GPT-2 (Radford et al. 2019), with LayerNorm,
+learned positions and GELU. Llama's form (Touvron et al. 2023) has RMSNorm, rotary positions,
+SwiGLU, and key-value heads that several query heads share.
 
     hidden = model(ids, attention_mask)        the trunk, [B, T, D]
     hidden @ model.lm_weight.T                 logits of the language model
@@ -11,6 +13,7 @@ Pre-LayerNorm, learned positions, GELU, tied LM head, as in GPT-2 (Radford et al
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 from minirlhf.model.cache import KVCache
@@ -20,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of angles, [N, 1, d / 2]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes; every checkpoint stores them."""
+    """Sizes and form; every checkpoint stores them. The defaults are GPT-2's form."""
 
     vocab_size: int  # classes of the softmax: the text vocabulary and EOS
     table_rows: int  # rows of the embedding table: also PAD, rounded up to a multiple of 64
@@ -31,39 +36,89 @@ class ModelConfig:
     n_head: int
     d_model: int
     context: int  # longest sequence, prompt and response together
+    n_kv_head: int = 0  # heads of keys and values; each serves n_head / n_kv_head; 0: n_head
+    d_head: int = 0  # width of a head; 0: d_model / n_head
+    d_mlp: int = 0  # width inside the MLP; 0: 4 d_model
+    swiglu: bool = False  # the MLP is SwiGLU (Shazeer 2020), not GELU
+    rms_norm: bool = False  # RMSNorm (Zhang and Sennrich 2019), not LayerNorm
+    norm_eps: float = 1e-5
+    rope_base: float = 0.0  # of rotary positions (Su et al. 2021); 0: learned positions
+    # Llama 3.1's longer context: factor, low and high frequency factor, original context
+    rope_scaling: tuple[float, ...] = ()
+    biases: str = "all"  # which matrices of a block have a bias: "all", "qkv" or "none"
+    qk_norm: bool = False  # RMSNorm on each query and key (Qwen 3)
+    tied: bool = True  # the LM head is the embedding table
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.d_head or self.d_model // self.n_head
+
+    def norm(self, width: int) -> nn.Module:
+        """A new normalization layer."""
+        return (nn.RMSNorm if self.rms_norm else nn.LayerNorm)(width, eps=self.norm_eps)
 
 
 class Block(nn.Module):
-    """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+
+    H query heads, K key heads and K value heads of width d: the rows of attention_in, in this
+    order. The rows of mlp_in are gate and input of SwiGLU, F each, or the input of GELU.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        width = config.d_model
-        self.ln_1 = nn.LayerNorm(width)
-        self.attention_in = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.gelu = nn.GELU(approximate="tanh")
-        self.mlp_out = nn.Linear(4 * width, width)
+        c = self.config = config
+        inner = c.d_mlp or 4 * c.d_model
+        attention_width = c.n_head * c.head_width
+        qkv_width = attention_width + 2 * c.kv_heads * c.head_width
+        has_bias = c.biases == "all"
+        self.ln_1 = c.norm(c.d_model)
+        self.attention_in = nn.Linear(c.d_model, qkv_width, bias=c.biases != "none")
+        if c.qk_norm:
+            self.ln_q = c.norm(c.head_width)
+            self.ln_k = c.norm(c.head_width)
+        self.attention_out = nn.Linear(attention_width, c.d_model, bias=has_bias)
+        self.ln_2 = c.norm(c.d_model)
+        self.mlp_in = nn.Linear(c.d_model, 2 * inner if c.swiglu else inner, bias=has_bias)
+        self.mlp_out = nn.Linear(inner, c.d_model, bias=has_bias)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None,
+                attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x [N, D], one row per token.
 
-        attend: from queries, keys and values [N, 3 D] to the attention output [N, D].
+        rotation: of rope_rotation, or None.
+        attend: from queries, keys and values [N, H + 2 K, d] to the attention output [N, H d].
         """
-        return self.block_output(x, attend(self.attention_input(x)))
+        return self.block_output(x, attend(self.attention_input(x, rotation)))
 
-    def attention_input(self, x: Tensor) -> Tensor:
-        return self.attention_in(self.ln_1(x))
+    def attention_input(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """[N, H + 2 K, d] queries, keys and values; queries and keys contain their position."""
+        c = self.config
+        qkv = self.attention_in(self.ln_1(x)).unflatten(-1, (-1, c.head_width))
+        if rotation is None:
+            return qkv
+        to_rotate, values = qkv.split([c.n_head + c.kv_heads, c.kv_heads], dim=1)
+        if c.qk_norm:
+            queries, keys = to_rotate.to(x.dtype).split([c.n_head, c.kv_heads], dim=1)
+            to_rotate = torch.cat([self.ln_q(queries), self.ln_k(keys)], dim=1)
+        return torch.cat([rotate(to_rotate, rotation).to(values.dtype), values], dim=1)
 
     def block_output(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [N, D] after this block, given the attention output [N, H d]."""
         x = x + self.attention_out(attended)
-        return x + self.mlp_out(self.gelu(self.mlp_in(self.ln_2(x))))
+        inner = self.mlp_in(self.ln_2(x))
+        if not self.config.swiglu:
+            return x + self.mlp_out(F.gelu(inner, approximate="tanh"))
+        gate, inner = inner.chunk(2, dim=-1)
+        return x + self.mlp_out(F.silu(gate) * inner)
 
 
 class Transformer(nn.Module):
-    """Token and position embeddings, blocks, a final LayerNorm, and three heads."""
+    """Token embeddings, blocks, a final norm, and three heads."""
 
     # score = (reward_head - shift) / scale: set after training so that samples of the base model
     # have mean 0 and standard deviation 1
@@ -75,9 +130,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.table_rows, config.d_model)
-        self.wpe = nn.Embedding(config.context, config.d_model)
+        if not config.rope_base:
+            self.wpe = nn.Embedding(config.context, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model)
+        self.ln_f = config.norm(config.d_model)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.d_model, config.table_rows, bias=False)
         self.reward_head = nn.Linear(config.d_model, 1)
         self.value_head = nn.Linear(config.d_model, 1)
         self.register_buffer("score_shift", torch.zeros(()))
@@ -133,9 +191,14 @@ class Transformer(nn.Module):
                 setattr(block, part.__name__, compiled)
 
     @property
+    def lm_table(self) -> Tensor:
+        """The LM head with all its rows: those of lm_weight, PAD, and unused rows."""
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
+    @property
     def lm_weight(self) -> Tensor:
-        """[V, D] the LM head, tied to the embedding; without PAD and the rows after it."""
-        return self.wte.weight[: self.config.vocab_size]
+        """[V, D] the LM head, without PAD and the rows after it."""
+        return self.lm_table[: self.config.vocab_size]
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] of ids [B, T], exact under left and right padding.
@@ -148,18 +211,55 @@ class Transformer(nn.Module):
         if ids.shape[1] > self.config.context:
             raise ValueError(f"ids {tuple(ids.shape)} exceed the context of {self.config.context}")
         packed = pack(ids, attention_mask)
-        x = self.wte(packed.ids) + self.wpe(packed.positions)
+        x, rotation = self.embed(packed.ids, packed.positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, functools.partial(attend_packed, packed, self.config.n_head, cache, layer))
+            attend = functools.partial(attend_packed, packed, self.config.n_head, cache, layer)
+            x = block(x, rotation, attend)
         return packed.unpack(self.ln_f(x))
+
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
+        """(the first block's input [N, D], the rotation of queries and keys) of ids [N]."""
+        x = self.wte(ids)
+        if self.config.rope_base:
+            return x, rope_rotation(self.config, positions, x.dtype)
+        return x + self.wpe(positions), None
 
     def decode(self, token: Tensor, cache: KVCache) -> Tensor:
         """Hidden states [B, D] of one more token [B] in each row of the cache."""
-        x = self.wte(token) + self.wpe(cache.lengths)  # position: the number of tokens before it
+        x, rotation = self.embed(token, cache.lengths)  # position: the number of tokens before it
         cache.add_column()  # from here on cache.lengths includes this token
         for layer, block in enumerate(self.blocks):
-            x = block(x, functools.partial(attend_cached, cache, layer))
+            x = block(x, rotation, functools.partial(attend_cached, cache, layer))
         return self.ln_f(x)
+
+
+# ---- rotary positions ----------------------------------------------------------------------------
+
+
+def rope_rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines of the angles by which RoPE turns tokens at positions [N].
+
+    angle = position * base^(-2 i / d) for the pair i of a head (Su et al. 2021, eq. 15).
+    Llama 3.1 divides low frequencies by a factor, so that distant tokens turn no further than in
+    the original context. Frequencies with `low` to `high` turns in that context change gradually.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, config.head_width, 2, device=positions.device).to(exact)
+    frequency = 1.0 / config.rope_base ** (exponent / config.head_width)
+    if config.rope_scaling:
+        factor, low, high, original_context = config.rope_scaling
+        turns = original_context * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequency = frequency * (kept + (1.0 - kept) / factor)
+    angle = positions[:, None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x [N, heads, d], with each pair (x_i, x_{i + d / 2}) turned by its angle."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -167,28 +267,33 @@ class Transformer(nn.Module):
 
 def attend_packed(packed: Packed, n_head: int, cache: KVCache | None, layer: int,
                   qkv: Tensor) -> Tensor:
-    """[N, D] attention of packed tokens, computed in the padded layout packed.rows [B, C]."""
+    """[N, H d] attention of packed tokens, computed in the padded layout packed.rows [B, C]."""
     batch, columns = packed.rows.shape
+    _, heads, size = qkv.shape
+    kv_heads = (heads - n_head) // 2
     # F.embedding(index, x) is x[index], with a faster backward pass
-    qkv = F.embedding(packed.rows, qkv).view(batch, columns, 3, n_head, -1)
-    queries, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))
+    qkv = F.embedding(packed.rows, qkv.flatten(1)).view(batch, columns, heads, size)
+    queries, keys, values = qkv.transpose(1, 2).split([n_head, kv_heads, kv_heads], dim=1)
     if cache is not None:
         cache.fill(layer, keys, values)
     # padding comes after the real tokens, so the causal mask also hides it
-    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True,
+                                              enable_gqa=kv_heads < n_head)
     attended = attended.transpose(1, 2).reshape(batch * columns, -1)
     return F.embedding(packed.first, attended)  # one row per token again
 
 
 def attend_cached(cache: KVCache, layer: int, qkv: Tensor) -> Tensor:
-    """[B, D] attention of each row's newest token over the cache.
+    """[B, H d] attention of each row's newest token over the cache.
 
-    For one query per row, two batched products are faster than the attention kernels.
+    Two batched products are faster than the attention kernels for one query per row. The H / K
+    query heads that share a key head are the rows of one product.
     """
-    _, batch, n_head, _, size = cache.kv[layer].shape
-    qkv = qkv.view(batch, 3, n_head, size).transpose(0, 1)
-    queries = qkv[0].reshape(-1, 1, size)
-    keys, values = cache.append(layer, qkv[1:]).view(2, batch * n_head, -1, size)
+    _, batch, kv_heads, _, size = cache.kv[layer].shape
+    queries, newest = qkv.split([qkv.shape[1] - 2 * kv_heads, 2 * kv_heads], dim=1)
+    queries = queries.reshape(batch * kv_heads, -1, size)
+    newest = newest.unflatten(1, (2, kv_heads)).transpose(0, 1)
+    keys, values = cache.append(layer, newest).view(2, batch * kv_heads, -1, size)
     bias = cache.bias.flatten(0, 1)
     scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=size ** -0.5)
     return torch.bmm(scores.softmax(-1), values).view(batch, -1)

@@ -68,8 +68,8 @@ def evaluate_actions(model: Transformer, samples: Samples, temperature: float,
     """
     mask = samples.response_mask
     states = action_states(model, samples)
-    # the whole embedding matrix: the gradient of a slice would need another tensor of its size
-    result = token_logprobs(states, model.wte.weight, samples.response_ids[mask], temperature,
+    # the whole LM head: the gradient of a slice would need another tensor of its size
+    result = token_logprobs(states, model.lm_table, samples.response_ids[mask], temperature,
                             entropy, vocab_size=model.config.vocab_size)
     logprobs, entropies = result if entropy else (result, torch.zeros_like(result))
     values = apply_head(model.value_head, states).to(logprobs.dtype)

@@ -39,10 +39,12 @@ def prepare_training(model, config, device: torch.device, heads: Collection[str]
     """The module whose forward pass training calls: the model itself, or this process's replica.
 
     The model is compiled and sharded in place if --compile and --shard ask for it.
-    heads: names of the scalar heads that the loss uses; the other heads are frozen.
+    heads: names of the heads that the loss uses; the other heads are frozen. (A tied LM head is
+    not a module of its own.)
     """
-    for name in ("reward_head", "value_head"):
-        getattr(model, name).requires_grad_(name in heads)
+    for name, part in model.named_children():
+        if name.endswith("_head"):
+            part.requires_grad_(name in heads)
     if config.compile:
         model.compile_blocks()
     if config.shard:
