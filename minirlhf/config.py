@@ -8,6 +8,7 @@ from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+MAX_SIZE = 2**16  # of a batch, a text or a layer; more is a mistake and would fill the memory
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -56,35 +57,38 @@ class RewardConfig(RunConfig):
         "", "start from this earlier reward.pt and the base.pt next to it, without supervised "
             "fine-tuning")
     n_layer: int = setting(
-        2, "transformer blocks; two suffice to copy a color from prompt to response", 1)
-    n_head: int = setting(4, "attention heads; must divide --d-model", 1)
+        2, "transformer blocks; two suffice to copy a color from prompt to response", 1, 1000)
+    n_head: int = setting(4, "attention heads; must divide --d-model", 1, MAX_SIZE)
     d_model: int = setting(
-        128, "width; with 0.5M parameters both scripts take minutes on two cores", 1)
-    max_prompt_length: int = setting(48, "tokens; longer prompts lose their beginning", 1)
+        128, "width; with 0.5M parameters both scripts take minutes on two cores", 1, MAX_SIZE)
+    max_prompt_length: int = setting(
+        48, "tokens; longer prompts lose their beginning", 1, MAX_SIZE)
     max_response_length: int = setting(
-        80, "tokens, EOS included; longer responses lose their end", 1)
+        80, "tokens, EOS included; longer responses lose their end", 1, MAX_SIZE)
     sft_sequences: int = setting(
         12_288, "texts for supervised fine-tuning, an eighth of the task's; more help little", 0)
     sft_batch_size: int = setting(
-        16, "texts in an optimizer step; small batches learn to copy earlier", 1)
+        16, "texts in an optimizer step; small batches learn to copy earlier", 1, MAX_SIZE)
     sft_lr: float = setting(
-        4e-3, "peak learning rate of supervised fine-tuning; best on the held-out prompts", 0)
+        4e-3, "peak learning rate of supervised fine-tuning; best on the held-out prompts", 0, 1)
     epochs: int = setting(
         1, "passes over the preferences; a second one overfits (Stiennon et al. 2020)", 1)
     batch_size: int = setting(
         8, "prompts in an optimizer step, each with all its pairs (Ouyang et al. 2022); 16 learned "
-           "less in the same time", 1)
-    lr: float = setting(1e-3, "peak learning rate of the reward model", 0)
+           "less in the same time", 1, MAX_SIZE)
+    lr: float = setting(1e-3, "peak learning rate of the reward model", 0, 1)
     centering: float = setting(
         0.0, "weight of (r_w + r_l)^2, which fixes the free constant; off: scores are normalized "
              "after training", 0)
     auxiliary_coef: float = setting(
         0.0, "weight of an auxiliary loss on the sum of per-token scores; 1 learns in fewer steps",
         0)
-    weight_decay: float = setting(0.01, "of matrices; biases, norms and embeddings do not decay", 0)
+    weight_decay: float = setting(
+        0.01, "of matrices; biases, norms and embeddings do not decay", 0, 1)
     max_grad_norm: float = setting(1.0, "clip the gradient norm here; logged before clipping", 0)
     micro_batch_size: int = setting(
-        0, "prompts or texts in a forward pass; 0: the whole batch. Less memory, same gradient", 0)
+        0, "prompts or texts in a forward pass; 0: the whole batch. Less memory, same gradient", 0,
+        MAX_SIZE)
     normalize_prompts: int = setting(
         512, "base-model samples on which scores are scaled to mean 0, standard deviation 1", 2)
     task: str = setting(
@@ -140,16 +144,17 @@ class PolicyConfig(RunConfig):
         "", "module:function(prompts, responses) -> scores, instead of the reward model")
     iterations: int = setting(
         60, "iterations of sample, score, update; the gold utility is flat by then", 1)
-    batch_size: int = setting(128, "responses sampled in each iteration", 1)
-    group_size: int = setting(4, "responses to each prompt (rloo, grpo)", 2)
+    batch_size: int = setting(128, "responses sampled in each iteration", 1, MAX_SIZE)
+    group_size: int = setting(4, "responses to each prompt (rloo, grpo)", 2, MAX_SIZE)
     ppo_epochs: int = setting(
         2, "passes over each rollout (ppo, grpo); four were unstable at this size", 1)
     minibatch_size: int = setting(
         64, "responses in an optimizer step (ppo, grpo); the other algorithms take one step per "
-            "rollout", 1)
+            "rollout", 1, MAX_SIZE)
     micro_batch_size: int = setting(
-        0, "responses in a forward pass; 0: the whole minibatch. Less memory, same gradient", 0)
-    lr: float = setting(5e-4, "learning rate; larger ones diverged", 0)
+        0, "responses in a forward pass; 0: the whole minibatch. Less memory, same gradient", 0,
+        MAX_SIZE)
+    lr: float = setting(5e-4, "learning rate; larger ones diverged", 0, 1)
     lr_decay: bool = setting(True, "linear to 0 over the run (Huang et al. 2024, detail 7)")
     kl_coef: float = setting(
         0.025, "KL penalty per nat, in standard deviations of the score", 0)
@@ -176,7 +181,8 @@ class PolicyConfig(RunConfig):
     temperature: float = setting(1.0, "of sampling, for both policy and reference", 1e-3)
     missing_eos_penalty: float = setting(
         1.0, "subtracted from the score of a response that was cut by length", 0)
-    max_response_length: int = setting(0, "tokens, EOS included; 0: the reward run's", 0)
+    max_response_length: int = setting(
+        0, "tokens, EOS included; 0: the reward run's", 0, MAX_SIZE)
     max_grad_norm: float = setting(1.0, "clip the gradient norm here; logged before clipping", 0)
     max_kl: float = setting(
         200.0, "stop if the KL exceeds this many nats: the policy no longer writes language", 0)

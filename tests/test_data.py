@@ -3,8 +3,11 @@
 import base64
 import dataclasses
 import gzip
+import io
 import json
 import random
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -242,12 +245,15 @@ def test_arrays_larger_than_a_chunk_are_read_completely_and_in_order(
 GOOD = json.dumps(RECORDS["strings"])
 BAD_LINES = {
     "not json": (b'{"prompt": "p", "chosen": "c"', r"not strict JSON \(Expecting"),
-    "not an object": (b'"text"', "a JSON str, not an object"),
-    "a list, which on the first line would be an array": (b"[1, 2]", "a JSON list, not an object"),
+    "not an object": (b'"text"', "the record is a string, not an object"),
+    "a list, which on the first line would be an array": (
+        b"[1, 2]",
+        "the record is a list, not an object",
+    ),
     "missing key": (b'{"prompt": "p", "chosen": "c"}', 'the key "rejected" is missing'),
     "wrong type": (
         b'{"prompt": "p", "chosen": "c", "rejected": 3}',
-        '"rejected" is a JSON int, but must be a string',
+        '"rejected" is a whole number, but must be a string',
     ),
     "mixed shapes": (
         json.dumps(RECORDS["ranked"]).encode(),
@@ -325,7 +331,7 @@ def test_bad_line_is_reported_or_counted(tmp_path, kind):
         ({"preferences": []}, '"preferences" a list of'),
         ({"preferences": None}, '"preferences" a list of'),
         ({"responses": "ab"}, '"responses" must be a list'),
-        ({"responses": ["a", None]}, '"responses" is a JSON NoneType'),
+        ({"responses": ["a", None]}, '"responses" is null, but must be'),
         ({"margin": [1.0]}, "one per preference"),
     ],
 )
@@ -360,9 +366,9 @@ def test_bad_ranking_is_reported(tmp_path, change, message):
         ({"chosen": [{"role": ["user"], "content": ""}], "rejected": []}, "has the role"),
         (
             {"chosen": [{"role": "user", "content": [{"text": "a"}]}], "rejected": []},
-            "a JSON list, but must be a string",
+            "is a list, but must be a string",
         ),
-        ({"chosen": [{"role": "user"}], "rejected": []}, "a JSON NoneType, but must be a string"),
+        ({"chosen": [{"role": "user"}], "rejected": []}, "is null, but must be a string"),
         (
             {"conversations": [], "chosen": "a", "rejected": "b"},
             '"chosen" must be a list of messages',
@@ -415,10 +421,71 @@ def test_incomplete_gz_keeps_what_was_read_and_counts_the_rest_as_one(tmp_path):
         pairs, n_bad = read_records([path], skip_bad_lines=True)
         assert n_bad >= 1 and 0 < len(pairs) <= 2000
         assert [pair.prompt for pair in pairs[:50]] == [record["prompt"] for record in records[:50]]
-    with pytest.raises(UserError, match="Not a gzipped file"):
-        read_preferences(write_raw(tmp_path, GOOD, "plain.jsonl.gz"))
-    with pytest.raises(UserError, match="the name of a compressed file must end with .gz"):
-        read_preferences(write_raw(tmp_path, complete, "compressed.jsonl"))
+
+
+def test_the_content_and_not_the_name_says_whether_a_file_is_compressed(tmp_path):
+    pairs = read_preferences(write_raw(tmp_path, GOOD))
+    assert read_preferences(write_raw(tmp_path, GOOD, "plain.jsonl.gz")) == pairs
+    assert (
+        read_preferences(write_raw(tmp_path, gzip.compress(GOOD.encode()), "compressed.jsonl"))
+        == pairs
+    )
+
+
+@pytest.mark.parametrize("start, unit", [(b"", b"\n"), (b"", b" "), (b"", b"a"), (b"[", b"\n")])
+def test_a_decompression_bomb_is_one_line_after_a_second(start, unit, tmp_path):
+    """A quarter of a megabyte of compressed blank lines kept the reader busy for minutes."""
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", 1) as file:
+        file.write(start)
+        for _ in range(24):
+            file.write(unit * 2**20)
+    characters = 0
+
+    class Counting(io.TextIOWrapper):
+        def read(self, size):
+            nonlocal characters
+            characters += size
+            return super().read(size)
+
+        def readline(self, size):
+            nonlocal characters
+            line = super().readline(size)
+            characters += len(line)
+            return line
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "TextIOWrapper", Counting)
+        with pytest.raises(UserError, match="1000000 blank lines|longer than 16777216 characters"):
+            read_preferences(path)
+    assert characters < 18 * 2**20
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"PAR1\x15\x04", "a parquet file; convert it with: python -c"),
+        (b"\x28\xb5\x2f\xfd\x04", "compressed with zstd; decompress it with: zstd -d"),
+        (b"\xfd7zXZ\0\0", "compressed with xz"),
+        (b"BZh91AY&SY\0", "compressed with bzip2"),
+        (GOOD.encode("utf-16"), "UTF-16 text; convert it with: iconv"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+def test_a_format_that_is_not_read_is_named_with_what_to_do(content, words, tmp_path):
+    """ "Not strict JSON" would not help a beginner who downloaded a data set in another format."""
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        read_preferences(write_raw(tmp_path, content))
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_for_parquet_is_one_line_of_python(tmp_path):
+    path = write_raw(tmp_path, b"PAR1", "it is.parquet")
+    with pytest.raises(UserError) as error:
+        read_preferences(path)
+    python, flag, code = shlex.split(str(error.value).partition("convert it with: ")[2])
+    assert (python, flag) == ("python", "-c") and path in code
+    compile(code, "command", "exec")
 
 
 @pytest.mark.parametrize(

@@ -495,7 +495,7 @@ def test_an_incomplete_last_line_is_removed(tail, answers, repaired, tmp_path):
         (b'{"prompt": "x"}\n', "1: not an answer"),
         (b'[1]\n', "1: not an answer"),
         (b"{" * 100_000 + b"\n", "1: not an answer"),
-        (b"\xff\xfe\n", "1: not an answer"),
+        (b"\xfa\xfe\n", "1: not an answer"),
         (NO_SOURCE, "1: not an answer"),
     ],
 )
@@ -623,3 +623,17 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(columns):
 def test_wrapping_ends_even_if_no_character_fits():
     assert wrap("日本", 1) == ["日", "本"]
     assert wrap("", 5) == [""]
+
+
+def test_a_long_word_is_wrapped_in_linear_time(monkeypatch):
+    """A word of 4,000 characters took 47 seconds: every part was measured again and again."""
+    measured = 0
+
+    def counting_cells(text):
+        nonlocal measured
+        measured += len(text)
+        return cells(text)
+
+    monkeypatch.setattr("minirlhf.tools.terminal.cells", counting_cells)
+    assert wrap("x" * 100_000, 30) == ["x" * 30] * 3333 + ["x" * 10]
+    assert measured < 1_000_000

@@ -5,16 +5,20 @@ One object per line, or in one array; plain or as .gz.
 
 import functools
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from typing import TextIO
 
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import KINDS, UserError
+from minirlhf.run.files import open_regular
 
 MAX_RECORD = 16 * 2**20  # characters: 1000 times a long dialogue; limits the memory of one line
 CHUNK = 2**16  # characters to read at a time
+MAX_BLANK_LINES = 10**6  # in a row; more are a damaged file, or a few compressed kilobytes
+GZIP = b"\x1f\x8b"  # first bytes
 NOT_BLANK = re.compile(r"\S")
 
 
@@ -29,10 +33,8 @@ def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
     Raises UserError for a file that cannot be opened.
     """
     line = 0
-    open_text = gzip.open if str(path).endswith(".gz") else open
     try:
-        # surrogateescape: an invalid byte makes only its own record bad
-        with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open_text(path) as file:
             for line, source in _sources(file):
                 yield line, _parse(source)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -42,18 +44,28 @@ def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
+def open_text(path: str) -> TextIO:
+    """Open a text file, plain or compressed with gzip. Raises OSError or UserError."""
+    file = open_regular(path)
+    content = gzip.open(file) if file.peek(2).startswith(GZIP) else file
+    # surrogateescape: an invalid byte makes only its own record bad
+    return io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
+
+
 def _sources(file: TextIO) -> Iterator[tuple[int, str]]:
     """(line number, JSON text) of each record. Holds at most one record and one chunk."""
     is_first = True
+    blank = 0  # lines since the last record
     lines = iter(functools.partial(file.readline, MAX_RECORD + 1), "")
     for line, source in enumerate(lines, start=1):
-        if source == "\n":  # a fast path: a file may have millions
-            continue
         text = source.lstrip()
+        blank = 0 if text else blank + 1
+        if blank > MAX_BLANK_LINES:
+            raise EOFError(f"more than {MAX_BLANK_LINES} blank lines")
         if is_first and text.startswith("["):
             yield from _array_items(file, line, text)
             return
-        if text:
+        if text or len(source) > MAX_RECORD:
             is_first = False
             yield line, source
         while source and not source.endswith("\n"):  # the rest of a line that is too long
@@ -71,26 +83,26 @@ def _array_items(file: TextIO, line: int, text: str) -> Iterator[tuple[int, str]
     start = 1
     separator = ","
     while separator == ",":
-        position = start
-        start = _skip_blanks(text, start)
-        line += text.count("\n", position, start)
+        first = _skip_blanks(text, start)
         try:
-            end = find_end(text, start)[1]
+            end = find_end(text, first)[1]
             after = _skip_blanks(text, end)
             separator = text[after]  # IndexError: not read yet
         except (ValueError, IndexError, RecursionError) as error:
-            length = len(text) - start
+            length = len(text) - start  # blanks count, or a file of blanks would be read to its end
             more = file.read(max(0, min(max(CHUNK, length), MAX_RECORD + 1 - length)))
             if more:
                 text = text[start:] + more
                 start = 0
                 continue
-            yield line, text[start:]
+            line += text.count("\n", start, first)
+            yield line, text[first if length <= MAX_RECORD else start:]
             if isinstance(error, IndexError):
                 raise EOFError("the array does not end") from None
             return
-        yield line, text[start:end if separator in ",]" else after + 1]
-        line += text.count("\n", start, after)
+        line += text.count("\n", start, first)
+        yield line, text[first:end if separator in ",]" else after + 1]
+        line += text.count("\n", first, after)
         start = after + 1
     rest = text[start:] + file.read(CHUNK)
     if separator == "]" and rest.strip():
@@ -112,10 +124,9 @@ def _parse(source: str) -> dict | BadRecord:
         return BadRecord("the record is nested too deeply; flatten it")
     except ValueError as error:  # bad syntax, or an integer of thousands of digits
         reason = str(error).replace("line 1 ", "")  # of the record; the message names the line
-        return BadRecord(f"the record is not strict JSON ({reason}); fix it "
-                         "(the name of a compressed file must end with .gz)")
+        return BadRecord(f"the record is not strict JSON ({reason}); fix it")
     if not isinstance(record, dict):
-        return BadRecord(f"the record is a JSON {type(record).__name__}, not an object; "
+        return BadRecord(f"the record is {KINDS[type(record)]}, not an object; "
                          'write {"prompt": ...}')
     return record
 

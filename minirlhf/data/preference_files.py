@@ -21,7 +21,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from minirlhf.data.json_files import BadRecord, read_objects
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import KINDS, UserError
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -234,7 +234,7 @@ def _key(record: dict, key: str) -> object:
 
 def _text(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise BadRecord(f'"{key}" is a JSON {type(value).__name__}, but must be a string; '
+        raise BadRecord(f'"{key}" is {KINDS[type(value)]}, but must be a string; '
                         "fix the record")
     try:
         value.encode()

@@ -23,6 +23,7 @@ from minirlhf.config import DATA, RewardConfig
 from minirlhf.data.preference_files import PreferencePair, read_records
 from minirlhf.data.prompts import unique_prompts
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 from minirlhf.run.seeding import derive_seed
 
 HELPDESK_FILES = dict(train=str(DATA / "helpdesk-train.jsonl.gz"),
@@ -76,7 +77,7 @@ def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int,
 
 def file_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
     """path -> SHA-256 of the content, so that a resumed run notices changed inputs."""
-    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    return {str(path): hashlib.sha256(read_file(path)).hexdigest() for path in paths}
 
 
 # ---- the user's modules --------------------------------------------------------------------------

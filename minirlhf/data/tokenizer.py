@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minirlhf.config import DATA
 from minirlhf.run.errors import UserError, suggest
+from minirlhf.run.files import read_file
 
 import tiktoken
 
@@ -71,14 +72,10 @@ def _published(name: str) -> tiktoken.Encoding:
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a rank file in order of rank; line r + 1 is 'BASE64 r' for rank r."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_RANK_FILE_BYTES + 1)
+        content = read_file(path, MAX_RANK_FILE_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); "
                         "give a rank file or a name") from error
-    if len(content) > MAX_RANK_FILE_BYTES:
-        raise UserError(f"{path}: is larger than {MAX_RANK_FILE_BYTES} bytes; "
-                        "give a rank file in tiktoken's format")
     tokens: dict[bytes, int] = {}  # a dict keeps the order and finds repetitions
     for number, line in enumerate(content.splitlines(), start=1):
         try:

@@ -19,6 +19,7 @@ from typing import Any
 from minirlhf.data.json_files import unique_keys
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import open_regular
 
 import numpy as np
 import torch
@@ -167,7 +168,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     Raises OSError, ValueError or RecursionError.
     """
-    content = np.memmap(path, mode="c")
+    with open_regular(path) as file:
+        content = np.memmap(file, mode="c")
     length = int.from_bytes(content[:8].tobytes(), "little")
     size = len(content) - 8 - length  # bytes of numbers
     if length > MAX_HEADER or size < 1:
@@ -215,7 +217,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
     Raises OSError or ValueError.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a malicious file can raise anything

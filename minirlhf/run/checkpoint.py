@@ -15,6 +15,7 @@ from pathlib import Path
 
 import minirlhf
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 from minirlhf.run.parallel import full_states, is_main, split_like
 from minirlhf.run.terminal import printable
 
@@ -70,7 +71,7 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
     Raises UserError that names the file and the problem.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; "
                         "is this the folder of a finished run?") from None

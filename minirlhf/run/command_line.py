@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-import math
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from minirlhf.run.errors import UserError, suggest
+from minirlhf.run.errors import KINDS, UserError, suggest
 from minirlhf.run.folder import read_config, with_tuples
 from minirlhf.run.parallel import (
     claim_error_report,
@@ -22,6 +21,7 @@ from minirlhf.run.terminal import printable
 
 import torch
 
+MAX_MESSAGE = 2000  # characters; an error may quote a value of any size
 RENAMED_FLAGS = {
     "--warmup-sequences": "--sft-sequences",
     "--warmup-batch-size": "--sft-batch-size",
@@ -33,9 +33,16 @@ RENAMED_FLAGS = {
 }
 
 
+# Without a bound of its own, a setting must fit int64, or have a finite square in float32.
+LARGEST = {int: 2**63 - 1, float: 1e6}
+
+
 def setting(default, reason: str, low: float | None = None, high: float | None = None,
             choices: tuple = ()):
     """A dataclass field: its default, the reason for it (shown by --help), and what is allowed."""
+    limit = LARGEST.get(type(default))
+    high = limit if high is None else high
+    low = -limit if limit and low is None else low
     metadata = dict(reason=reason, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -59,15 +66,13 @@ def check_ranges(config) -> None:
 def check_value(name: str, value: typing.Any, expected: typing.Any,
                 allowed: typing.Mapping) -> None:
     """Raise UserError if the value of one field is not allowed."""
-    if expected is float and type(value) is int:
-        value = float(value)
     if typing.get_origin(expected) is tuple:
         is_names = isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
         if not is_names:
             raise UserError(f"{name} takes file names, not {value!r}")
-    elif type(value) is not expected:
-        raise UserError(f"{name} takes a value of type {expected.__name__}, not {value!r}")
-    if expected is float and not math.isfinite(value):
+    elif type(value) is not expected and not (expected is float and type(value) is int):
+        raise UserError(f"{name} takes {KINDS[expected]}, not {value!r}")
+    if value != value:
         raise UserError(f"{name} must be a finite number, not {value}")
     if allowed["choices"] and value not in allowed["choices"]:
         raise UserError(f"{name} {value!r} is not known{suggest(value, allowed['choices'])}")
@@ -188,5 +193,5 @@ def memory_advice(config) -> str:
 def fail(message: str, status: int) -> int:
     """Print the error as one line on stderr, once per run. Returns the given exit status."""
     if claim_error_report():
-        print("error:", printable(" ".join(message.split("\n"))), file=sys.stderr)
+        print("error:", printable(" ".join(message.split("\n"))[:MAX_MESSAGE]), file=sys.stderr)
     return status

@@ -4,6 +4,10 @@ import difflib
 import math
 from collections.abc import Collection
 
+# JSON types in words
+KINDS = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number",
+         str: "a string", list: "a list", dict: "an object"}
+
 
 class UserError(Exception):
     """A mistake that the user can fix: printed as one line, exit status 2, no traceback."""

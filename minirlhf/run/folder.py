@@ -11,9 +11,11 @@ from typing import IO, NamedTuple
 import minirlhf
 from minirlhf.run.checkpoint import version_error, write_atomically
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file, regular_only
 from minirlhf.run.parallel import broadcast, is_main
 from minirlhf.run.terminal import printable
 
+MAX_CONFIG = 2**20  # bytes of a config.json; one has about 3,000
 SCHEDULE = ("iterations", "epochs")  # a resumed run may be extended
 # These settings do not affect results.
 NO_EFFECT = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl",
@@ -51,7 +53,7 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
     if config.resume:
         stored = read_config(type(config), folder / "config.json")
         lock = lock_folder(folder)
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_file(folder / "config.json"))
         check_same_run(config, stored, content["facts"], facts)
         for partial in folder.rglob(".*.partial"):  # from a write that was killed
             partial.unlink()
@@ -77,7 +79,7 @@ def unused_folder(name: str) -> Path:
 
 
 def lock_folder(folder: Path) -> IO:
-    lock = open(folder / ".lock", "a")
+    lock = open(folder / ".lock", "a", opener=regular_only)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -110,7 +112,7 @@ def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
 def read_config(config_class, path: Path):
     """The checked configuration of a run folder's config.json. Raises UserError naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, MAX_CONFIG))
         version = content.get("version", "1.0")
         settings, facts = content["settings"], content["facts"]
         if version != minirlhf.__version__:
@@ -118,6 +120,9 @@ def read_config(config_class, path: Path):
         config = config_class(**with_tuples(settings))
         config.check()
         intact = content == sealed(settings, facts)
+    except NotADirectoryError:
+        raise UserError(f"{path.parent}: is a file; "
+                        f"name its folder {path.parent.parent}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this a run folder?") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from minirlhf.run.files import regular_only
 from minirlhf.run.parallel import is_main
 from minirlhf.run.terminal import printable
 
@@ -49,7 +50,7 @@ class Metrics:
         self.file = None
         if not is_main():
             return
-        self.file = open(path, "a+b", buffering=0)
+        self.file = open(path, "a+b", buffering=0, opener=regular_only)
         expected_count, expected_digest = mark or (0, "")
         size = self._read(self.file, expected_count)
         if (self.count, self.digest) != (expected_count, expected_digest):
@@ -57,7 +58,7 @@ class Metrics:
             print(printable(f"warning: {path}: damaged; renamed to {aside.name}; the new file "
                             "starts after the checkpoint"))
             os.replace(path, aside)
-            self.file = open(path, "a+b", buffering=0)
+            self.file = open(path, "a+b", buffering=0, opener=regular_only)
             self.count = 0
             self.digest = ""
             size = 0

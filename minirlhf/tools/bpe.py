@@ -16,6 +16,7 @@ from pathlib import Path
 from minirlhf.data.tokenizer import GPT2_PATTERN
 from minirlhf.run.command_line import fail
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 
 import regex  # the standard re lacks \p{L}; tiktoken requires this package as well
 
@@ -97,7 +98,7 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises UserError.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
         name = path.name.removesuffix(".gz")
         if name.endswith(".json"):

@@ -22,6 +22,7 @@ from minirlhf.rl.sampling import Samples, gold_utility
 from minirlhf.run.command_line import check_ranges, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 from minirlhf.run.metrics import rounded
 from minirlhf.run.seeding import row_uniforms
 from minirlhf.tools.terminal import can_redraw, is_interactive, redraw, side_by_side, wrap
@@ -95,7 +96,7 @@ def pick_template(trained: Trained) -> str:
     if trained.ground_truth and trained.ground_truth.__name__ == "minirlhf.data.helpdesk":
         return "helpdesk"
     page = trained.folder / "samples.md"
-    is_dialogue = page.exists() and HUMAN.strip() in page.read_text(encoding="utf-8")
+    is_dialogue = page.exists() and HUMAN.strip().encode() in read_file(page)
     return "dialogue" if is_dialogue else "raw"
 
 

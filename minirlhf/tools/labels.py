@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 
 from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file, regular_only
 
 FIRST_BYTES = b'{"prompt": "'  # of every line
 PREFERENCES = {"left": [[0, 1]], "right": [[1, 0]], "tie": [[0, 1], [1, 0]], "skip": [[0, 1]]}
@@ -47,7 +48,7 @@ class LabelFile:
         self.source = source
         self.policy = policy
         self.lock = lock_file(path)
-        *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        *lines, last = read_file(path).split(b"\n") if path.exists() else [b""]
         self.repaired = is_incomplete(last)
         if not self.repaired:
             lines.append(last)  # empty, or complete except for its newline
@@ -94,7 +95,7 @@ class LabelFile:
         row |= dict(number=pair.number, reward_model=pair.probability, policy=self.policy,
                     source=self.source)
         line = json.dumps(row).encode() + b"\n"
-        with open(self.path, "ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=regular_only) as file:
             if file.write(line) < len(line):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(file.fileno())
@@ -165,7 +166,7 @@ def lock_file(path: Path) -> IO:
 
     It is a separate file next to path, because undo replaces the file at path.
     """
-    lock = open(path.with_name(f".{path.name}.lock"), "a")
+    lock = open(path.with_name(f".{path.name}.lock"), "a", opener=regular_only)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

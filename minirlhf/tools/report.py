@@ -14,6 +14,7 @@ from typing import NamedTuple
 from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import fail
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 from minirlhf.tools.charts import draw, line_sample, make_panels, number
 from minirlhf.tools.page import STYLE, sample_blocks, table, text
 
@@ -50,7 +51,7 @@ def read_run(folder: Path) -> RunFiles:
     """Read a finished or unfinished run. Raises UserError if the folder is not a run."""
     def read(name: str) -> str:
         try:
-            return (folder / name).read_text(encoding="utf-8", errors="replace")
+            return read_file(folder / name).decode(errors="replace")
         except OSError:
             return ""
 

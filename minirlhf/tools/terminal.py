@@ -59,14 +59,23 @@ def wrap(text: str, width: int) -> list[str]:
                 continue
             if line:
                 lines.append(line)
-            while cells(word) > width and len(word) > 1:
-                end = next(n for n in range(len(word), 0, -1)
-                           if n == 1 or cells(word[:n]) <= width)
-                lines.append(word[:end])
-                word = word[end:]
-            line = word
+            *full, line = split_word(word, width)
+            lines += full
         lines.append(line)
     return lines
+
+
+def split_word(word: str, width: int) -> list[str]:
+    """Parts of a word: as many characters as fit in `width` cells, but at least one."""
+    parts = []
+    start = used = 0
+    for end, char in enumerate(word):
+        used += cells(char)
+        if used > width and end > start:
+            parts.append(word[start:end])
+            start = end
+            used = cells(char)
+    return [*parts, word[start:]]
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> list[str]:

@@ -12,6 +12,7 @@ from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 from minirlhf.run.folder import read_config
 
 import tiktoken
@@ -70,6 +71,6 @@ def load_trained(run: str, device: torch.device) -> Trained:
 
 def identity(trained: Trained) -> dict[str, str]:
     """Hashes of the tokenizer and the reward model of this policy, stored with every answer."""
-    reward = (Path(trained.config.reward_run) / "reward.pt").read_bytes()
+    reward = read_file(Path(trained.config.reward_run) / "reward.pt")
     return dict(tokenizer=fingerprint(trained.encoding)[:16],
                 reward=hashlib.sha256(reward).hexdigest()[:16])
