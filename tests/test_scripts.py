@@ -551,7 +551,7 @@ def test_a_reward_that_cannot_be_found_is_one_line(
         (b"\n\n", "no usable record"),
         (b"nonsense\n", ":1: the record is not strict JSON"),
         (b'{"prompt": "a", "chosen": "b"}\n', ':1: the key "rejected" is missing'),
-        (b"\x1f\x8b\x08 torn", ":1: "),
+        (b"\x1f\x8b\x08 torn", ":0: after this line"),
         (
             b'{"prompt": "a:", "chosen": "b", "rejected": "b"}\n'
             b'{"prompt": "b:", "chosen": "b", "rejected": "b"}\n',

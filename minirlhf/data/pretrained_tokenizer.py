@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from minirlhf.data.tokenizer import GPT2_PATTERN, read_ranks
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 
 import tiktoken
 
@@ -120,7 +121,7 @@ def read_pretrained_tokenizer(folder: str | Path) -> PretrainedEncoding:
 def read_json(path: Path) -> dict:
     """A JSON object, or {} if there is no such file. Raises UserError."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
