@@ -141,7 +141,8 @@ class PolicyConfig(RunConfig):
     algorithm: str = setting(
         "ppo", "reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, or your own")
     reward: str = setting(
-        "", "module:function(prompts, responses) -> scores, instead of the reward model")
+        "", "instead of the reward model: module:function or path/to/file.py:function, called with "
+        "(prompts, responses); it returns the scores")
     iterations: int = setting(
         60, "iterations of sample, score, update; the gold utility is flat by then", 1)
     batch_size: int = setting(128, "responses sampled in each iteration", 1, MAX_SIZE)

@@ -11,7 +11,7 @@ The embedded one is minirlhf.data.helpdesk. Other data has none, and training ne
 """
 
 import hashlib
-import importlib
+import importlib.machinery
 import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -93,20 +93,28 @@ def load_ground_truth(config: RewardConfig) -> ModuleType | None:
 
 
 def import_module(name: str, flag: str) -> ModuleType:
-    """A module by its name, including the user's own. Raises UserError that names the flag."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the folder in which the script was started
+    """A module by its name or its path ending in .py. Raises UserError that names the flag."""
+    path = Path(name)
+    folder = str(path.parent) if path.suffix == ".py" else ""  # "": where the script was started
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        return importlib.import_module(name)
-    except Exception as error:  # the user's module can raise anything
+        if path.suffix != ".py":
+            return importlib.import_module(name)
+        module = ModuleType(path.stem)
+        module.__file__ = name
+        importlib.machinery.SourceFileLoader(path.stem, name).exec_module(module)
+        return module
+    except (Exception, SystemExit) as error:  # the user's module can raise anything
         raise UserError(f"{flag} {name}: cannot be imported "
                         f"({type(error).__name__}: {error})") from None
 
 
 def load_function(spec: str, flag: str) -> Callable:
-    """The function that "module:function" names. Raises UserError."""
+    """The function that "module:function" or "path/to/file.py:function" names. Raises UserError."""
     module, _, name = spec.partition(":")
     function = getattr(import_module(module, flag), name, None) if name else None
     if not callable(function):
-        raise UserError(f"{flag} {spec}: no such function; write module:function")
+        raise UserError(f"{flag} {spec}: no such function; write module:function "
+                        "or path/to/file.py:function")
     return function

@@ -1,0 +1,221 @@
+"""The exact expected gradient of any loss, in a world of 15 responses of 1 to 3 tokens.
+
+The loss is called on every batch of a given size, so its expected gradient is a sum without
+sampling noise. There are K settings, each with its own policy, reference and score function.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from minirlhf.lab.small_world import (
+    gradient,
+    make_world,
+    move,
+    probabilities,
+    random_logits,
+    random_scores,
+    response_kl,
+    state_kl,
+    token_logprobs,
+)
+from minirlhf.run.errors import UserError
+from minirlhf.run.seeding import generator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORLD = make_world(vocab=3, limit=3)
+SETTINGS = 3
+SHAPES = ((1, 3), (1, 5), (2, 4))  # (batch size, width)
+TOLERANCE = 1e-9
+
+CLAIMS = {
+    "policy-gradient": "-grad E[score]",
+    "reverse-kl": "grad KL(policy || reference) of whole responses",
+    "reverse-kl-per-state": "sum_s d(s) grad KL(policy(. | s) || reference(. | s)), d constant",
+    "forward-kl-per-state": "sum_s d(s) grad KL(reference(. | s) || policy(. | s)), d constant",
+}
+
+
+class Setting(NamedTuple):
+    """A policy, the one that sampled, and the reference: [S, V] logits. Scores: [N]."""
+
+    logits: Tensor
+    old: Tensor
+    ref: Tensor
+    scores: Tensor
+
+
+class Batches(NamedTuple):
+    """All M batches of B responses in one setting."""
+
+    setting: Setting
+    rows: Tensor  # [M, B] numbers of the responses
+    probability: Tensor  # [M]
+    arguments: tuple[Tensor, ...]  # of the loss, each [M, B, R]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.arguments[-1]
+
+
+def list_batches(setting: Setting, shape: tuple[int, int]) -> Batches:
+    """All batches in all orders. Beyond the mask are random numbers as large as the real ones."""
+    size, width = shape
+    numbers = torch.arange(len(WORLD.mask))
+    rows = torch.cartesian_prod(*[numbers] * size).reshape(-1, size)
+    extra = (0, width - WORLD.mask.shape[1])
+    mask = F.pad(WORLD.mask, extra)[rows]
+    random = generator(0, "beyond the mask")
+
+    def pad(values: Tensor, largest: float) -> Tensor:
+        noise = largest * torch.rand(mask.shape, dtype=torch.float64, generator=random)
+        return torch.where(mask, F.pad(values, extra)[rows], noise)
+
+    policies = (setting.logits, setting.old, setting.ref)
+    logprobs = [pad(token_logprobs(WORLD, logits), -3.0) for logits in policies]
+    advantages = pad(setting.scores[:, None].expand(WORLD.mask.shape), 3.0)
+    probability = probabilities(WORLD, setting.old)[rows].prod(1)
+    return Batches(setting, rows, probability, (*logprobs, advantages, mask))
+
+
+@functools.cache
+def all_batches(shape: tuple[int, int], kl: float = 0.0) -> list[Batches]:
+    """The batches of the K settings. kl: KL(old || policy) in nats; 0 means on-policy."""
+    batches = []
+    for seed in range(SETTINGS):
+        logits = random_logits(WORLD, seed)
+        old = move(WORLD, logits, seed, kl) if kl else logits
+        ref = random_logits(WORLD, seed, "reference")
+        batches.append(list_batches(Setting(logits, old, ref, random_scores(WORLD, seed)), shape))
+    return batches
+
+
+# ---- the user's function -------------------------------------------------------------------------
+
+
+def call(function: Callable, *arguments: Tensor):
+    """What the function returns. Raises UserError."""
+    try:
+        return function(*(x.clone() for x in arguments))
+    except (Exception, SystemExit) as error:
+        raise UserError(f"the function raised {type(error).__name__}: {error}") from None
+
+
+def call_loss(loss: Callable, *arguments: Tensor) -> Tensor:
+    """The loss of one batch, a finite scalar. Raises UserError."""
+    value = call(loss, *arguments)
+    if not isinstance(value, (int, float, Tensor)):
+        raise UserError(f"the function returned {value!r}, not a scalar tensor")
+    value = torch.as_tensor(value)
+    if value.dim():
+        raise UserError(f"the function returned a tensor of shape {list(value.shape)}, not a "
+                        f"scalar; the log-probs had the shape {list(arguments[0].shape)}")
+    if not value.isfinite():
+        tokens = int(arguments[-1].sum())
+        raise UserError(f"the function returned {value.item()} for a batch of shape "
+                        f"{list(arguments[0].shape)} with {tokens} tokens")
+    return value
+
+
+def token_weights(loss: Callable, batches: Batches) -> Tensor:
+    """[M, B, R] d loss / d logprobs of each batch, 0 if there is no gradient. Raises UserError."""
+    logprobs, *others = batches.arguments
+    logprobs = logprobs.clone().requires_grad_()
+    values = [call_loss(loss, *batch) for batch in zip(*(x.unbind() for x in (logprobs, *others)))]
+    total = torch.stack([value.double() for value in values]).sum()
+    if not total.requires_grad:
+        return torch.zeros_like(logprobs)
+    (weights,) = torch.autograd.grad(total, logprobs, allow_unused=True)
+    if weights is None:
+        return torch.zeros_like(logprobs)
+    if not weights.isfinite().all():
+        raise UserError("the gradient of the function is not finite")
+    return weights
+
+
+# ---- gradients with respect to the policy's logits -----------------------------------------------
+
+
+def expected_gradient(batches: Batches, weights: Tensor) -> Tensor:
+    """[D] the mean over batches of sum_t weight_t grad log pi(a_t | s_t)."""
+    weighted = (batches.probability[:, None, None] * weights).flatten(0, 1)
+    total = weighted.new_zeros(len(WORLD.mask), weights.shape[-1])
+    total.index_add_(0, batches.rows.flatten(), weighted)
+    real = total[:, :WORLD.mask.shape[1]]
+    return gradient(lambda x: (real * token_logprobs(WORLD, x)).sum(), batches.setting.logits)
+
+
+def claimed_gradient(setting: Setting, claim: str) -> Tensor:
+    """[D], by differentiating the objective itself."""
+    objectives = {
+        "policy-gradient": lambda x: -(probabilities(WORLD, x) * setting.scores).sum(),
+        "reverse-kl": lambda x: response_kl(WORLD, x, setting.ref),
+        "reverse-kl-per-state": lambda x: state_kl(WORLD, x, setting.ref),
+        "forward-kl-per-state": lambda x: state_kl(WORLD, x, setting.ref, reverse=False),
+    }
+    return gradient(objectives[claim], setting.logits)
+
+
+def expected_gradients(batches: list[Batches], weights: Iterable[Tensor]) -> Tensor:
+    """[K, D] one expected gradient for each setting."""
+    return torch.stack([expected_gradient(b, w) for b, w in zip(batches, weights)])
+
+
+def claimed_gradients(batches: list[Batches], claim: str) -> Tensor:
+    """[K, D]"""
+    return torch.stack([claimed_gradient(each.setting, claim) for each in batches])
+
+
+class Fit(NamedTuple):
+    """How well c times the target gives the actual gradients of one shape."""
+
+    c: float  # the same for all settings
+    error: float  # relative, the largest of the settings
+    own_c: Tensor  # [K] each setting's own c
+    own_error: float
+    cosine: float  # the one closest to 0
+
+    @property
+    def holds(self) -> bool:
+        return self.c > 0 and self.error < TOLERANCE
+
+
+def fit(actual: Tensor, target: Tensor) -> Fit:
+    """actual, target: [K, D]."""
+    products = (actual * target).sum(1)
+    norm = target.norm(dim=1)
+    c = products.sum() / (norm**2).sum()
+    own_c = products / norm**2
+    error = (actual / c - target).norm(dim=1) / norm
+    own_error = (actual / own_c[:, None] - target).norm(dim=1) / norm
+    cosine = (products / (norm * actual.norm(dim=1))).nan_to_num(0.0)
+    return Fit(float(c), float(error.max()), own_c, float(own_error.max()),
+               float(cosine[cosine.abs().argmin()]))
+
+
+class Result(NamedTuple):
+    """What a loss does on-policy, for each shape of a batch."""
+
+    weights: list[Tensor]  # [K, M, B, R] of each shape
+    expected: list[Tensor]  # [K, D] of each shape
+    fits: dict[str, list[Fit]]  # of each claim, and shape
+    leaks: bool  # a token beyond the mask has a gradient
+
+    def holds(self, claim: str) -> bool:
+        return not self.leaks and all(each.holds for each in self.fits[claim])
+
+
+def examine(loss: Callable) -> Result:
+    """Call the loss on all batches, on-policy. Raises UserError."""
+    batches = [all_batches(shape) for shape in SHAPES]
+    weights = [torch.stack([token_weights(loss, b) for b in each]) for each in batches]
+    expected = [expected_gradients(b, w) for b, w in zip(batches, weights)]
+    fits = {}
+    for claim in CLAIMS:
+        targets = [claimed_gradients(each, claim) for each in batches]
+        fits[claim] = [fit(actual, target) for actual, target in zip(expected, targets)]
+    leaks = any(bool(w[:, ~b[0].mask].any()) for b, w in zip(batches, weights))
+    return Result(weights, expected, fits, leaks)
