@@ -10,7 +10,7 @@ from pathlib import Path
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.lab import algorithms, common, overoptimization, variance
+from minirlhf.lab import common, overoptimization, sweep, variance
 from minirlhf.lab import overoptimization_fit as fits
 from minirlhf.lab.overoptimization_page import neighbors
 from minirlhf.lab.variance_page import variance_ratio
@@ -31,11 +31,10 @@ from tiny import refused
 def helpdesk_runs(tmp_path_factory) -> Path:
     """A folder with a short reward run on the help desk and a policy run of two iterations."""
     folder = tmp_path_factory.mktemp("labs")
-    (reward,), policies = algorithms.plan(
-        algorithms.AlgorithmsConfig(runs=str(folder), seeds=1, quick=True)
-    )
+    config = sweep.SweepConfig(out=str(folder), seeds=1, quick=True, algorithms="reinforce")
+    reward, policy = sweep.jobs_of(config, sweep.settings_of(config)[0], 0)
     train_reward.main(reward.config)
-    train_policy.main(policies["reinforce"][0].config)
+    train_policy.main(policy.config)
     return folder
 
 
@@ -43,7 +42,7 @@ def helpdesk_runs(tmp_path_factory) -> Path:
 
 
 def test_examples_of_the_common_code_are_true():
-    assert tuple(doctest.testmod(common)) == (0, 2)  # failed, attempted
+    assert tuple(doctest.testmod(common)) == (0, 4)  # failed, attempted
 
 
 def test_flags_of_a_run_give_its_configuration(inputs, tmp_path):
@@ -124,49 +123,129 @@ def test_ctrl_c_stops_the_runs_and_prints_one_line(inputs, tmp_path, capsys, mon
     monkeypatch.setattr(common.time, "sleep", interrupted)
     with pytest.raises(SystemExit, match="130"):
         common.run_lab(
-            lambda config: common.run_jobs([job], 1, tmp_path / "logs"), algorithms.AlgorithmsConfig
+            lambda config: common.run_jobs([job], 1, tmp_path / "logs"), sweep.SweepConfig
         )
     assert capsys.readouterr().err == "error: stopped; run the same command again to resume\n"
     assert processes[0].returncode == 130
     assert "--resume" in common.last_line(tmp_path / "logs" / "run.txt")
 
 
-# ---- the comparison of algorithms ----------------------------------------------------------------
+# ---- the sweep -----------------------------------------------------------------------------------
 
 
-def test_the_comparison_runs_what_is_missing_and_resumes_what_was_stopped(helpdesk_runs, capsys):
-    config = algorithms.AlgorithmsConfig(
-        runs=str(helpdesk_runs), seeds=1, jobs=2, quick=True, algorithms="reinforce,rloo"
+def test_a_sweep_runs_what_is_missing_and_resumes_what_was_stopped(helpdesk_runs, capsys):
+    """The same table after a run lost its end; rows of finished runs outlive their folders."""
+    config = sweep.SweepConfig(
+        out=str(helpdesk_runs), seeds=1, jobs=2, quick=True, algorithms="reinforce,rloo"
     )
     finished_before = (helpdesk_runs / "reinforce-seed0" / "result.json").stat().st_mtime_ns
-    page = algorithms.main(config)
+    page = sweep.main(config)
     assert "`rloo`" in page
-    assert "2 algorithms, 1 seeds, 16 samples each" in page
-    assert (helpdesk_runs / "algorithms.md").read_text() == page
-    result = helpdesk_runs / "rloo-seed0" / "result.json"
-    content = result.read_bytes()
-    result.unlink()  # as if stopped before the end
-    assert algorithms.main(config) == page
-    assert result.read_bytes() == content
+    assert (helpdesk_runs / "table.md").read_text() == page
+    rows = common.read_rows(helpdesk_runs / "runs.jsonl")[1:]
+    assert [row["key"] for row in rows] == ["reinforce-seed0", "rloo-seed0"]
+    assert [point["samples"] for point in rows[0]["curve"]] == [0, 16]
+    assert "--algorithm rloo" in rows[1]["command"]
+    (helpdesk_runs / "runs.jsonl").unlink()
+    (helpdesk_runs / "rloo-seed0" / "result.json").unlink()  # as if stopped before the end
+    sweep.main(config)
+    again = common.read_rows(helpdesk_runs / "runs.jsonl")[1:]
+    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
     path = helpdesk_runs / "reinforce-seed0" / "result.json"
     assert path.stat().st_mtime_ns == finished_before
-    config_class = algorithms.AlgorithmsConfig
-    assert "did you mean rloo" in refused(
-        capsys, algorithms.main, config_class, ["--algorithms", "rlo"]
-    )
-    assert "is a file" in refused(
-        capsys, algorithms.main, config_class, ["--runs", str(helpdesk_runs / "algorithms.md")]
-    )
+    shutil.rmtree(helpdesk_runs / "rloo-seed0")
+    page = sweep.main(config)
+    assert not (helpdesk_runs / "rloo-seed0").exists()
+    with pytest.raises(UserError, match="'gould' is not a metric of these runs; did you mean"):
+        sweep.main(dataclasses.replace(config, x="sampled_kl", y="gould"))
+    with pytest.raises(UserError, match="other settings or inputs"):
+        sweep.main(dataclasses.replace(config, quick=False))
 
 
-def test_points_of_a_learning_curve_are_means_over_equal_parts_of_the_run(tmp_path):
-    """The evaluation before the first iteration (step 0) does not count."""
-    rows = [dict(step=0, samples=0, eval_sampled_gold=9.0)]
-    rows += [dict(step=i, samples=10 * i, gold=float(i)) for i in range(1, 7)]
-    (tmp_path / "policy_metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples, gold = algorithms.learning_curve(tmp_path, points=3)
-    assert gold.tolist() == [1.5, 3.5, 5.5]
-    assert samples.tolist() == [15.0, 35.0, 55.0]
+def without_times(row: dict) -> dict:
+    metrics = {key: value for key, value in row["metrics"].items() if "seconds" not in key}
+    curve = [point | dict(seconds=0.0) for point in row["curve"]]
+    return row | dict(metrics=metrics, curve=curve)
+
+
+def test_settings_of_a_sweep_are_all_combinations():
+    config = sweep.SweepConfig(
+        algorithms="ppo,rloo",
+        set=("lr=1e-3", "kl_coef=0.01,0.05", "ppo:ppo_epochs=1,2", "reward.epochs=2"),
+    )
+    settings = sweep.settings_of(config)
+    assert [chosen.label for chosen in settings] == [
+        "ppo kl_coef=0.01 ppo_epochs=1",
+        "ppo kl_coef=0.01 ppo_epochs=2",
+        "ppo kl_coef=0.05 ppo_epochs=1",
+        "ppo kl_coef=0.05 ppo_epochs=2",
+        "rloo kl_coef=0.01",
+        "rloo kl_coef=0.05",
+    ]
+    assert settings[1].policy == dict(lr=1e-3, kl_coef=0.01, ppo_epochs=2)
+    assert settings[1].reward == dict(epochs=2)
+    reward, policy = sweep.jobs_of(config, settings[1], 3)
+    assert reward.config.epochs == 2
+    assert (policy.config.ppo_epochs, policy.config.seed, policy.needs) == (2, 3, reward.config.out)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--algorithms", "rlo"], "did you mean rloo"),
+        (["--set", "kl_coeff=0.1"], "'kl_coeff' is not a setting; did you mean kl_coef"),
+        (["--set", "kl_coef"], "write KEY=VALUE"),
+        (["--set", "kl_coef=low"], "'low' is not of type float"),
+        (["--set", "seed=1,2"], "'seed' is not a setting"),
+        (["--set", "reward.task=a,b"], "runs of different tasks are not comparable"),
+        (["--script", "none.py"], "no such file"),
+        (["--out", "README.md"], "is a file"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    assert message in refused(capsys, sweep.main, sweep.SweepConfig, arguments)
+
+
+def some_results() -> dict[str, list[dict]]:
+    """Two settings of ppo and one of rloo, two seeds each."""
+    results = {}
+    for label, algorithm, kl_coef, gold in (
+        ("ppo kl_coef=0.1", "ppo", 0.1, 1.0),
+        ("ppo kl_coef=0.3", "ppo", 0.3, 3.0),
+        ("rloo", "rloo", None, 2.0),
+    ):
+        settings = dict(kl_coef=kl_coef) if kl_coef else {}
+        results[label] = [
+            dict(
+                algorithm=algorithm,
+                settings=settings,
+                metrics=dict(sampled_gold=gold + seed, sampled_kl=4.0),
+                curve=[dict(samples=n, sampled_gold=n * gold + seed) for n in (0, 10)],
+            )
+            for seed in (0, 2)
+        ]
+    return results
+
+
+def test_points_of_a_plot_are_means_over_seeds_with_intervals():
+    half = 12.706  # of the mean of x and x + 2: Student's t with one degree of freedom
+    curves = sweep.points(some_results(), "samples", "sampled_gold")
+    assert curves["ppo kl_coef=0.3"] == [(0, 0, 1.0, half), (10, 0, 31.0, half)]
+    final = sweep.points(some_results(), "sampled_kl", "sampled_gold")
+    assert final["rloo"] == [(4.0, 0.0, 3.0, half)]
+    swept = sweep.points(some_results(), "kl_coef", "sampled_gold")
+    assert swept["ppo"] == [(0.1, 0.0, 2.0, half), (0.3, 0.0, 4.0, half)]
+    with pytest.raises(UserError, match="not evaluated during training"):
+        sweep.points(some_results(), "samples", "best_gold")
+
+
+def test_only_the_best_setting_of_each_algorithm_is_kept():
+    assert list(sweep.keep_best(some_results(), "sampled_gold")) == ["ppo kl_coef=0.3", "rloo"]
+
+
+def test_examples_of_the_sweep_are_true():
+    assert tuple(doctest.testmod(sweep)) == (0, 2)
 
 
 # ---- the variance lab ----------------------------------------------------------------------------

@@ -154,9 +154,8 @@ COMMANDS = {
     ),
     "less runs/*/samples.md": Run("", "says: **before**"),
     # labs
-    "python -m minirlhf.lab.algorithms --seeds 3": Run(
-        " --seeds 1 --quick --algorithms rloo", "runs/algorithms/algorithms.md", slow=True
-    ),
+    "python -m minirlhf.lab.sweep --algorithms ppo,rloo --seeds 5 "
+    "--set kl_coef=0.01,0.025,0.05": Run(" --seeds 1 --quick", "runs/sweep/table.md", slow=True),
     "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF": Run(
         VARIANCE, "runs/variance/variance.md"
     ),
