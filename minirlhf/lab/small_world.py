@@ -5,6 +5,7 @@ A state is the response so far. A policy is a table of logits [S, V], one row fo
 states, so a gradient has D = S V entries. An expectation is a sum over all N responses.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -50,10 +51,10 @@ def make_world(vocab: int = 4, limit: int = 4) -> World:
 # ---- random policies and scores ------------------------------------------------------------------
 
 
-def random_logits(world: World, seed: int, purpose: str = "policy") -> Tensor:
+def random_logits(world: World, seed: int, *purpose: object) -> Tensor:
     """[S, V] standard normal logits, a function of the seed and the purpose."""
     shape = (world.state_count, world.vocab)
-    return torch.randn(shape, dtype=torch.float64, generator=generator(seed, purpose))
+    return torch.randn(shape, dtype=torch.float64, generator=generator(seed, *purpose))
 
 
 def random_scores(world: World, seed: int) -> Tensor:
@@ -65,15 +66,19 @@ def random_scores(world: World, seed: int) -> Tensor:
     return noise + 0.5 * world.mask.sum(1) - 1.0
 
 
-def move(world: World, logits: Tensor, seed: int, kl: float) -> Tensor:
-    """logits plus a multiple of a random direction, so that KL(result || logits) = kl nats."""
-    direction = random_logits(world, seed, "direction")
-    low = 0.0
-    high = 1.0
-    while response_kl(world, logits + high * direction, logits) < kl:
-        high *= 2.0
-        if high > 1e6:
-            raise ValueError(f"no policy in this direction has a KL of {kl} nats")
+def move(world: World, logits: Tensor, seed: int, kl: float, purpose: str = "direction") -> Tensor:
+    """logits plus a multiple of a random direction, so that KL(result || logits) = kl nats.
+
+    Far along a direction, the policy is deterministic, and its KL has a limit. If the limit is
+    below kl, the next direction of the seed is used. Raises ValueError after 100 directions.
+    """
+    directions = (random_logits(world, seed, purpose, attempt) for attempt in range(100))
+    far = 100.0
+    direction = next((d for d in directions if response_kl(world, logits + far * d, logits) > kl),
+                     None)
+    if direction is None:
+        raise ValueError(f"no policy has a KL of {kl} nats")
+    low, high = 0.0, far
     for _ in range(100):
         middle = (low + high) / 2
         if response_kl(world, logits + middle * direction, logits) < kl:
@@ -138,9 +143,18 @@ def optimum(world: World, ref: Tensor, scores: Tensor, kl_coef: float) -> Tensor
     return (token_logprobs(world, ref).sum(1) + scores / kl_coef).softmax(0)
 
 
+def logits_of(world: World, p: Tensor) -> Tensor:
+    """[S, V] the policy whose responses have the probabilities p [N]."""
+    mask = world.mask
+    sums = p.new_zeros(world.state_count, world.vocab)
+    where = (world.states[mask], world.response_ids[mask])
+    return sums.index_put(where, p[:, None].expand(mask.shape)[mask], accumulate=True).log()
+
+
 # ---- rollouts of listed responses, and the expectation of a loss ---------------------------------
 
 
+@functools.cache
 def list_batches(count: int, size: int) -> tuple[Tensor, Tensor]:
     """All batches of `size` responses out of `count`, without order.
 
