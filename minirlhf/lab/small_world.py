@@ -8,6 +8,7 @@ states, so a gradient has D = S V entries. An expectation is a sum over all N re
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -160,9 +161,10 @@ def list_batches(count: int, size: int) -> tuple[Tensor, Tensor]:
 
     Returns row numbers [M, size], and how many orders each batch has [M].
     """
-    rows = torch.combinations(torch.arange(count), size, with_replacement=True)
-    repeats = [math.prod(map(math.factorial, torch.bincount(row).tolist())) for row in rows]
-    return rows, math.factorial(size) / torch.tensor(repeats, dtype=torch.float64)
+    batches = list(itertools.combinations_with_replacement(range(count), size))
+    orders = [math.factorial(size) / math.prod(map(math.factorial, Counter(batch).values()))
+              for batch in batches]
+    return torch.tensor(batches), torch.tensor(orders, dtype=torch.float64)
 
 
 def make_rollout(world: World, logits: Tensor, ref: Tensor, scores: Tensor, rows: Tensor,
