@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import PreferenceGroup, pad_left, pad_right
 from minirlhf.kernels import discounted_returns, token_logprobs
+from minirlhf.lab import conformance
 from minirlhf.model.generate import generate
 from minirlhf.model.gpt2 import checkpoint_file, load_gpt2
 from minirlhf.rl.advantages import gae, reward_to_go
@@ -270,3 +271,105 @@ def test_discounted_returns_equal_those_of_torchrl(gamma):
     expected = functional.reward2go(rewards, is_last, gamma, time_dim=1)
     for ours in (discounted_returns(rewards, mask, gamma), reward_to_go(rewards, mask, gamma)):
         assert (ours - expected)[mask].abs().max() < 1e-5 and not ours[~mask].any()
+
+
+# ---- what TRL's losses claim ---------------------------------------------------------------------
+
+
+def trl_policy_loss(name, batch_tokens=0, only_kl=False, **settings):
+    """The loss of TRL's GRPO or RLOO trainer, as minirlhf.lab.conformance calls it.
+
+    The rest of the trainer is a stub. batch_tokens: of the whole generation batch; 0 means those of
+    the batch itself. only_kl: all advantages are 0.
+    """
+    trl = pytest.importorskip("trl")
+    trainer = getattr(trl, f"{name}Trainer")
+    args = getattr(trl, f"{name}Config")(bf16=False, use_cpu=True, report_to=[], **settings)
+    copied = ("beta", "max_completion_length", "loss_type", "importance_sampling_level")
+    copied += ("top_entropy_quantile", "off_policy_mask_threshold")
+
+    def loss(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+        measured = (logprobs, torch.zeros_like(logprobs), None)
+        stub = SimpleNamespace(
+            args=args,
+            model=SimpleNamespace(training=True),
+            accelerator=SimpleNamespace(
+                num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+            ),
+            current_gradient_accumulation_steps=1,
+            aux_loss_enabled=False,
+            use_vllm=False,
+            _entropy_bonus_enabled=False,
+            _metrics=defaultdict(lambda: defaultdict(list)),
+            _get_per_token_logps_and_entropies=lambda *_, **__: measured,
+            epsilon_low=args.epsilon,
+            epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            **{key: getattr(args, key, None) for key in copied},
+        )
+        mask = mask.long()
+        inputs = dict(
+            prompt_ids=mask[:, :0],
+            prompt_mask=mask[:, :0],
+            completion_ids=mask,
+            completion_mask=mask,
+            advantages=0.0 * advantages[:, 0] if only_kl else advantages[:, 0],
+            old_per_token_logps=old_logprobs,
+            ref_per_token_logps=ref_logprobs,
+            old_logps=(old_logprobs * mask).sum(1),
+            num_items_in_batch=torch.tensor(batch_tokens or int(mask.sum())),
+        )
+        return trainer._compute_loss(stub, None, inputs)
+
+    return loss
+
+
+LENGTH_BIAS = "Not recommended due to length bias"
+NO_LENGTH_BIAS = "to eliminate length bias"
+REVERSE_KL = "so that the KL gradient becomes the unbiased reverse-KL gradient"
+SEQUENCE = dict(importance_sampling_level="sequence")
+ONLY_KL = dict(loss_type="dr_grpo", beta=0.1, only_kl=True)
+OWN_LENGTH = "each response is divided by its own length"
+BATCH_TOKENS = "the sum is divided by the number of tokens in the batch"
+
+
+@pytest.mark.parametrize(
+    "trainer, settings, sentence, claim, verdict",
+    [
+        ("GRPO", dict(loss_type="dr_grpo"), NO_LENGTH_BIAS, "policy-gradient", ""),
+        ("GRPO", dict(loss_type="dapo"), NO_LENGTH_BIAS, "policy-gradient", BATCH_TOKENS),
+        ("GRPO", dict(loss_type="dapo", batch_tokens=1000), "", "policy-gradient", ""),
+        ("GRPO", dict(loss_type="grpo"), LENGTH_BIAS, "policy-gradient", OWN_LENGTH),
+        ("GRPO", dict(loss_type="bnpo"), "the local batch only", "policy-gradient", BATCH_TOKENS),
+        ("GRPO", dict(loss_type="luspo", **SEQUENCE), "Length-Unbiased", "policy-gradient", ""),
+        ("GRPO", dict(loss_type="cispo", batch_tokens=1000), "", "policy-gradient", ""),
+        ("GRPO", dict(loss_type="sapo"), "", "policy-gradient", OWN_LENGTH),
+        ("RLOO", {}, "", "policy-gradient", ""),
+        ("GRPO", ONLY_KL, REVERSE_KL, "reverse-kl", "it satisfies reverse-kl-per-state"),
+        ("GRPO", ONLY_KL, REVERSE_KL, "reverse-kl-per-state", ""),
+        (
+            "GRPO",
+            dict(use_bias_correction_kl=False, **ONLY_KL),
+            "",
+            "reverse-kl-per-state",
+            "it satisfies forward-kl-per-state",
+        ),
+    ],
+)
+def test_the_losses_of_trl_against_their_documentation(
+    trainer, settings, sentence, claim, verdict, capsys, tmp_path
+):
+    """verdict: what is wrong, or "" if the claim holds. sentence: from the configuration's text."""
+    trl = pytest.importorskip("trl")
+    assert sentence in " ".join(getattr(trl, f"{trainer}Config").__doc__.split())
+    loss = trl_policy_loss(trainer, output_dir=str(tmp_path), **settings)
+    holds = conformance.check_loss(loss, claim, False)
+    output = capsys.readouterr().out
+    assert (holds, verdict in output) == (verdict == "", True), output
+
+
+def test_the_loss_of_trls_rloo_is_exact_off_policy_without_clipping(capsys, tmp_path):
+    """It weights with the ratio of the whole response."""
+    loss = trl_policy_loss("RLOO", output_dir=str(tmp_path), epsilon=1e9)
+    assert conformance.check_loss(loss, "policy-gradient", True)
+    clipped = trl_policy_loss("RLOO", output_dir=str(tmp_path))
+    assert not conformance.check_loss(clipped, "policy-gradient", True)
