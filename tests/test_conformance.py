@@ -1,9 +1,12 @@
 """The lab that checks a loss against its claim: right losses pass, ten wrong ones are diagnosed."""
 
+import re
+
 from minirlhf.lab import conformance, conformance_gradients, conformance_mistakes
 from minirlhf.rl.losses import kl_k2, kl_k3, policy_gradient_loss, ppo_loss
 
 import pytest
+import tiny
 import torch
 
 LIMIT = 3  # a constant denominator
@@ -301,6 +304,7 @@ def test_off_policy_is_reported_and_counts_only_if_asked(function, status, words
         ("nowhere.py:loss", [], "cannot be imported (FileNotFoundError"),
         ("project_ppo", ["--claims", "ppo"], "invalid choice: 'ppo'"),
         ("project_ppo", ["--claim", "policy-gradient"], "unrecognized arguments"),
+        ("minus_k1", ["--kl", "--claims", "reverse-kl"], "not allowed with argument"),
         ("mean_of_k1", ["--kl"], "returned [15]; the log-probs had the shape [15, 5]"),
         ("infinite", ["--kl"], "returned a value that is not finite"),
         ("nothing", ["--kl"], "raised TypeError"),
@@ -338,3 +342,20 @@ def test_a_function_can_be_named_by_the_path_of_its_file(tmp_path, capsys):
     claim = ("--claims", "policy-gradient")
     assert check(capsys, f"{tmp_path}/a/my_loss.py:loss", *claim)[0] == 0
     assert check(capsys, f"{tmp_path}/b/my_loss.py:loss", *claim)[0] == 1
+
+
+def test_the_page_shows_what_the_program_prints(tmp_path, capsys):
+    """The example of the lab's page, apart from the rounding error."""
+    page = (tiny.ROOT / "minirlhf" / "lab" / "README.md").read_text()
+    section = page.partition("## Your own loss against its claim\n")[2].partition("\n## ")[0]
+    (tmp_path / "my_loss.py").write_text(
+        re.search(r"```python\n(.*?)^```", section, re.M | re.S)[1]
+    )
+    shown = re.findall(r"```text\n(.*?)^```", section, re.M | re.S)
+    assert len(shown) == 2
+    for text, name in zip(shown, ("loss", "mean_loss")):
+        function = f"{tmp_path}/my_loss.py:{name}"
+        output = check(capsys, function, "--claims", "policy-gradient")[1]
+        assert re.sub(r"\de-1\d", "0", output) == re.sub(r"\de-1\d", "0", text)
+    claims = re.findall(r"^\| `([\w-]+)` \|", section, re.M)
+    assert claims == list(conformance_gradients.CLAIMS)

@@ -323,6 +323,7 @@ def trl_policy_loss(name, batch_tokens=0, only_kl=False, **settings):
     return loss
 
 
+CLIPS = "Clips the importance sampling weights"
 LENGTH_BIAS = "Not recommended due to length bias"
 NO_LENGTH_BIAS = "to eliminate length bias"
 REVERSE_KL = "so that the KL gradient becomes the unbiased reverse-KL gradient"
@@ -339,10 +340,16 @@ BATCH_TOKENS = "the sum is divided by the number of tokens in the batch"
         ("GRPO", dict(loss_type="dapo"), NO_LENGTH_BIAS, "policy-gradient", BATCH_TOKENS),
         ("GRPO", dict(loss_type="dapo", batch_tokens=1000), "", "policy-gradient", ""),
         ("GRPO", dict(loss_type="grpo"), LENGTH_BIAS, "policy-gradient", OWN_LENGTH),
-        ("GRPO", dict(loss_type="bnpo"), "the local batch only", "policy-gradient", BATCH_TOKENS),
+        (
+            "GRPO",
+            dict(loss_type="bnpo"),
+            "depending on the local batch size",
+            "policy-gradient",
+            BATCH_TOKENS,
+        ),
         ("GRPO", dict(loss_type="luspo", **SEQUENCE), "Length-Unbiased", "policy-gradient", ""),
-        ("GRPO", dict(loss_type="cispo", batch_tokens=1000), "", "policy-gradient", ""),
-        ("GRPO", dict(loss_type="sapo"), "", "policy-gradient", OWN_LENGTH),
+        ("GRPO", dict(loss_type="cispo", batch_tokens=1000), CLIPS, "policy-gradient", ""),
+        ("GRPO", dict(loss_type="sapo"), "useful learning signals", "policy-gradient", OWN_LENGTH),
         ("RLOO", {}, "", "policy-gradient", ""),
         ("GRPO", ONLY_KL, REVERSE_KL, "reverse-kl", "it satisfies reverse-kl-per-state"),
         ("GRPO", ONLY_KL, REVERSE_KL, "reverse-kl-per-state", ""),
@@ -373,3 +380,12 @@ def test_the_loss_of_trls_rloo_is_exact_off_policy_without_clipping(capsys, tmp_
     assert conformance.check_loss(loss, "policy-gradient", True)
     clipped = trl_policy_loss("RLOO", output_dir=str(tmp_path))
     assert not conformance.check_loss(clipped, "policy-gradient", True)
+
+
+@pytest.mark.parametrize("bound, c", [(None, "0.0002"), (5.0, "0.001")])
+def test_cispo_of_trl_clips_the_ratio_one_by_default(bound, c, capsys, tmp_path):
+    """Its default bound is epsilon = 0.2; the recommended one is 5."""
+    settings = dict(loss_type="cispo", batch_tokens=1000, epsilon_high=bound)
+    loss = trl_policy_loss("GRPO", output_dir=str(tmp_path), **settings)
+    assert conformance.check_loss(loss, "policy-gradient", False)
+    assert f"c = {c} for [1, 3]" in capsys.readouterr().out

@@ -165,6 +165,13 @@ COMMANDS = {
     "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD": Run(
         " --scale tiny", "runs/overoptimization/overoptimization.md", slow=True
     ),
+    "python -m minirlhf.lab.conformance my_loss.py:loss --claims policy-gradient": Run(
+        "", "says: holds on-policy"
+    ),
+    "python -m minirlhf.lab.conformance FILE.py:FUNCTION --claims CLAIM": Elsewhere(
+        test="test_conformance.py"
+    ),
+    "python -m minirlhf.lab.conformance my_loss.py:k3 --kl": Run("", "says: unbiased"),
     "python -m minirlhf.lab.memory": Run("", "says: of it sending"),
     "python -m minirlhf.lab.gpu --out DIR": Elsewhere(
         step="python -m minirlhf.lab.gpu --dry-run --out \"$work/gpu\""
@@ -206,6 +213,11 @@ def write_desk(folder: Path) -> None:
     (folder / "mine.jsonl.gz").write_bytes(gzip.compress((folder / "pairs.jsonl").read_bytes()))
     (folder / "my_rewards.py").write_text(
         re.search(r"`(def brevity.*?)`", TEXTS["README.md"])[1] + "\n"
+    )
+    (folder / "my_loss.py").write_text(
+        re.search(
+            r"`my_loss.py`:\n\n```python\n(.*?)^```", TEXTS["minirlhf/lab/README.md"], re.M | re.S
+        )[1]
     )
     (folder / "FILE...").write_text("a short text of a few words\n" * 3)
     (folder / "gpt2").mkdir()

@@ -109,12 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m minirlhf.lab.conformance", allow_abbrev=False,
                     description="Check a loss against the gradient that it claims to have.")
     parser.add_argument("function", help="MODULE:FUNCTION or path/to/file.py:FUNCTION")
-    parser.add_argument("--claims", choices=CLAIMS, metavar="CLAIM",
-                        help=f"one of {', '.join(CLAIMS)}; default: the closest one")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--claims", choices=CLAIMS, metavar="CLAIM",
+                      help=f"one of {', '.join(CLAIMS)}; default: the closest one")
+    kind.add_argument("--kl", action="store_true",
+                      help="the function is an estimator of the KL, not a loss")
     parser.add_argument("--off-policy", action="store_true",
                         help="the claim must also hold if another policy sampled the responses")
-    parser.add_argument("--kl", action="store_true",
-                        help="the function is an estimator of the KL, not a loss")
     try:
         options = parser.parse_args(arguments)
         function = load_function(options.function, "function")
