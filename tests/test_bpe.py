@@ -7,7 +7,7 @@ import random
 
 from minirlhf.data.helpdesk import PHRASES
 from minirlhf.data.tokenizer import GPT2_PATTERN, HELPDESK_RANKS, load_tokenizer
-from minirlhf.tools.bpe import main, merge, train_ranks, write_ranks
+from minirlhf.tools.bpe import main, merge, read_texts, train_ranks, write_ranks
 from minirlhf.tools.helpdesk_data import SPLITS, prompts_of
 
 import pytest
@@ -131,7 +131,25 @@ def test_command_reads_text_and_every_string_of_preference_files(tmp_path, capsy
     assert capsys.readouterr().out.startswith(f"{len(train_ranks(texts, 300))} ranks in ")
 
 
+def test_files_are_read_by_the_rules_of_training(tmp_path):
+    """A byte order mark, JSON lines in .json, an array in .jsonl, and .gz by its content."""
+    lines = b'\xef\xbb\xbf{"prompt": "zebra"}\r\n\r\n{"prompt": "okapi"}\n'
+    contents = {
+        "lines.json": lines,
+        "array.jsonl": b'[{"prompt": "zebra"}, {"prompt": ["okapi"]}]',
+        "packed.jsonl": gzip.compress(lines),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert list(read_texts(tmp_path / name)) == ["zebra", "okapi"]
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfzebra")
+    assert list(read_texts(tmp_path / "mark.txt")) == ["zebra"]
+
+
 BAD_FILES = {
+    "surrogate.jsonl": b'{"a": "\\ud800"}',
+    "deep.jsonl": b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "text.jsonl": b'"text"',
     "missing.txt": None,
     "bad.json": b"{",
     "bad.jsonl.gz": b"no gzip",

@@ -22,6 +22,7 @@ from minirlhf.data.batches import (
     pad_left,
     pad_right,
 )
+from minirlhf.data.chat_templates import CHATML
 from minirlhf.data.preference_files import (
     PreferencePair,
     read_preferences,
@@ -93,6 +94,40 @@ RECORDS = {
     },
     "ranked": {"prompt": PROMPT, "responses": [" No", " Yes, please"], "preferences": [[1, 0]]},
 }
+QUESTION = "\n\nHuman: Tea?\n\nAssistant:"
+INSTRUCTION_RECORDS = {
+    "HelpSteer2": {
+        "prompt": "Tea?",
+        "response_1": "No",
+        "response_2": "Yes, please",
+        "preference_strength": 1,
+    },
+    "HelpSteer3": {
+        "context": [user("Tea?")],
+        "response1": "Yes, please",
+        "response2": "No",
+        "overall_preference": -1,
+    },
+    "PKU-SafeRLHF": {
+        "prompt": "Tea?",
+        "response_0": "No",
+        "response_1": "Yes, please",
+        "better_response_id": 1,
+        "safer_response_id": 0,
+    },
+    "instruction": {"instruction": "Tea?", "input": "", "chosen": "Yes, please", "rejected": "No"},
+    "question": {"system": "", "question": "Tea?", "chosen": "Yes, please", "rejected": "No"},
+    "single messages": {
+        "messages": [user("Tea?")],
+        "chosen": assistant("Yes, please"),
+        "rejected": assistant("No"),
+    },
+    "ranked messages": {
+        "prompt": [user("Tea?")],
+        "responses": ["No", "Yes, please"],
+        "preferences": [[1, 0]],
+    },
+}
 CONTAINERS = ["lines.jsonl", "lines.jsonl.gz", "array.json", "array.json.gz", "indented.json"]
 
 
@@ -132,6 +167,92 @@ def test_margin_and_weight_are_read_from_every_shape(tmp_path, shape):
         (0.5, 2.0),
         (None, 1.0),
     ]
+
+
+@pytest.mark.parametrize("shape", INSTRUCTION_RECORDS)
+def test_formats_of_questions_and_answers_become_messages(tmp_path, shape):
+    """Question and answer have no blank between them: as plain texts they would run together."""
+    path = write(tmp_path, [INSTRUCTION_RECORDS[shape]])
+    assert read_preferences(path) == [(QUESTION, " Yes, please", " No", None, 1.0)]
+    assert read_prompts(path) == [QUESTION]
+    chat = read_preferences(path, template=CHATML)
+    opening = "\0<|im_start|>\0"
+    prompt = f"{opening}user\nTea?\0<|im_end|>\0\n{opening}assistant\n"
+    assert chat == [(prompt, "Yes, please", "No", None, 1.0)]
+
+
+def test_strength_is_a_weight_and_a_tie_is_both_orders(tmp_path):
+    record = INSTRUCTION_RECORDS["HelpSteer2"]
+    records = [record | {"preference_strength": strength} for strength in (-3, 0, 2)]
+    assert [pair[1:] for pair in read_preferences(write(tmp_path, records))] == [
+        (" No", " Yes, please", None, 3.0),
+        (" No", " Yes, please", None, 0.5),
+        (" Yes, please", " No", None, 0.5),
+        (" Yes, please", " No", None, 2.0),
+    ]
+    for value in (4, -4, 1.5, True, None, "1"):
+        with pytest.raises(UserError, match='"preference_strength" must be -3 to 3'):
+            read_preferences(write(tmp_path, [record | {"preference_strength": value}]))
+    for value in (2, -1, None):
+        safe = INSTRUCTION_RECORDS["PKU-SafeRLHF"] | {"better_response_id": value}
+        with pytest.raises(UserError, match='"better_response_id" must be 0 or 1'):
+            read_preferences(write(tmp_path, [safe]))
+
+
+def test_system_and_input_become_part_of_the_prompt(tmp_path):
+    question = INSTRUCTION_RECORDS["question"] | {"system": "Be kind."}
+    instruction = INSTRUCTION_RECORDS["instruction"] | {"input": "Green."}
+    prompts = []
+    for record in (
+        question,
+        instruction,
+        {"system": "Be kind.", "prompt": "Tea?", "chosen": "a", "rejected": "b"},
+        {"system": "Be kind.", "prompt": QUESTION, "chosen": "a", "rejected": "b"},
+        {"system": "Be kind.", "prompt": "Tea?"},
+    ):
+        prompts += read_prompts(write(tmp_path, [record]))
+    system = "\n\nSystem: Be kind."
+    assert prompts == [
+        system + QUESTION,
+        "\n\nHuman: Tea?\nGreen.\n\nAssistant:",
+        "Be kind.\n\nTea?",
+        system + QUESTION,
+        "Be kind.\n\nTea?",
+    ]
+
+
+@pytest.mark.parametrize("key", ["history", "tools", "tool_calls", "images"])
+def test_a_key_that_changes_the_prompt_is_refused_by_its_name(tmp_path, key):
+    for record in (
+        RECORDS["strings"] | {key: [["a", "b"]]},
+        {"prompt": "p", key: "x"},
+        {"chosen": [user("p"), assistant("a") | {key: [1]}], "rejected": []},
+    ):
+        with pytest.raises(UserError, match=f'lines.jsonl:1: "{key}" changes the prompt'):
+            (read_prompts if len(record) == 2 and "prompt" in record else read_preferences)(
+                write(tmp_path, [record])
+            )
+    assert read_preferences(write(tmp_path, [RECORDS["strings"] | {key: []}]))
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_refused(tmp_path):
+    """Its rendering would contain "Assistant:" twice."""
+    ends = [user("Tea?"), assistant("Yes")]
+    records = [
+        {"prompt": ends},
+        {"messages": ends},
+        {"prompt": ends, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    ]
+    for record in records:
+        with pytest.raises(UserError, match="the prompt ends with a message of the assistant"):
+            read_prompts(write(tmp_path, [record]))
+
+
+def test_a_prompt_repeated_in_the_responses_is_removed_from_texts_too(tmp_path):
+    record = {"prompt": "Tea?", "chosen": "Tea? Yes", "rejected": "Tea? No"}
+    assert read_preferences(write(tmp_path, [record])) == [("Tea?", " Yes", " No", None, 1.0)]
+    one = record | {"rejected": "No"}  # only one side: it may be what was said
+    assert read_preferences(write(tmp_path, [one])) == [("Tea?", "Tea? Yes", "No", None, 1.0)]
 
 
 def test_ranked_record_gives_one_pair_for_each_preference_and_a_tie_both_orders(tmp_path):
@@ -257,7 +378,7 @@ BAD_LINES = {
     ),
     "mixed shapes": (
         json.dumps(RECORDS["ranked"]).encode(),
-        "contains ranked responses, the earlier ones prompt, chosen",
+        "contains prompt, responses, the earlier ones prompt, chosen, rejected",
     ),
     "invalid utf-8": (
         b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}',
@@ -358,7 +479,7 @@ def test_bad_ranking_is_reported(tmp_path, change, message):
             {"prompt": "p", "chosen": [], "rejected": [assistant("b")]},
             "must continue with a message of the assistant",
         ),
-        ({"chosen": [user("a")], "rejected": [user("a")]}, 'share nothing up to an "Assistant:"'),
+        ({"chosen": [user("a")], "rejected": [user("a")]}, "share nothing up to a message of the"),
         (
             {"chosen": [{"role": "critic\n", "content": ""}], "rejected": []},
             r"has the role 'critic\\n'; use one of",
@@ -371,11 +492,11 @@ def test_bad_ranking_is_reported(tmp_path, change, message):
         ({"chosen": [{"role": "user"}], "rejected": []}, "is null, but must be a string"),
         (
             {"conversations": [], "chosen": "a", "rejected": "b"},
-            '"chosen" must be a list of messages',
+            "share nothing up to a message of the assistant",
         ),
         (
-            {"conversations": {}, "chosen": assistant("a"), "rejected": assistant("b")},
-            '"prompt" must be a list of messages',
+            {"conversations": 3, "chosen": assistant("a"), "rejected": assistant("b")},
+            '"conversations" must be a list of messages',
         ),
         ({"chosen": "Human: a", "rejected": "Human: b"}, 'share nothing up to an "Assistant:"'),
         (
@@ -610,7 +731,8 @@ def test_prompt_and_response_are_encoded_separately_and_end_with_eos(enc):
     responses = (256, ord("e"), enc.eot_token), (*b"x<|endoftext|>", enc.eot_token)
     assert groups == [PreferenceGroup(tuple(b"a "), responses, ((0, 1, 0.0, 1.0),))]
     expected = dict(read=1, kept=1, empty=0, identical=0, prompts_cut=0, responses_cut=0)
-    assert counts == expected
+    assert counts == expected | dict(eos_text=1)
+    assert "; 1 pairs contain the name of EOS" in describe_counts(counts)
 
 
 def test_over_long_prompts_lose_the_beginning_and_responses_the_end(enc):
@@ -642,7 +764,7 @@ def test_pairs_identical_after_cutting_are_dropped_and_counted(enc):
     groups, counts = encode_preferences(pairs, enc, 4, 3)
     assert [len(group.pairs) for group in groups] == [1] and len(groups[0].responses) == 2
     expected = dict(read=5, kept=1, empty=2, identical=2, prompts_cut=0, responses_cut=0)
-    assert counts == expected
+    assert counts == expected | dict(eos_text=0)
     assert "kept 1 of 5" in describe_counts(counts) and "\n" not in describe_counts(counts)
     with pytest.raises(UserError, match="no usable pair: kept 0 of 2 pairs"):
         encode_preferences(pairs[:2], enc, 4, 3)

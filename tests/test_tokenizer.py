@@ -202,7 +202,7 @@ def test_missing_rank_file_directory_and_too_large_file_are_refused(tmp_path, mo
     (tmp_path / "folder.tiktoken").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(str(tmp_path / "folder.tiktoken"))
-    monkeypatch.setattr("minirlhf.data.tokenizer.MAX_RANK_FILE_BYTES", 100)
+    monkeypatch.setattr("minirlhf.data.rank_files.MAX_RANK_FILE_BYTES", 100)
     with pytest.raises(UserError, match="larger than 100 bytes"):
         load_tokenizer(tiny_rank_file(tmp_path))
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from minirlhf.data.chat_templates import MARKED
 from minirlhf.data.preference_files import PreferencePair
-from minirlhf.data.prompts import encode_prompt
-from minirlhf.data.tokenizer import CHUNK, Ids
+from minirlhf.data.prompts import chunks, encode_chunk, encode_prompt
+from minirlhf.data.tokenizer import Ids
 from minirlhf.run.errors import UserError
 from minirlhf.run.seeding import generator
 
@@ -52,8 +53,9 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     the model needs a position from which to predict the first token; GPT-2 starts texts this way.
     Pairs with a blank response, or with identical responses after cutting, are dropped.
 
-    counts: read, kept, empty, identical (pairs; a blank response counts as empty), prompts_cut
-    (groups), responses_cut (distinct responses of the kept pairs).
+    counts: read, kept, empty, identical, eos_text (pairs; a blank response counts as empty),
+    prompts_cut (groups), responses_cut (distinct responses of the kept pairs). eos_text: EOS is
+    written out in the text, as if a text of the training data had been split wrongly.
     Raises UserError if no pair is left.
     """
     if min(max_prompt_length, max_response_length) < 1:
@@ -73,10 +75,13 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
             groups += _groups(prompt_ids, encoded, kept)
     kept_pairs = sum(len(group.pairs) for group in groups)
     eos = encoding.eot_token
+    eos_text = encoding.decode_single_token_bytes(eos).decode()
+    with_eos_text = sum(any(eos_text in MARKED.sub("", text) for text in pair[:3])
+                        for pair in pairs)
     responses_cut = sum(ids[-1] != eos for group in groups for ids in group.responses)
     counts = dict(read=len(pairs), kept=kept_pairs, empty=len(pairs) - len(answered),
                   identical=len(answered) - kept_pairs, prompts_cut=prompts_cut,
-                  responses_cut=responses_cut)
+                  responses_cut=responses_cut, eos_text=with_eos_text)
     if not groups:
         raise UserError(f"no usable pair: {describe_counts(counts)}; "
                         "check the data, or raise the maximum lengths")
@@ -103,11 +108,14 @@ def describe_counts(counts: dict[str, int]) -> str:
     """The counts of encode_preferences in one line.
 
     >>> describe_counts({"read": 9, "kept": 6, "empty": 1, "identical": 2,
-    ...                  "prompts_cut": 3, "responses_cut": 4})
+    ...                  "prompts_cut": 3, "responses_cut": 4, "eos_text": 0})
     'kept 6 of 9 pairs (dropped: 1 blank, 2 identical after cutting); cut 3 prompts, 4 responses'
     """
-    return ("kept {kept} of {read} pairs (dropped: {empty} blank, {identical} identical after "
-            "cutting); cut {prompts_cut} prompts, {responses_cut} responses").format(**counts)
+    text = ("kept {kept} of {read} pairs (dropped: {empty} blank, {identical} identical after "
+            "cutting); cut {prompts_cut} prompts, {responses_cut} responses")
+    if counts["eos_text"]:
+        text += "; {eos_text} pairs contain the name of EOS, which is read as ordinary text"
+    return text.format(**counts)
 
 
 def _encode_response(encoding: tiktoken.Encoding, text: str, max_length: int) -> Ids:
@@ -118,8 +126,8 @@ def _encode_response(encoding: tiktoken.Encoding, text: str, max_length: int) ->
     tiktoken's own; at a chunk boundary they may differ from those of the whole text.
     """
     ids: list[int] = []
-    for start in range(0, len(text), CHUNK):
-        ids += encoding.encode_ordinary(text[start:start + CHUNK])
+    for chunk in chunks(text):
+        ids += encode_chunk(encoding, *chunk)
         if len(ids) >= max_length:
             return tuple(ids[:max_length])
     return *ids, encoding.eot_token

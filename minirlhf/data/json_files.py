@@ -131,6 +131,21 @@ def _parse(source: str) -> dict | BadRecord:
     return record
 
 
+def check_text(value: object, key: str) -> str:
+    """The value, if it is a valid text. Raises BadRecord that names the key."""
+    if not isinstance(value, str):
+        raise BadRecord(f'"{key}" is {KINDS[type(value)]}, but must be a string; '
+                        "fix the record")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # an invalid byte, or an escape like \ud800
+        raise BadRecord(f'"{key}" is not valid UTF-8; '
+                        "convert the file, or fix the record") from None
+    if "\0" in value:
+        raise BadRecord(f'"{key}" contains a NUL character; remove it')
+    return value
+
+
 def unique_keys(items: list[tuple[str, object]]) -> dict:
     """An object_pairs_hook for json that raises ValueError for a repeated key."""
     keys = dict(items)

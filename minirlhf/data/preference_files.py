@@ -1,33 +1,46 @@
 """From preference files to checked pairs.
 
 A file contains records, one per line (JSON lines) or in one JSON array, plain or as .gz. All
-records of a file have the same shape:
+records of a file have the same shape. data/README.md lists the shapes with their sources:
 
-    strings      {"prompt": "...", "chosen": "...", "rejected": "..."}
-    messages     {"prompt": [{"role": "user", "content": "..."}],
-                  "chosen": [...], "rejected": [...]}
-    transcripts  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}    (HH-RLHF)
-    ShareGPT     {"conversations": [{"from": "human", "value": "..."}],
-                  "chosen": {...}, "rejected": {...}}
-    ranked       {"prompt": "...", "responses": ["...", "..."],
-                  "preferences": [[winner, loser], ...]}
+    prompt       "prompt", "instruction" with "input", "question", "context", "conversations" or
+                 "messages"; without one, the beginning that both responses share
+    responses    "chosen" and "rejected"
+                 "responses" and "preferences", a list of [winner, loser]
+                 "response_1", "response_2" and "preference_strength"    (HelpSteer2)
+                 "response1", "response2" and "overall_preference"    (HelpSteer3)
+                 "response_0", "response_1" and "better_response_id"    (PKU-SafeRLHF)
+
+A prompt or response is a text, a message {"role": "user", "content": "..."} or {"from", "value"},
+or a list of messages. Texts under "prompt" and "chosen" are used as they are if the model has no
+chat template. All others are messages: the template puts them together.
 
 `margin` and `weight` are optional; in a ranked record each may be a list with one number per
-preference. A tie is two preferences, one in each order, of weight 1/2. Other keys are ignored.
+preference. A tie is two preferences, one in each order, of weight 1/2. `system` is a system message
+before the prompt. Keys that would change the prompt and are not supported (UNSUPPORTED) make a
+record bad; other keys are ignored.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from minirlhf.data.json_files import BadRecord, read_objects
-from minirlhf.run.errors import KINDS, UserError
+from minirlhf.data.chat_templates import DIALOGUE, MARKED, ChatTemplate, Turn
+from minirlhf.data.json_files import BadRecord, check_text, read_objects
+from minirlhf.run.errors import UserError
 
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
-SYSTEM = "\n\nSystem:"
-SPEAKERS = {"user": HUMAN, "human": HUMAN, "assistant": ASSISTANT, "gpt": ASSISTANT,
-            "system": SYSTEM}
+ASSISTANT = DIALOGUE.opened("assistant")
+SPEAKERS = dict(user="user", human="user", assistant="assistant", gpt="assistant", system="system")
+PROMPT_KEYS = ("prompt", "instruction", "question", "context", "conversations", "messages")
+# The key of the label -> the keys of the two responses. A label of HelpSteer is -3 to 3: negative
+# if the first response is better. PKU-SafeRLHF's is the index of the better one.
+LABELS = {"preference_strength": ("response_1", "response_2"),
+          "overall_preference": ("response1", "response2"),
+          "better_response_id": ("response_0", "response_1")}
+TEXT_KEYS = {"chosen", "rejected", "responses"}  # of responses that can be plain texts
+SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")
+UNSUPPORTED = ("history", "tools", "tool_calls", "images")
 MAX_BAD_RECORDS = 10_000  # more than this and than the usable ones: probably the wrong file
 SMALLEST_WEIGHT = 1e-6  # a batch of weight 0 would divide by 0
 LARGEST_NUMBER = 1e6  # larger margins and weights are mistakes, and 1e39 is infinite in float32
@@ -49,30 +62,41 @@ class PreferencePair(NamedTuple):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def read_preferences(path: str, skip_bad_lines: bool = False) -> list[PreferencePair]:
+def read_preferences(path: str, skip_bad_lines: bool = False,
+                     template: ChatTemplate = DIALOGUE) -> list[PreferencePair]:
     """All pairs of one file. Raises UserError "path:line: what is wrong; what to do"."""
-    return read_records([path], skip_bad_lines)[0]
+    return read_records([path], skip_bad_lines, template)[0]
 
 
-def read_records(paths: Sequence[str],
-                 skip_bad_lines: bool = False) -> tuple[list[PreferencePair], int]:
+def read_records(paths: Sequence[str], skip_bad_lines: bool = False,
+                 template: ChatTemplate = DIALOGUE) -> tuple[list[PreferencePair], int]:
     """(all pairs of several files, number of bad records skipped).
 
     Files may have different shapes. With `skip_bad_lines` bad records are counted and skipped;
     the rest of a file after damage counts as one record. A file without a usable record is always
     an error, and so is one with more than MAX_BAD_RECORDS bad records and fewer usable ones.
     """
-    files = [_read(path, skip_bad_lines, _pairs) for path in paths]
+    files = [_read(path, skip_bad_lines, _pairs, template) for path in paths]
     return [pair for pairs, _ in files for pair in pairs], sum(bad for _, bad in files)
 
 
-def read_prompts(path: str, skip_bad_lines: bool = False) -> list[str]:
+def read_prompts(path: str, skip_bad_lines: bool = False,
+                 template: ChatTemplate = DIALOGUE) -> list[str]:
     """The distinct prompts, in order, of a preference file or a file of {"prompt": ...} records."""
-    return list(dict.fromkeys(_read(path, skip_bad_lines, _prompts)[0]))
+    return list(dict.fromkeys(_read(path, skip_bad_lines, _prompts, template)[0]))
+
+
+def render_prompt(text: str, template: ChatTemplate) -> str:
+    """The prompt for a text that a user wrote. Raises UserError."""
+    try:
+        return _as_texts(text.replace("\0", ""), [], "", template)[0]
+    except BadRecord as problem:
+        raise UserError(str(problem)) from None
 
 
 def _read(path: str, skip_bad_lines: bool,
-          convert: Callable[[dict], tuple[str, list]]) -> tuple[list, int]:
+          convert: Callable[[dict, ChatTemplate], tuple[str, list]],
+          template: ChatTemplate) -> tuple[list, int]:
     """(items of all records, number of bad records skipped).
 
     convert: from a record to (its shape, its items).
@@ -84,7 +108,7 @@ def _read(path: str, skip_bad_lines: bool,
         try:
             if isinstance(record, BadRecord):
                 raise record
-            shape, converted = convert(record)
+            shape, converted = convert(record, template)
             if first_shape not in (None, shape):
                 raise BadRecord(f"the record contains {shape}, the earlier ones {first_shape}; "
                                 "split the file")
@@ -108,50 +132,44 @@ def _read(path: str, skip_bad_lines: bool,
 # ---- records: from JSON objects to pairs ---------------------------------------------------------
 
 
-def _pairs(record: dict) -> tuple[str, list[PreferencePair]]:
-    shape, prompt, responses, preferences = _comparison(record)
+def _pairs(record: dict, template: ChatTemplate) -> tuple[str, list[PreferencePair]]:
+    answers, preferences, default_weights = _labels(record)
     count = len(preferences)
     margins: Sequence[float | None] = _numbers(record, "margin", -LARGEST_NUMBER, count)
     margins = margins or [None] * count
-    weights = _numbers(record, "weight", SMALLEST_WEIGHT, count) or [1.0] * count
+    weights = _numbers(record, "weight", SMALLEST_WEIGHT, count) or default_weights
+    shape, prompt, responses = _texts(record, answers, template)
     return shape, [PreferencePair(prompt, responses[winner], responses[loser], margin, weight)
                    for (winner, loser), margin, weight in zip(preferences, margins, weights)]
 
 
-def _prompts(record: dict) -> tuple[str, list[str]]:
-    if record.keys() & {"chosen", "rejected", "responses", "preferences", "conversations"}:
-        shape, prompt, *_ = _comparison(record)
-        return shape, [prompt]
-    value = _key(record, "prompt")
-    if isinstance(value, list):
-        return "prompts alone", [_render(_messages(value, "prompt")) + ASSISTANT]
-    return "prompts alone", [_text(value, "prompt")]
+def _prompts(record: dict, template: ChatTemplate) -> tuple[str, list[str]]:
+    has_answers = record.keys() & {"chosen", "rejected", "responses", "preferences", *LABELS}
+    answers = _labels(record)[0] if has_answers else []
+    shape, prompt, _ = _texts(record, answers, template)
+    return shape if answers else "prompts alone", [prompt]
 
 
-def _comparison(record: dict) -> tuple[str, str, list[str], list[list[int]]]:
-    """Shape, prompt, responses, and [winner, loser] indices of a record of any shape."""
+def _labels(record: dict) -> tuple[list[tuple[str, object]], list[list[int]], list[float]]:
+    """(key and value of each response, [winner, loser] indices of them, weights)."""
     if "responses" in record or "preferences" in record:
-        prompt = _text(_key(record, "prompt"), "prompt")
-        return "ranked responses", prompt, *_ranking(record)
-    chosen = _key(record, "chosen")
-    rejected = _key(record, "rejected")
-    if "conversations" in record:
-        shape = "ShareGPT conversations"
-        parts = _split_messages(record["conversations"], [chosen], [rejected])
-    elif isinstance(chosen, list):
-        shape = "message lists"
-        parts = _split_messages(record.get("prompt", []), chosen, rejected)
-    elif "prompt" in record:
-        shape = "prompt, chosen, rejected"
-        responses = [_text(chosen, "chosen"), _text(rejected, "rejected")]
-        parts = _text(record["prompt"], "prompt"), responses
-    else:
-        shape = "transcripts"
-        parts = _split_transcripts(_text(chosen, "chosen"), _text(rejected, "rejected"))
-    return shape, *parts, [[0, 1]]
+        responses, preferences = _ranking(record)
+        return [("responses", each) for each in responses], preferences, [1.0] * len(preferences)
+    label = next((key for key in LABELS if key in record), "")
+    answers = [(key, _key(record, key)) for key in LABELS.get(label, ("chosen", "rejected"))]
+    if not label:
+        return answers, [[0, 1]], [1.0]
+    value = record[label]
+    is_index = label == "better_response_id"
+    if type(value) is not int or value not in (range(2) if is_index else range(-3, 4)):
+        raise BadRecord(f'"{label}" must be {"0 or 1" if is_index else "-3 to 3"}; fix the record')
+    if value == 0 and not is_index:  # a tie
+        return answers, [[0, 1], [1, 0]], [0.5, 0.5]
+    first_wins = value == 0 if is_index else value < 0
+    return answers, [[0, 1] if first_wins else [1, 0]], [1.0 if is_index else float(abs(value))]
 
 
-def _ranking(record: dict) -> tuple[list[str], list[list[int]]]:
+def _ranking(record: dict) -> tuple[list, list[list[int]]]:
     responses = _key(record, "responses")
     preferences = _key(record, "preferences")
     if not isinstance(responses, list) or not isinstance(preferences, list) or not preferences:
@@ -162,7 +180,95 @@ def _ranking(record: dict) -> tuple[list[str], list[list[int]]]:
         if not is_two or any(type(i) is not int or not 0 <= i < len(responses) for i in pair):
             raise BadRecord('each item of "preferences" must be [winner, loser], two of the '
                             f"{len(responses)} responses, counted from 0; fix the record")
-    return [_text(response, "responses") for response in responses], preferences
+    return responses, preferences
+
+
+# ---- prompts and responses: texts as they are, or messages in a template -------------------------
+
+
+def _texts(record: dict, answers: list[tuple[str, object]],
+           template: ChatTemplate) -> tuple[str, str, list[str]]:
+    """(shape, prompt, responses) of a record. answers: key and value of each response."""
+    _refuse_unsupported(record)
+    keys = list(dict.fromkeys(key for key, _ in answers))
+    prompt_key = next((key for key in PROMPT_KEYS if key in record), "")
+    if not prompt_key and keys != ["chosen", "rejected"]:
+        _key(record, "prompt")
+    shape = ", ".join([prompt_key or "no prompt", *keys])
+    prompt = record.get(prompt_key, "")
+    system = check_text(record.get("system") or "", "system")
+    has_messages = any(isinstance(value, (list, dict)) for _, value in [("", prompt), *answers])
+    if has_messages or prompt_key not in ("", "prompt") or not TEXT_KEYS.issuperset(keys):
+        if record.get("input"):
+            prompt = f"{check_text(prompt, prompt_key)}\n{check_text(record['input'], 'input')}"
+        turns = _turns(prompt, prompt_key, "user") if prompt_key else []
+        role = "" if any(isinstance(value, (list, dict)) for _, value in answers) else "assistant"
+        sides = [_turns(value, key, role) for key, value in answers]
+        return f"{shape} as messages", *_as_messages(turns, sides, system, template)
+    responses = [check_text(value, key) for key, value in answers]
+    prompt = check_text(prompt, "prompt")
+    if not prompt_key:
+        prompt, responses = _split_transcripts(*responses)
+    elif all(response.startswith(prompt) for response in responses):
+        responses = [response.removeprefix(prompt) for response in responses]
+    return shape, *_as_texts(prompt, responses, system, template)
+
+
+def _as_texts(prompt: str, responses: list[str], system: str,
+              template: ChatTemplate) -> tuple[str, list[str]]:
+    """(prompt, responses): unchanged without a chat template, otherwise one message or a dialogue.
+    """
+    is_dialogue = prompt.startswith("\n\n") and SPEAKER.match(prompt)
+    if template.opening and template is not DIALOGUE:
+        if prompt.startswith(MARKED.sub(r"\1", template.opening).partition("{")[0]):
+            raise BadRecord("the prompt already contains the chat template; give the message alone")
+        if not is_dialogue:
+            sides = [[("assistant", response.removeprefix(" "))] for response in responses]
+            return _as_messages([("user", prompt)], sides, system, template)
+        turns = _dialogue(prompt)
+        if turns[-1] == ("assistant", ""):
+            turns.pop()
+        return _as_messages(turns, [_dialogue(ASSISTANT + each) for each in responses], system,
+                            template)
+    if system:
+        prompt = (DIALOGUE.message("system", system) if is_dialogue else f"{system}\n\n") + prompt
+    return template.start + prompt, responses
+
+
+def _as_messages(turns: list[Turn], sides: list[list[Turn]], system: str,
+                 template: ChatTemplate) -> tuple[str, list[str]]:
+    """(prompt, responses) in the template.
+
+    Without a prompt, it is the beginning that all sides share, up to an answer. Some files repeat
+    the prompt in each response.
+    """
+    if not template.opening:
+        raise BadRecord("messages need a chat template, and this base model has none; write texts "
+                        "as prompt, chosen and rejected, or use an instruct model")
+    shared = len(turns)
+    if not turns:
+        columns = zip(*sides)
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        while shared and not all(_is_answer(side[shared:]) for side in sides):
+            shared -= 1
+        if shared == 0:
+            raise BadRecord('chosen and rejected share nothing up to a message of the assistant; '
+                            "add a prompt or drop the pair")
+        turns = sides[0][:shared]
+    answers = [side[shared:] if side[:shared] == turns else side for side in sides]
+    if turns[-1][0] == "assistant":
+        raise BadRecord("the prompt ends with a message of the assistant; "
+                        "remove it, or move it into the responses")
+    if not all(map(_is_answer, answers)):
+        raise BadRecord("after the prompt, chosen and rejected must continue with a message of "
+                        "the assistant; fix the record")
+    if system:
+        turns = [("system", system), *turns]
+    return template.prompt(turns), [template.response(answer) for answer in answers]
+
+
+def _is_answer(turns: list[Turn]) -> bool:
+    return bool(turns) and turns[0][0] == "assistant"
 
 
 def _split_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
@@ -185,28 +291,17 @@ def _split_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
     return prompt, [ASSISTANT.join(side[shared:]) for side in sides]
 
 
-def _split_messages(prompt: object, chosen: object, rejected: object) -> tuple[str, list[str]]:
-    """(prompt, responses) as transcripts.
-
-    If there is no prompt, it is the beginning that both responses share. A string as prompt is one
-    user message. Some files repeat the prompt in each response.
-    """
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    turns = _messages(prompt, "prompt")
-    sides = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
-    if not turns:
-        return _split_transcripts(*map(_render, sides))
-    answers = [side[len(turns):] if side[:len(turns)] == turns else side for side in sides]
-    if any(not answer or answer[0][0] != ASSISTANT for answer in answers):
-        raise BadRecord("after the prompt, chosen and rejected must continue with a message of "
-                        "the assistant; fix the record")
-    responses = [_render(answer).removeprefix(ASSISTANT) for answer in answers]
-    return _render(turns) + ASSISTANT, responses
+def _dialogue(text: str) -> list[Turn]:
+    """The turns of a transcript."""
+    _, *parts = SPEAKER.split(text)
+    return [(SPEAKERS[name.lower()], said.strip()) for name, said in zip(parts[::2], parts[1::2])]
 
 
-def _messages(messages: object, key: str) -> list[tuple[str, str]]:
-    """(speaker, text) of each {"role", "content"} or {"from", "value"}."""
+def _turns(messages: object, key: str, role: str) -> list[Turn]:
+    """The turns of a text (if it may be one: it has a role), of one message, or of a list."""
+    if role and isinstance(messages, str):
+        return [(role, check_text(messages, key))]
+    messages = [messages] if isinstance(messages, dict) else messages
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise BadRecord(f'"{key}" must be a list of messages, '
                         '[{"role": "user", "content": "..."}]; fix the record')
@@ -216,13 +311,17 @@ def _messages(messages: object, key: str) -> list[tuple[str, str]]:
         if not isinstance(role, str) or role not in SPEAKERS:
             raise BadRecord(f'a message in "{key}" has the role {str(role)[:20]!r}; '
                             f'use one of {", ".join(SPEAKERS)}')
-        text = _text(message.get("content", message.get("value")), key)
+        _refuse_unsupported(message)
+        text = check_text(message.get("content", message.get("value")), key)
         turns.append((SPEAKERS[role], text))
     return turns
 
 
-def _render(turns: list[tuple[str, str]]) -> str:
-    return "".join(f"{speaker} {text}" for speaker, text in turns)
+def _refuse_unsupported(record: dict) -> None:
+    for key in UNSUPPORTED:
+        if record.get(key):
+            raise BadRecord(f'"{key}" changes the prompt and is not supported; '
+                            "write it into the prompt, or drop the record")
 
 
 def _key(record: dict, key: str) -> object:
@@ -230,20 +329,6 @@ def _key(record: dict, key: str) -> object:
         raise BadRecord(f'the key "{key}" is missing; add it, or see '
                         "minirlhf/data/preference_files.py for the shapes of a record")
     return record[key]
-
-
-def _text(value: object, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecord(f'"{key}" is {KINDS[type(value)]}, but must be a string; '
-                        "fix the record")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # an invalid byte, or an escape like \ud800
-        raise BadRecord(f'"{key}" is not valid UTF-8; '
-                        "convert the file, or fix the record") from None
-    if "\0" in value:
-        raise BadRecord(f'"{key}" contains a NUL character; remove it')
-    return value
 
 
 def _numbers(record: dict, key: str, lowest: float, count: int) -> list[float]:

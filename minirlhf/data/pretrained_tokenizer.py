@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.data.tokenizer import GPT2_PATTERN, read_ranks
+from minirlhf.data.rank_files import GPT2_PATTERN, read_ranks
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
 

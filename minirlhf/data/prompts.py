@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from minirlhf.data.chat_templates import MARKED
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.tokenizer import CHUNK, Ids
 from minirlhf.run.seeding import generator
@@ -34,17 +35,39 @@ def unique_prompts(pairs: list[PreferencePair]) -> list[str]:
 def encode_prompts(texts: list[str], encoding: tiktoken.Encoding,
                    max_prompt_length: int) -> Prompts:
     """The prompts with the last max_prompt_length of their ids."""
-    return Prompts(texts, [encode_prompt(encoding, text, max_prompt_length)[0] for text in texts])
+    return Prompts([without_marks(text) for text in texts],
+                   [encode_prompt(encoding, text, max_prompt_length)[0] for text in texts])
 
 
 def encode_prompt(encoding: tiktoken.Encoding, text: str, max_length: int) -> tuple[Ids, bool]:
     """(ids, was_cut): the last max_length ids, or one EOS if the text is empty."""
     ids: list[int] = []
-    for start in reversed(range(0, len(text), CHUNK)):  # the end first: a long beginning is cut
-        ids = encoding.encode_ordinary(text[start:start + CHUNK]) + ids
+    for chunk in reversed(chunks(text)):  # the end first: a long beginning is cut
+        ids = encode_chunk(encoding, *chunk) + ids
         if len(ids) > max_length:
             break
     return tuple(ids[-max_length:]) or (encoding.eot_token,), len(ids) > max_length
+
+
+def chunks(text: str) -> list[tuple[str, bool]]:
+    """(part, is it a special token of the chat template?) of parts of at most CHUNK characters.
+
+    >>> chunks("\\0<|im_start|>\\0user")
+    [('<|im_start|>', True), ('user', False)]
+    """
+    return [(part[start:start + CHUNK], number % 2 == 1)
+            for number, part in enumerate(MARKED.split(text))
+            for start in range(0, len(part), CHUNK)]
+
+
+def encode_chunk(encoding: tiktoken.Encoding, part: str, is_special: bool) -> list[int]:
+    """The ids of one part."""
+    return [encoding.encode_single_token(part)] if is_special else encoding.encode_ordinary(part)
+
+
+def without_marks(text: str) -> str:
+    """The text as the model sees it, with special tokens as text."""
+    return MARKED.sub(r"\1", text)
 
 
 def prompts_of_step(prompts: Prompts, count: int, copies: int, seed: int, step: int) -> Prompts:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from minirlhf.config import DATA, RewardConfig
+from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import PreferencePair, read_records
 from minirlhf.data.prompts import unique_prompts
 from minirlhf.run.errors import UserError
@@ -47,7 +48,8 @@ def load_splits(config: RewardConfig) -> Splits:
     if not config.data:
         shipped = HELPDESK_FILES.values()
         files = [named or (default,) for named, default in zip(files, shipped)]
-    records = [read_records(paths, config.skip_bad_lines) for paths in files]
+    template = read_chat_template(config.tokenizer)
+    records = [read_records(paths, config.skip_bad_lines, template) for paths in files]
     train, heldout, test = (pairs for pairs, _ in records)
     if not heldout:
         train, heldout = split_holdout(train, config.holdout, config.seed)

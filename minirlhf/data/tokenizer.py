@@ -10,14 +10,14 @@ PAD only fills batches and is not a class. If both had the same id, masking PAD 
 well, and a policy that never gets a gradient for stopping never learns to stop.
 """
 
-import base64
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from minirlhf.config import DATA
+from minirlhf.data.pretrained_tokenizer import read_pretrained_tokenizer
+from minirlhf.data.rank_files import GPT2_PATTERN, read_ranks
 from minirlhf.run.errors import UserError, suggest
-from minirlhf.run.files import read_file
 
 import tiktoken
 
@@ -25,23 +25,21 @@ Ids = tuple[int, ...]
 HELPDESK_RANKS = DATA / "helpdesk.tiktoken"
 EOS_TEXT = "<|endoftext|>"
 CHUNK = 2**16  # characters to encode at a time: see batches.py
-MAX_RANK_FILE_BYTES = 64 * 2**20  # the largest public rank file has less than 4 MB
-# GPT-2's split into pieces, which merges never cross: contractions, and words, numbers or
-# punctuation with the space before them, and runs of spaces (Radford et al. 2019, released code;
-# `++` does not backtrack, which is faster).
-GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
-                r"|\s++$|\s+(?!\S)|\s")
 
 
 def load_tokenizer(name: str = "helpdesk") -> tiktoken.Encoding:
-    """The tokenizer `name`: "helpdesk" (shipped), a .tiktoken file, or an encoding of tiktoken.
+    """The tokenizer `name`.
 
+    It is "helpdesk" (shipped), a .tiktoken file, the folder of a pretrained model, or an encoding
+    of tiktoken.
     A rank file is used with GPT2_PATTERN. tiktoken downloads its encodings once, to
     TIKTOKEN_CACHE_DIR; of their special tokens only EOS is kept, and gaps between ranks are
     closed, so that ids are 0 ... n - 1.
     Raises UserError for an unknown name, a failed download or a malformed rank file.
     """
     path = HELPDESK_RANKS if name == "helpdesk" else Path(name)
+    if path.is_dir() and path.suffix != ".tiktoken":
+        return read_pretrained_tokenizer(path)
     if path.suffix == ".tiktoken":
         pattern = GPT2_PATTERN
         tokens = read_ranks(path)
@@ -67,36 +65,6 @@ def _published(name: str) -> tiktoken.Encoding:
                         f"({type(error).__name__}); connect to the network once, set "
                         "TIKTOKEN_CACHE_DIR to a folder that contains it, or use "
                         "--tokenizer helpdesk") from error
-
-
-def read_ranks(path: Path) -> list[bytes]:
-    """The tokens of a rank file in order of rank; line r + 1 is 'BASE64 r' for rank r."""
-    try:
-        content = read_file(path, MAX_RANK_FILE_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); "
-                        "give a rank file or a name") from error
-    tokens: dict[bytes, int] = {}  # a dict keeps the order and finds repetitions
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            base64_token, rank = line.split()
-            token = base64.b64decode(base64_token, validate=True)
-            stated = int(rank)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: is not 'BASE64 RANK'; "
-                            "give a rank file in tiktoken's format") from error
-        if stated != len(tokens) or token in tokens:
-            problem = f"should have rank {len(tokens)}"
-            if token in tokens:
-                problem = "repeats an earlier token"
-            raise UserError(f"{path}:{number}: {problem}; "
-                            "ranks count from 0 without gaps, one token each")
-        tokens[token] = stated
-    missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
-    if missing:
-        raise UserError(f"{path}: has no token for {len(missing)} of the 256 bytes (the first is "
-                        f"{missing[0]:#04x}), so some text cannot be encoded; train new ranks")
-    return list(tokens)
 
 
 def pad_id(encoding: tiktoken.Encoding) -> int:

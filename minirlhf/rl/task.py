@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import read_prompts
 from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
 from minirlhf.data.splits import file_hashes, load_function, load_ground_truth, load_splits
@@ -54,7 +55,8 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
     inputs.append(folder / "base.pt")
     texts = unique_prompts(splits.train)
     if config.prompts:
-        texts = read_prompts(config.prompts)
+        texts = read_prompts(config.prompts,
+                             template=read_chat_template(reward_config.tokenizer))
         inputs.append(Path(config.prompts))
     length = reward_config.max_prompt_length
     return Task(

@@ -6,17 +6,16 @@ Learns from preference files (all their strings) or plain text; writes tiktoken'
 import argparse
 import base64
 import collections
-import gzip
-import json
 import math
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from minirlhf.data.tokenizer import GPT2_PATTERN
+from minirlhf.data.json_files import BadRecord, check_text, open_text, read_objects
+from minirlhf.data.rank_files import GPT2_PATTERN
 from minirlhf.run.command_line import fail
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file
 
 import regex  # the standard re lacks \p{L}; tiktoken requires this package as well
 
@@ -98,17 +97,15 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises UserError.
     """
     try:
-        raw = read_file(path)
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-        name = path.name.removesuffix(".gz")
-        if name.endswith(".json"):
-            yield from strings_in(json.loads(text))
-        elif name.endswith(".jsonl"):
-            for line in filter(str.strip, text.split("\n")):
-                yield from strings_in(json.loads(line))
+        if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+            for line, record in read_objects(str(path)):
+                if isinstance(record, BadRecord):
+                    raise BadRecord(f"line {line}: {record}")
+                yield from (check_text(text, "a text") for text in strings_in(record))
         else:
-            yield text
-    except (OSError, EOFError, ValueError) as error:
+            with open_text(str(path)) as file:
+                yield check_text(file.read(), "the text")
+    except (OSError, EOFError, zlib.error, BadRecord) as error:
         raise UserError(f"{path}: cannot be read ({error}); "
                         "give preference files or UTF-8 text") from None
 

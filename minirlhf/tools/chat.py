@@ -7,11 +7,12 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from minirlhf.config import DEVICES
-from minirlhf.data.preference_files import ASSISTANT, HUMAN
-from minirlhf.data.prompts import encode_prompt
+from minirlhf.data.chat_templates import DIALOGUE, read_chat_template
+from minirlhf.data.preference_files import render_prompt
+from minirlhf.data.prompts import encode_prompt, without_marks
 from minirlhf.data.splits import load_function
 from minirlhf.data.tokenizer import Ids, decode
 from minirlhf.model import Transformer
@@ -31,9 +32,10 @@ from minirlhf.tools.trained import Trained, load_trained
 import torch
 from torch import Tensor
 
+HUMAN = DIALOGUE.opened("user")
 # name -> (text before the message, text after it)
-TEMPLATES = {"helpdesk": ("Customer: ", "\nAgent:"), "dialogue": (f"{HUMAN} ", ASSISTANT),
-             "raw": ("", "")}
+TEMPLATES = {"helpdesk": ("Customer: ", "\nAgent:"),
+             "dialogue": (f"{HUMAN} ", DIALOGUE.opened("assistant")), "raw": ("", "")}
 HINT = ("Write a message. An empty line repeats the last prompt with other random numbers; "
         "/raw TEXT uses no template (\\n is a new line); Ctrl-D ends.")
 
@@ -68,7 +70,12 @@ def main(config: ChatConfig) -> list[dict]:
         text = f"{config.run}: template {template}. {HINT}"
         print("\n".join(wrap(text, shutil.get_terminal_size().columns)))
     answers = []
-    for turn, prompt in enumerate(read_prompts(config, template, interactive)):
+    chat_template = read_chat_template(trained.reward_config.tokenizer)
+
+    def as_prompt(message: str) -> str:
+        return render_prompt(apply_template(message, template), chat_template)
+
+    for turn, prompt in enumerate(read_prompts(config, as_prompt, interactive)):
         try:
             answers.append(answer(trained, reward, prompt, turn, config, interactive))
         except KeyboardInterrupt:  # on a terminal, Ctrl-C stops only this answer
@@ -111,10 +118,11 @@ def apply_template(text: str, template: str) -> str:
     return text if is_prompt else f"{before}{text}{after}"
 
 
-def read_prompts(config: ChatConfig, template: str, interactive: bool) -> Iterator[str]:
+def read_prompts(config: ChatConfig, as_prompt: Callable[[str], str],
+                 interactive: bool) -> Iterator[str]:
     """The prompt of --prompt, or the prompts typed in the terminal, or the lines of a pipe."""
     if config.prompt:
-        yield apply_template(config.prompt, template)
+        yield as_prompt(config.prompt)
         return
     if sys.stdin is None:  # closed by the parent process
         return
@@ -131,7 +139,7 @@ def read_prompts(config: ChatConfig, template: str, interactive: bool) -> Iterat
         if line.startswith("/raw "):
             prompt = line.removeprefix("/raw ").replace("\\n", "\n")
         elif line.strip():
-            prompt = apply_template(line.strip(), template)
+            prompt = as_prompt(line.strip())
         elif not interactive:
             continue
         if prompt:
@@ -170,6 +178,7 @@ def answer(trained: Trained, reward: Reward, prompt: str, turn: int, config: Cha
     sampling = trained.sampling(config.temperature, config.max_response_length, config.seed)
     length = sampling.max_response_length
     ids, was_cut = encode_prompt(trained.encoding, prompt, trained.reward_config.max_prompt_length)
+    prompt = without_marks(prompt)
     if was_cut:
         print(f"the prompt is too long; only its last {len(ids)} tokens are used", file=sys.stderr)
     uniforms = None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minirlhf.config import DEVICES, RewardConfig
+from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import read_prompts
 from minirlhf.data.prompts import Prompts, encode_prompts, prompts_of_step, unique_prompts
 from minirlhf.data.splits import HELPDESK_FILES, load_function, load_splits
@@ -105,7 +106,8 @@ def training_prompts(trained: Trained) -> Prompts:
     """The prompts that the policy was trained on."""
     path = trained.config.prompts
     if path:
-        texts = read_prompts(path)
+        texts = read_prompts(path,
+                             template=read_chat_template(trained.reward_config.tokenizer))
     else:
         texts = unique_prompts(load_splits(trained.reward_config).train)
     return encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)
