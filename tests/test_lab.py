@@ -171,22 +171,22 @@ def without_times(row: dict) -> dict:
 def test_settings_of_a_sweep_are_all_combinations():
     config = sweep.SweepConfig(
         algorithms="ppo,rloo",
-        set=("lr=1e-3", "kl_coef=0.01,0.05", "ppo:ppo_epochs=1,2", "reward.epochs=2"),
+        set=("lr=1e-3", "kl_coef=0.01,0.05", "ppo:ppo_epochs=1,3", "reward.epochs=2"),
     )
     settings = sweep.settings_of(config)
     assert [chosen.label for chosen in settings] == [
         "ppo kl_coef=0.01 ppo_epochs=1",
-        "ppo kl_coef=0.01 ppo_epochs=2",
+        "ppo kl_coef=0.01 ppo_epochs=3",
         "ppo kl_coef=0.05 ppo_epochs=1",
-        "ppo kl_coef=0.05 ppo_epochs=2",
+        "ppo kl_coef=0.05 ppo_epochs=3",
         "rloo kl_coef=0.01",
         "rloo kl_coef=0.05",
     ]
-    assert settings[1].policy == dict(lr=1e-3, kl_coef=0.01, ppo_epochs=2)
+    assert settings[1].policy == dict(lr=1e-3, kl_coef=0.01, ppo_epochs=3)
     assert settings[1].reward == dict(epochs=2)
     reward, policy = sweep.jobs_of(config, settings[1], 3)
     assert reward.config.epochs == 2
-    assert (policy.config.ppo_epochs, policy.config.seed, policy.needs) == (2, 3, reward.config.out)
+    assert (policy.config.ppo_epochs, policy.config.seed, policy.needs) == (3, 3, reward.config.out)
 
 
 @pytest.mark.parametrize(
@@ -207,24 +207,35 @@ def test_a_wrong_sweep_is_refused(arguments, message, capsys, monkeypatch):
     assert message in refused(capsys, sweep.main, sweep.SweepConfig, arguments)
 
 
-def some_results() -> dict[str, list[dict]]:
+def test_settings_that_vary_one_at_a_time_share_the_runs_of_the_defaults():
+    config = sweep.SweepConfig(
+        set=("kl_coef=0.025,0.05", "lam=0.95,1", "iterations=4"), one_at_a_time=True
+    )
+    settings = sweep.settings_of(config)
+    assert [chosen.label for chosen in settings] == [
+        "ppo kl_coef=0.025",
+        "ppo kl_coef=0.05",
+        "ppo lam=0.95",
+        "ppo lam=1.0",
+    ]
+    folders = [sweep.jobs_of(config, chosen, 0)[1].config.out for chosen in settings]
+    assert folders[0] == folders[2]  # the defaults
+    assert len(set(folders)) == 3
+
+
+def some_results() -> list[sweep.Result]:
     """Two settings of ppo and one of rloo, two seeds each."""
-    results = {}
-    for label, algorithm, kl_coef, gold in (
-        ("ppo kl_coef=0.1", "ppo", 0.1, 1.0),
-        ("ppo kl_coef=0.3", "ppo", 0.3, 3.0),
-        ("rloo", "rloo", None, 2.0),
-    ):
-        settings = dict(kl_coef=kl_coef) if kl_coef else {}
-        results[label] = [
+    results = []
+    for algorithm, kl_coef, gold in (("ppo", 0.1, 1.0), ("ppo", 0.3, 3.0), ("rloo", None, 2.0)):
+        varied = dict(kl_coef=kl_coef) if kl_coef else {}
+        rows = [
             dict(
-                algorithm=algorithm,
-                settings=settings,
                 metrics=dict(sampled_gold=gold + seed, sampled_kl=4.0),
                 curve=[dict(samples=n, sampled_gold=n * gold + seed) for n in (0, 10)],
             )
             for seed in (0, 2)
         ]
+        results.append(sweep.Result(sweep.Setting(algorithm, varied, {}, varied), rows))
     return results
 
 
@@ -235,13 +246,15 @@ def test_points_of_a_plot_are_means_over_seeds_with_intervals():
     final = sweep.points(some_results(), "sampled_kl", "sampled_gold")
     assert final["rloo"] == [(4.0, 0.0, 3.0, half)]
     swept = sweep.points(some_results(), "kl_coef", "sampled_gold")
-    assert swept["ppo"] == [(0.1, 0.0, 2.0, half), (0.3, 0.0, 4.0, half)]
+    assert swept == {"ppo": [(0.1, 0.0, 2.0, half), (0.3, 0.0, 4.0, half)]}
+    assert sweep.panels(some_results(), "sampled_gold") == {"kl_coef": swept}
     with pytest.raises(UserError, match="not evaluated during training"):
         sweep.points(some_results(), "samples", "best_gold")
 
 
 def test_only_the_best_setting_of_each_algorithm_is_kept():
-    assert list(sweep.keep_best(some_results(), "sampled_gold")) == ["ppo kl_coef=0.3", "rloo"]
+    best = sweep.keep_best(some_results(), "sampled_gold")
+    assert [result.setting.label for result in best] == ["ppo kl_coef=0.3", "rloo"]
 
 
 def test_examples_of_the_sweep_are_true():

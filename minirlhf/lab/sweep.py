@@ -9,6 +9,7 @@ model), and each policy is `train_policy.py --seed s` with that reward run.
     OUT/runs.jsonl   one line per finished run: settings, command, final metrics, held-out curve
     OUT/table.md     mean and 95% interval over seeds of each setting
     OUT/Y-X.png      metric Y against X with error bars; other axes need no new runs
+    OUT/Y-each.png   with --one-at-a-time: Y against each setting, one panel per setting
     OUT/reward-*/, OUT/ALGORITHM-*/  the run folders
 
 A run in runs.jsonl is not repeated, even if its folder is gone. A stopped run resumes. More seeds,
@@ -68,6 +69,9 @@ class SweepConfig:
             "train_reward.py; ALGORITHM:KEY for one algorithm only; one value: no comparison")
     script: str = setting(
         "train_policy.py", "or a file of your own that adds rows to ALGORITHMS and calls its main")
+    one_at_a_time: bool = setting(
+        False, "vary one setting at a time, the others at their defaults; otherwise all "
+               "combinations")
     jobs: int = setting(0, "runs at a time, one thread each; 0: one per core", 0)
     x: str = setting("samples", "samples, seconds (curves), a swept setting, or any metric")
     y: str = setting("sampled_gold", "any metric of result.json")
@@ -92,9 +96,9 @@ class Setting(NamedTuple):
     """One combination of an algorithm and values."""
 
     algorithm: str
-    policy: dict[str, Any]
+    policy: dict[str, Any]  # without defaults, so that equal settings share their runs
     reward: dict[str, Any]
-    varied: dict[str, Any]  # those of several values, for labels
+    varied: dict[str, Any]  # those of several values, for labels and axes
 
     @property
     def label(self) -> str:
@@ -134,23 +138,51 @@ def convert(kind: Any, value: str, text: str) -> Any:
 
 
 def settings_of(config: SweepConfig) -> list[Setting]:
-    """All combinations, in the order of the command line. Raises UserError."""
+    """All settings, in the order of the command line. Raises UserError."""
     grid = [read_values(text) for text in config.set]
     settings = []
     for name in dict.fromkeys(config.algorithms.split(",")):
         mine = {key: values for algorithm, key, values in grid if algorithm in ("", name)}
-        for key, values in mine.items():
-            if len(values) > 1 and key.removeprefix("reward.") in ONE_TASK:
+        several = [key for key, values in mine.items() if len(values) > 1]
+        for key in several:
+            if key.removeprefix("reward.") in ONE_TASK:
                 raise UserError(f"--set {key}: runs of different tasks are not comparable; "
                                 "use one value, and another --out for the other task")
-        for values in itertools.product(*mine.values()):
-            chosen = dict(zip(mine, values))
-            reward = {key.removeprefix("reward."): value for key, value in chosen.items()
-                      if key.startswith("reward.")}
-            policy = {key: value for key, value in chosen.items() if not key.startswith("reward.")}
-            varied = {key: value for key, value in chosen.items() if len(mine[key]) > 1}
-            settings.append(Setting(name, policy, reward, varied))
+        fixed = {key: values for key, values in mine.items() if key not in several}
+        choices = [mine]
+        if config.one_at_a_time:
+            choices = [fixed | {key: mine[key]} for key in several]
+        for choice in choices:
+            for values in itertools.product(*choice.values()):
+                settings.append(make_setting(config, name, dict(zip(choice, values)), several))
     return settings
+
+
+def base_configs(config: SweepConfig) -> tuple[RewardConfig, PolicyConfig]:
+    """What --set changes: the defaults of the two scripts, without best of n."""
+    if not config.quick:
+        return RewardConfig(), PolicyConfig(best_of_n=0)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = (train_subset(folder, 48),)
+    reward = RewardConfig(data=data, heldout_data=data, test_data=data,
+                          task="minirlhf.data.helpdesk", n_layer=1, d_model=32, sft_sequences=512,
+                          normalize_prompts=16, max_response_length=24)
+    policy = PolicyConfig(iterations=2, batch_size=8, minibatch_size=4, eval_prompts=4,
+                          test_prompts=8, best_of_n=0)
+    return reward, policy
+
+
+def make_setting(config: SweepConfig, algorithm: str, chosen: dict[str, Any],
+                 several: list[str]) -> Setting:
+    reward, policy = base_configs(config)
+    changes: dict[str, dict] = {"policy": {}, "reward": {}}
+    for key, value in chosen.items():
+        kind, field = ("reward", key[7:]) if key.startswith("reward.") else ("policy", key)
+        if value != getattr(reward if kind == "reward" else policy, field):
+            changes[kind][field] = value
+    varied = {key: chosen[key] for key in chosen if key in several}
+    return Setting(algorithm, changes["policy"], changes["reward"], varied)
 
 
 def folder_name(start: str, changes: dict[str, Any], seed: int) -> str:
@@ -168,15 +200,7 @@ def folder_name(start: str, changes: dict[str, Any], seed: int) -> str:
 def jobs_of(config: SweepConfig, chosen: Setting, seed: int) -> tuple[Job, Job]:
     """(the reward run, the policy run)."""
     folder = Path(config.out)
-    reward, policy = RewardConfig(), PolicyConfig(best_of_n=0)
-    if config.quick:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = (train_subset(folder, 48),)
-        reward = RewardConfig(data=data, heldout_data=data, test_data=data,
-                              task="minirlhf.data.helpdesk", n_layer=1, d_model=32,
-                              sft_sequences=512, normalize_prompts=16, max_response_length=24)
-        policy = PolicyConfig(iterations=2, batch_size=8, minibatch_size=4, eval_prompts=4,
-                              test_prompts=8, best_of_n=0)
+    reward, policy = base_configs(config)
     reward_out = str(folder / folder_name("reward", chosen.reward, seed))
     policy_out = str(folder / folder_name(chosen.algorithm, chosen.policy | chosen.reward, seed))
     reward = dataclasses.replace(reward, **chosen.reward, seed=seed, out=reward_out)
@@ -215,59 +239,63 @@ def describe_run(job: Job, chosen: Setting) -> dict:
                 metrics=final | heldout | dict(samples=samples, seconds=seconds))
 
 
-def run_sweep(config: SweepConfig, settings: list[Setting]) -> dict[str, list[dict]]:
-    """The results of each setting, by seed; runs what is missing. Raises UserError."""
+class Result(NamedTuple):
+    """A setting and its lines of runs.jsonl, by seed."""
+
+    setting: Setting
+    rows: list[dict]
+
+    def values(self, name: str) -> list[float]:
+        """A final metric of each seed. Raises UserError."""
+        metrics = self.rows[0]["metrics"]
+        if name not in metrics:
+            raise UserError(f"{name!r} is not a metric of these runs{suggest(name, metrics)}")
+        return [row["metrics"][name] for row in self.rows]
+
+
+def run_sweep(config: SweepConfig, settings: list[Setting]) -> list[Result]:
+    """Run what is missing. Raises UserError."""
     folder = Path(config.out)
     fixed = dict(item.partition("=")[::2] for item in config.set if "," not in item)
     about = dict(script=Path(config.script).name, quick=config.quick,
                  task={key: fixed[key] for key in fixed if key.startswith("reward.")})
     rows = Rows(folder / "runs.jsonl", about)
-    jobs = {}
-    for chosen, seed in itertools.product(settings, range(config.seeds)):
-        reward, policy = jobs_of(config, chosen, seed)
-        jobs[policy.folder.name] = (reward, policy, chosen)
-    missing = [pair for name, pair in jobs.items() if name not in rows.rows]
+    jobs = [[jobs_of(config, chosen, seed) for seed in range(config.seeds)] for chosen in settings]
+    missing = {policy.folder.name: (reward, policy) for pairs in jobs for reward, policy in pairs
+               if policy.folder.name not in rows.rows}
     if missing:
-        rewards = {reward.folder: reward for reward, _, _ in missing}
-        policies = [policy for _, policy, _ in missing]
+        rewards = {reward.folder: reward for reward, _ in missing.values()}
+        policies = [policy for _, policy in missing.values()]
         run_jobs([*rewards.values(), *policies], config.jobs or os.cpu_count() or 1,
                  folder / "logs")
-    results: dict[str, list[dict]] = {}
-    for name, (_, policy, chosen) in jobs.items():
-        row = rows.get(name, functools.partial(describe_run, policy, chosen))
-        results.setdefault(chosen.label, []).append(row)
+    results = []
+    for chosen, pairs in zip(settings, jobs):
+        of_seeds = [rows.get(policy.folder.name, functools.partial(describe_run, policy, chosen))
+                    for _, policy in pairs]
+        results.append(Result(chosen, of_seeds))
     return results
 
 
 # ---- table and plot ------------------------------------------------------------------------------
 
 
-def metric(row: dict, name: str) -> float:
-    """A final metric of a run. Raises UserError."""
-    if name not in row["metrics"]:
-        raise UserError(f"{name!r} is not a metric of these runs{suggest(name, row['metrics'])}")
-    return row["metrics"][name]
-
-
-def keep_best(results: dict[str, list[dict]], name: str) -> dict[str, list[dict]]:
+def keep_best(results: list[Result], name: str) -> list[Result]:
     """The setting of each algorithm with the highest mean of a metric."""
-    means = {label: mean_interval([metric(row, name) for row in rows])[0]
-             for label, rows in results.items()}
-    best: dict[str, str] = {}
-    for label, rows in results.items():
-        algorithm = rows[0]["algorithm"]
-        if algorithm not in best or means[label] > means[best[algorithm]]:
-            best[algorithm] = label
-    return {label: results[label] for label in best.values()}
+    best: dict[str, Result] = {}
+    for result in results:
+        algorithm = result.setting.algorithm
+        mean = mean_interval(result.values(name))[0]
+        if algorithm not in best or mean > mean_interval(best[algorithm].values(name))[0]:
+            best[algorithm] = result
+    return list(best.values())
 
 
-def result_table(results: dict[str, list[dict]]) -> str:
-    first = next(iter(results.values()))[0]["metrics"]
-    columns = [column for column in COLUMNS if column[1] in first]
+def result_table(results: list[Result]) -> str:
+    columns = [column for column in COLUMNS if column[1] in results[0].rows[0]["metrics"]]
     table = []
-    for label, rows in results.items():
-        cells = [show([metric(row, key) for row in rows], form) for _, key, form in columns]
-        table.append([f"`{label}`", str(len(rows)), *cells])
+    for result in results:
+        cells = [show(result.values(key), form) for _, key, form in columns]
+        table.append([f"`{result.setting.label}`", str(len(result.rows)), *cells])
     return markdown_table(["setting", "seeds", *(title for title, _, _ in columns)], table)
 
 
@@ -281,38 +309,51 @@ def show(values: list[float], form: str) -> str:
     return text if len(values) == 1 else f"{text} ± {form.replace('+', '').format(half)}"
 
 
-def points(results: dict[str, list[dict]], x: str, y: str) -> dict[str, list[tuple]]:
-    """(mean x, half interval, mean y, half interval) of each point of each line.
+Line = list[tuple[float, float, float, float]]  # mean x, half interval, mean y, half interval
+
+
+def points(results: list[Result], x: str, y: str) -> dict[str, Line]:
+    """The lines of a plot, by label. Raises UserError.
 
     x in CURVES: one line per setting, one point per evaluation on the held-out prompts.
-    x a swept setting: one line per combination of the others, one point per value of a number.
+    x a varied setting: one line per combination of the others, one point per value of a number.
     Otherwise: one point per setting, at the end of training, on the test prompts.
     """
-    lines: dict[str, list[tuple]] = {}
-    setting_name = x.removeprefix("reward.")
-    is_setting = any(setting_name in rows[0]["settings"] for rows in results.values())
-    for label, rows in results.items():
-        value = rows[0]["settings"].get(setting_name)
+    lines: dict[str, Line] = {}
+    is_setting = any(x in result.setting.varied for result in results)
+    for result in results:
+        label = result.setting.label
         if x in CURVES:
-            if y not in rows[0]["curve"][-1]:
-                raise UserError(f"--y {y!r} is not evaluated during training"
-                                f"{suggest(y, rows[0]['curve'][-1])}")
-            for evaluation in zip(*(row["curve"] for row in rows)):
-                xs, ys = ([point[name] for point in evaluation] for name in (x, y))
-                lines.setdefault(label, []).append((*mean_interval(xs), *mean_interval(ys)))
-        elif is_setting and value is None:
-            continue  # this algorithm does not have the setting
-        elif is_setting:
-            rest = label.replace(f" {x}={value}", "")
-            ys = [metric(row, y) for row in rows]
-            lines.setdefault(rest, []).append((value, 0.0, *mean_interval(ys)))
-        else:
-            xs, ys = ([metric(row, name) for row in rows] for name in (x, y))
-            lines[label] = [(*mean_interval(xs), *mean_interval(ys))]
+            lines[label] = curve(result, x, y)
+        elif not is_setting:
+            lines[label] = [(*mean_interval(result.values(x)), *mean_interval(result.values(y)))]
+        elif x in result.setting.varied:
+            value = result.setting.varied[x]
+            line = lines.setdefault(label.replace(f" {x}={value}", ""), [])
+            line.append((value, 0.0, *mean_interval(result.values(y))))
     return {label: sorted(line) for label, line in lines.items()}
 
 
-def draw(axes, lines: dict[str, list[tuple]], x: str, y: str) -> None:
+def curve(result: Result, x: str, y: str) -> Line:
+    """A point for each evaluation during training. Raises UserError."""
+    known = result.rows[0]["curve"][-1]
+    if y not in known:
+        raise UserError(f"--y {y!r} is not evaluated during training{suggest(y, known)}")
+    line = []
+    for evaluation in zip(*(row["curve"] for row in result.rows)):
+        xs, ys = ([point[name] for point in evaluation] for name in (x, y))
+        line.append((*mean_interval(xs), *mean_interval(ys)))
+    return line
+
+
+def panels(results: list[Result], y: str) -> dict[str, dict[str, Line]]:
+    """The lines of one panel for each varied setting."""
+    names = dict.fromkeys(key for result in results for key in result.setting.varied)
+    return {name: points([result for result in results if name in result.setting.varied], name, y)
+            for name in names}
+
+
+def draw(axes, lines: dict[str, Line], x: str, y: str, legend: bool = True) -> None:
     """Error bars: 95% intervals over seeds."""
     for (label, line), (color, dash, marker) in zip(lines.items(), itertools.cycle(STYLES)):
         xs, x_bars, ys, y_bars = zip(*line)
@@ -321,9 +362,23 @@ def draw(axes, lines: dict[str, list[tuple]], x: str, y: str) -> None:
                       capsize=2, elinewidth=0.8)
     axes.set_xlabel(AXES.get(x, x))
     axes.set_ylabel(AXES.get(y, y))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("mean and 95% interval over seeds", fontsize=9, loc="left")
+    if legend:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        axes.set_title("mean and 95% interval over seeds", fontsize=9, loc="left")
+
+
+def draw_panels(all_axes, each: dict[str, dict[str, Line]], y: str) -> None:
+    """Panels side by side, with one scale of y; the legend is in the last one."""
+    all_axes = list(getattr(all_axes, "flat", [all_axes]))
+    for axes, (name, lines) in zip(all_axes, each.items()):
+        draw(axes, lines, name, y, legend=axes is all_axes[-1])
+        ticks = sorted({point[0] for line in lines.values() for point in line})
+        if min(ticks) > 0:
+            axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.minorticks_off()
+        axes.sharey(all_axes[0])
 
 
 AXES = {
@@ -344,13 +399,19 @@ def main(config: SweepConfig) -> str:
     results = run_sweep(config, settings_of(config))
     if config.best:
         results = keep_best(results, config.best)
-    lines = points(results, config.x, config.y)  # before the table: an unknown metric ends here
+    each = panels(results, config.y) if config.one_at_a_time else {}
+    lines = {} if each else points(results, config.x, config.y)
     folder = Path(config.out)
     page = f"{result_table(results)}\n\n{NOTES}\n"
     write_atomically(folder / "table.md", page.encode())
     print(f"\n{page}\nsaved {folder / 'table.md'} and {folder / 'runs.jsonl'}")
-    save_picture(folder / f"{config.y}-{config.x}.png",
-                 lambda axes: draw(axes, lines, config.x, config.y), (7.2, 4.2))
+    if each:
+        save_picture(folder / f"{config.y}-each.png",
+                     lambda axes: draw_panels(axes, each, config.y),
+                     (2.6 * len(each) + 1.5, 2.8), columns=len(each))
+    else:
+        save_picture(folder / f"{config.y}-{config.x}.png",
+                     lambda axes: draw(axes, lines, config.x, config.y), (7.2, 4.2))
     return page
 
 
