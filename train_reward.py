@@ -101,12 +101,13 @@ def main(config: RewardConfig) -> dict:
         prompts = encode_prompts(normalization_texts, encoding, config.max_prompt_length)
         normalize_scores(reward_model, base, prompts, settings)
 
+        path = run.folder / "reward.pt"
+        save_model(path, "reward", reward_model, facts)  # an error in the evaluation loses nothing
+
         # 4. Evaluation.
         metrics = evaluate_reward_model(reward_model, test, encoding, ground_truth)
         if ground_truth and hasattr(ground_truth, "probes"):
             metrics["probes"] = probe(reward_model, splits, encoding, ground_truth, config)
-        path = run.folder / "reward.pt"
-        save_model(path, "reward", reward_model, facts)
         run.metrics.write(dict(stage="test", step=1) | metrics)
         print(format_metrics(metrics))
         print(f"saved {path}; next: python train_policy.py --reward-run {run.folder}")

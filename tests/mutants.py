@@ -277,7 +277,7 @@ MUTANTS = [
     Mutant(
         'resumes-without-moments',
         "minirlhf/run/checkpoint.py",
-        'optimizer.load_state_dict(states["optimizer"])',
+        'optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))',
         'pass',
         RESUMED,
     ),

@@ -58,8 +58,7 @@ def test_loaded_states_equal_saved_states_bit_for_bit(tmp_path):
     """Special floats must not change. A text format would round them."""
     states = dict(
         model=dict(
-            x=torch.tensor([1 / 3, -0.0, float("inf"), 1e-45]),
-            half=torch.ones(2, dtype=torch.bfloat16),
+            x=torch.tensor([1 / 3, -0.0, 3e38, 1e-45]), half=torch.ones(2, dtype=torch.bfloat16)
         )
     )
     meta = dict(step=3, kl_coef=0.1 + 0.2, none=None, text="\u00fc\ud800")
@@ -244,6 +243,22 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     assert "contains a base model, not a reward model" in refusal(tmp_path / "base.pt", "reward")
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", ["model", "optimizer"])
+def test_a_number_that_is_not_finite_is_neither_saved_nor_loaded(place, number, tmp_path):
+    """A resumed run would repeat the error, and a later run would start from NaN."""
+    moments = {0: dict(exp_avg=torch.zeros(2))}
+    states = dict(model=dict(a=torch.zeros(2, 3)), optimizer=dict(state=moments))
+    (states["model"]["a"][1] if place == "model" else moments[0]["exp_avg"])[1] = number
+    name = dict(model="model a", optimizer="optimizer state 0 exp_avg")[place]
+    with pytest.raises(UserError, match=f"not saved, because {name} is not finite"):
+        save_checkpoint(tmp_path / "x.pt", "policy", {}, states)
+    assert list(tmp_path.iterdir()) == []
+    content = dict(format=FORMAT, kind="policy", meta="{}", states=states)
+    (tmp_path / "x.pt").write_bytes(sealed(archive(content)))
+    assert f"{name} is not finite" in refusal(tmp_path / "x.pt")
+
+
 # ---- models --------------------------------------------------------------------------------------
 
 
@@ -279,6 +294,21 @@ def test_a_model_trained_with_another_tokenizer_is_refused(tmp_path):
         dict(table_rows=128),
         dict(context=5),
         dict(n_layer=0),
+        dict(n_layer=10**9),
+        dict(n_head=0),
+        dict(n_head=3),
+        dict(n_head=True, d_model=None),
+        dict(n_kv_head=3),
+        dict(d_model=2**40),
+        dict(vocab_size="11"),
+        dict(vocab_size=65),
+        dict(vocab_size=0),
+        dict(context=-1),
+        dict(norm_eps=float("nan")),
+        dict(norm_eps="1"),
+        dict(rope_scaling=(1.0,)),
+        dict(rope_scaling=("a", "b", "c", "d")),
+        dict(biases=3),
         dict(d_model="8"),
         dict(depth=3),
         None,

@@ -99,6 +99,24 @@ def test_settings_that_contradict_each_other_are_refused(config, problem):
         config.check()
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--batch-size", "9" * 20], "--batch-size 99999999999999999999 is too large"),
+        (["--seed", "9" * 20], "--seed 99999999999999999999 is too large"),
+        (["--save-every", "9" * 20], "--save-every 99999999999999999999 is too large"),
+        (["--clip-range", "1e300"], "--clip-range 1e+300 is too large; the maximum is 1000000.0"),
+        (["--missing-eos-penalty=-1e300"], "--missing-eos-penalty -1e+300 is too small"),
+        (["--lr", "1e6", "--algorithm", "reinforce"], "--lr 1000000.0 is too large; the maximum"),
+        (["--vf-coef", "inf"], "--vf-coef inf is too large"),
+        (["--kl-coef", "nan"], "--kl-coef must be a finite number, not nan"),
+    ],
+)
+def test_a_number_out_of_any_sensible_range_is_refused(arguments, words, capsys):
+    """Numbers that overflow failed later: in torch, in the sampling, or for lack of memory."""
+    assert words in refused(capsys, train_policy.main, PolicyConfig, arguments)
+
+
 def test_a_list_flag_that_is_given_twice_keeps_all_files():
     """argparse's default keeps only the last one, so a file would be dropped silently."""
     given = parse_flags(RewardConfig, ["--data", "a", "b", "--data", "c"])

@@ -628,6 +628,76 @@ def test_a_policy_run_refuses_a_reward_run_whose_settings_were_changed(
     )
 
 
+def with_moments(states: dict, **changes) -> dict:
+    """The states with other optimizer moments of the first parameter."""
+    optimizer = states["optimizer"]
+    first = min(optimizer["state"])
+    moments = {**optimizer["state"], first: {**optimizer["state"][first], **changes}}
+    return dict(states, optimizer=dict(optimizer, state=moments))
+
+
+def test_the_optimizers_settings_do_not_come_from_the_checkpoint(
+    reward_run, uninterrupted_policy_run, tmp_path, monkeypatch
+):
+    """A wrong type there would fail in the middle of a step."""
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert start_policy_run(reward_run, tmp_path / "run") == 130
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    meta, states = checkpoint.load_checkpoint(path, "policy")
+    for group in states["optimizer"]["param_groups"]:
+        group.update(betas="x", weight_decay=9.0, lr_scale=None)
+    checkpoint.save_checkpoint(path, "policy", meta, states)
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert_same_policy_run(tmp_path / "run", uninterrupted_policy_run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(step=float("inf")),
+        dict(step="2"),
+        dict(step=-1),
+        dict(step=True),
+        dict(step=None),
+        dict(kl_coef="x"),
+        dict(kl_coef=float("nan")),
+        dict(metrics=[1]),
+        dict(metrics=["1", "digest"]),
+        dict(metrics=3),
+    ],
+)
+def test_a_checkpoint_with_an_invalid_state_is_skipped_with_a_warning(
+    change, reward_run, uninterrupted_policy_run, tmp_path, capsys
+):
+    """Its checksum is valid, so somebody made it; the one before it serves."""
+    shutil.copytree(uninterrupted_policy_run, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    meta, states = checkpoint.load_checkpoint(newest, "policy")
+    checkpoint.save_checkpoint(newest, "policy", {**meta, **change}, states)
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert f"warning: {newest}: its step or its state is not valid" in capsys.readouterr().out
+    assert_same_policy_run(tmp_path / "run", uninterrupted_policy_run)
+
+
+@pytest.mark.parametrize("error", [tiny.Killed, UserError])
+def test_a_reward_run_that_ends_in_its_evaluation_loses_nothing(
+    error, inputs, uninterrupted_reward_run, tmp_path, monkeypatch
+):
+    """reward.pt was saved after the evaluation, so an error there lost hours of training."""
+
+    def failing(*arguments):
+        raise error("gold() failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_reward, "evaluate_reward_model", failing)
+        with pytest.raises(error):
+            train_reward.main(reward_settings(inputs, tmp_path / "run"))
+    saved = uninterrupted_reward_run / "reward.pt"
+    assert_same_weights(tmp_path / "run" / "reward.pt", saved, "reward")
+    assert resume(train_reward.main, RewardConfig, tmp_path / "run") == 0
+    assert_same_reward_run(tmp_path / "run", uninterrupted_reward_run)
+
+
 def test_a_checkpoint_that_does_not_fit_is_one_line(reward_run, tmp_path, monkeypatch, capsys):
     """Such a file was made by hand: it names this run, has a valid checksum, and lacks tensors."""
     after_row(monkeypatch, 3, tiny.write_and_signal())
@@ -639,6 +709,10 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(reward_run, tmp_path, monkey
         dict(states, model={}),
         dict(states, optimizer={}),
         dict(states, optimizer=3),
+        with_moments(states, exp_avg=torch.zeros(3)),
+        with_moments(states, exp_avg_sq=torch.zeros(())),
+        with_moments(states, step=torch.zeros(2)),
+        with_moments(states, exp_avg=[0.0]),
     ):
         checkpoint.save_checkpoint(path, "policy", meta, broken)
         assert "does not fit" in refused(

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data import splits
 from minirlhf.data.prompts import prompts_of_step
-from minirlhf.model.loading import save_model
+from minirlhf.data.tokenizer import fingerprint, load_tokenizer
+from minirlhf.model.loading import load_model, save_model
 from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
 from minirlhf.run import terminal
 from minirlhf.run.errors import UserError
@@ -503,8 +505,10 @@ def raising(prompts, responses):
         (lambda prompts, responses: [[0.0]] * 4, "returned shape (4, 1); it must be (4,)"),
         (lambda prompts, responses: [0.0, float("nan"), 0.0, 0.0], "returned nan for response 1"),
         (lambda prompts, responses: [0.0, 0.0, float("-inf"), 0.0], "returned -inf for response 2"),
-        (lambda prompts, responses: ["a"] * 4, "raised"),
-        (lambda prompts, responses: None, "raised"),
+        (lambda prompts, responses: ["a"] * 4, "returned ['a', 'a', 'a', 'a']; it must return one"),
+        (lambda prompts, responses: None, "returned None; it must return one number for each"),
+        (lambda prompts, responses: [None] * 4, "returned [None, None, None, None]; it must"),
+        (lambda prompts, responses: {"a": 1.0}, "returned {'a': 1.0}; it must return one number"),
         (lambda: [], "raised TypeError"),
     ],
 )
@@ -974,6 +978,23 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
     """A later run would start from NaN weights without an error."""
     model = tiny.random_model()
     model.blocks[1].mlp_in.weight[3, 2] = math.nan
-    with pytest.raises(UserError, match="not saved, because blocks.1.mlp_in.weight is not finite"):
+    with pytest.raises(
+        UserError, match="not saved, because model blocks.1.mlp_in.weight is not finite"
+    ):
         save_model(tmp_path / "policy.pt", "policy", model, {})
     assert not (tmp_path / "policy.pt").exists()
+
+
+def test_a_model_whose_logits_overflow_is_one_line(inputs, reward_run, tmp_path, capsys):
+    """Its weights are finite, so the file is valid. Sampling drew an id outside of the softmax."""
+    shutil.copytree(reward_run, tmp_path / "reward")
+    tokenizer = fingerprint(load_tokenizer(str(inputs / "bytes.tiktoken")))
+    path = tmp_path / "reward" / "base.pt"
+    model, meta = load_model(path, "base", tokenizer)
+    with torch.no_grad():
+        model.ln_f.weight.fill_(1e38)
+        model.wte.weight.mul_(1e10)
+    save_model(path, "base", model, meta)
+    flags = as_flags(policy_config(tmp_path / "reward", tmp_path / "run"))
+    message = refused(capsys, train_policy.main, PolicyConfig, flags)
+    assert "the model's logits are not finite; try a smaller learning rate" in message

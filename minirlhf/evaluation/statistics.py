@@ -6,6 +6,7 @@ from minirlhf.run.seeding import derive_seed
 
 import numpy as np
 
+CHUNK = 2**20  # values to draw at a time: limits the memory
 
 def bootstrap_interval(values: np.ndarray, weights: np.ndarray | None = None,
                        resamples: int = 2000) -> tuple[float, float, float]:
@@ -17,8 +18,12 @@ def bootstrap_interval(values: np.ndarray, weights: np.ndarray | None = None,
     values = np.asarray(values, float)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, float)
     random = np.random.default_rng(derive_seed(0, "bootstrap"))
-    draws = random.integers(len(values), size=(resamples, len(values)))
-    means = (values * weights)[draws].sum(1) / weights[draws].sum(1)
+    means: list[float] = []
+    at_a_time = max(1, CHUNK // len(values))
+    while len(means) < resamples:
+        count = min(at_a_time, resamples - len(means))
+        draws = random.integers(len(values), size=(count, len(values)))
+        means += ((values * weights)[draws].sum(1) / weights[draws].sum(1)).tolist()
     low, high = np.quantile(means, (0.025, 0.975))
     return float((values * weights).sum() / weights.sum()), float(low), float(high)
 

@@ -20,10 +20,6 @@ def save_model(path: Path, kind: str, model: Transformer, meta: dict) -> None:
 
     Raises OSError, or UserError if a weight is not finite.
     """
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: not saved, because {name} is not finite; "
-                            "try a smaller learning rate")
     meta = meta | dict(model=vars(model.config))
     save_checkpoint(path, kind, meta, dict(model=model.state_dict()))
 
@@ -38,12 +34,14 @@ def load_model(path: Path, kind: str, tokenizer: str) -> tuple[Transformer, dict
         raise UserError(f"{path}: was trained with another tokenizer than its config.json names; "
                         "restore that tokenizer, or train again")
     try:
+        sizes = ModelConfig(**with_tuples(meta["model"]))
+        sizes.check()
         with torch.device("meta"):  # allocates nothing: the model gets the file's tensors
-            model = Transformer(ModelConfig(**with_tuples(meta["model"])))
+            model = Transformer(sizes)
         weights = {name: tensor.to(torch.get_default_dtype())
                    for name, tensor in states["model"].items()}
         model.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: its tensors do not fit the sizes it states ({reason}); "
                         "train again") from None

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Callable
 
 from minirlhf.model.cache import KVCache
@@ -56,6 +57,22 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.d_head or self.d_model // self.n_head
+
+    def check(self) -> None:
+        """Raise ValueError for a field of another type or size, or sizes that do not agree."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind: typing.Any = typing.get_origin(field.type) or field.type
+            numbers = {tuple: value, str: ()}.get(kind, [value])
+            lowest = 1 if field.default is dataclasses.MISSING else 0
+            is_kind = isinstance(value, (int, float) if kind is float else kind)
+            if not is_kind or not all(lowest <= number < 2**31 for number in numbers):
+                raise ValueError(f"{field.name} is {value!r:.80}")
+        is_divided = self.d_head or self.d_model % self.n_head == 0
+        if not is_divided or self.n_head % self.kv_heads or self.vocab_size > self.table_rows:
+            raise ValueError("the sizes contradict each other")
+        if self.n_layer > 1000 or len(self.rope_scaling) not in (0, 4):
+            raise ValueError("there is no such model")
 
     def norm(self, width: int) -> nn.Module:
         """A new normalization layer."""

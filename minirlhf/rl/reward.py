@@ -1,5 +1,6 @@
 """The score of a response: from the reward model, or from a user-defined function."""
 
+import reprlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,10 +51,14 @@ def call_function(reward: Reward, samples: Samples) -> Tensor:
     name = f"the reward function {reward.name}"
     try:
         result = reward.source(list(samples.prompts), list(samples.responses))
-        scores = torch.as_tensor(result, dtype=torch.float32)
     except Exception as error:  # the user's function can raise anything
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
     expected = (len(samples.prompts),)
+    try:
+        scores = torch.as_tensor(result, dtype=torch.float32)
+    except Exception:  # conversion runs the user's code too
+        raise UserError(f"{name} returned {reprlib.repr(result)}; "
+                        "it must return one number for each response") from None
     if scores.shape != expected:
         raise UserError(f"{name} returned shape {tuple(scores.shape)}; it must be {expected}")
     if not scores.isfinite().all():

@@ -8,6 +8,7 @@ from minirlhf.data.prompts import Prompts
 from minirlhf.data.tokenizer import decode, pad_id
 from minirlhf.model import Transformer
 from minirlhf.model.generate import generate
+from minirlhf.run.errors import UserError
 from minirlhf.run.parallel import all_gather_rows, local_rows, unsharded
 from minirlhf.run.seeding import row_uniforms
 
@@ -61,6 +62,7 @@ def sample_responses(model: Transformer, prompts: Prompts, settings: SamplingSet
 
     rows: the row number of each response in the whole batch; its random numbers are a function of
     (seed, purpose, step, row). None means greedy decoding.
+    Raises UserError if the model's logits are not finite.
     """
     encoding = settings.encoding
     length = settings.max_response_length
@@ -72,6 +74,8 @@ def sample_responses(model: Transformer, prompts: Prompts, settings: SamplingSet
     response_ids, response_mask = generate(model, ids, mask, length, encoding.eot_token,
                                            pad_id(encoding), uniforms, settings.temperature,
                                            settings.top_k, settings.top_p)
+    if (response_ids[response_mask] >= model.config.vocab_size).any():  # drawn from NaN
+        raise UserError("the model's logits are not finite; try a smaller learning rate")
     finished = ((response_ids == encoding.eot_token) & response_mask).any(1).tolist()
     texts = [decode(encoding, row[is_real].tolist())
              for row, is_real in zip(response_ids.cpu(), response_mask.cpu())]

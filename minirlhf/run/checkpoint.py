@@ -56,13 +56,25 @@ def version_error(path: Path, version: str) -> UserError:
 def save_checkpoint(path: Path, kind: str, meta: dict, states: dict) -> None:
     """kind: "base", "reward", "policy" or a stage.  meta: JSON.  states: name -> state_dict.
 
-    Raises OSError.
+    Raises OSError, or UserError if a number is not finite.
     """
+    if name := first_not_finite(states):
+        raise UserError(f"{path}: not saved, because {name} is not finite; "
+                        "try a smaller learning rate")
     buffer = io.BytesIO()
     torch.save(dict(format=FORMAT, kind=kind, meta=json.dumps(meta), states=states), buffer)
     content = buffer.getvalue()
     seal = f"\nminirlhf sha256 {hashlib.sha256(content).hexdigest()}".encode()
     write_atomically(path, content + seal)
+
+
+def first_not_finite(states, name: str = "") -> str:
+    """The name of the first tensor of nested dicts with a NaN or an infinity, or ""."""
+    if isinstance(states, torch.Tensor):
+        return "" if states.isfinite().all() else name
+    items = states.items() if isinstance(states, dict) else ()
+    names = (first_not_finite(value, f"{name} {key}".strip()) for key, value in items)
+    return next(filter(None, names), "")
 
 
 def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
@@ -98,6 +110,7 @@ def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
             raise ValueError("another format")
         if not isinstance(file_kind, str) or not file_format.startswith("minirlhf "):
             raise ValueError("another format")
+        broken = first_not_finite(states)
     except Exception:  # a malicious file can raise anything in the restricted unpickler
         raise UserError(f"{path}: refused, because it is not a plain checkpoint of this program; "
                         "train again") from None
@@ -107,6 +120,8 @@ def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
     if file_kind != kind:
         raise UserError(f"{path}: contains a {file_kind} model, not a {kind} model; "
                         "name the right folder")
+    if broken:
+        raise UserError(f"{path}: {broken} is not finite; use an older checkpoint or train again")
     return meta, states
 
 
@@ -122,10 +137,21 @@ def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict]
             meta, states = load_checkpoint(path, kind)
             if meta.get("run") != run_id:
                 raise UserError(f"{path}: belongs to a run with other settings or data; skipped")
+            if not is_valid_meta(meta):
+                raise UserError(f"{path}: its step or its state is not valid; skipped")
             return meta, states
         except UserError as error:
             print(printable(f"warning: {error}"))
     return None
+
+
+def is_valid_meta(meta: dict) -> bool:
+    """Whether step, mark of the metrics and state have the types and sizes that a run writes."""
+    mark = meta.get("metrics", [0, ""])
+    is_mark = isinstance(mark, list) and [type(part) for part in mark] == [int, str]
+    numbers = [value for key, value in meta.items() if key not in ("run", "metrics")]
+    are_numbers = all(type(x) in (int, float) and abs(x) < 2**53 for x in numbers)
+    return is_mark and are_numbers and type(meta.get("step")) is int and meta["step"] >= 0
 
 
 def restore(checkpoint: tuple[dict, dict] | None, model: torch.nn.Module,
@@ -143,17 +169,21 @@ def restore(checkpoint: tuple[dict, dict] | None, model: torch.nn.Module,
                    for name, value in states["model"].items()}
         model.load_state_dict(weights)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for number, moments in states["optimizer"]["state"].items():
+        state = states["optimizer"]["state"]
+        for number, moments in state.items():
+            shape = parameters[number].shape
+            shapes = [moments[key].shape for key in ("step", "exp_avg", "exp_avg_sq")]
+            if shapes != [(), shape, shape]:
+                raise ValueError(f"the optimizer's state of parameter {number} has another shape")
             for key, value in moments.items():
                 moments[key] = split_like(value, parameters[number])
-        optimizer.load_state_dict(states["optimizer"])
-        done = int(meta["step"])
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"a checkpoint does not fit its run ({reason}); "
                         "delete it, or start a new run") from None
-    print(f"resuming after step {done}")
-    return done
+    print(f"resuming after step {meta['step']}")
+    return meta["step"]
 
 
 def save_step(folder: Path, kind: str, meta: dict, states: dict, keep: int) -> None:
