@@ -3,7 +3,9 @@
 "On-policy": the responses come from the policy that is differentiated.
 """
 
+import json
 import math
+import xml.dom.minidom
 
 from minirlhf.lab import estimators, small_world
 from minirlhf.lab.estimators import (
@@ -34,6 +36,7 @@ from minirlhf.lab.small_world import (
 )
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -177,8 +180,10 @@ def test_k1_in_the_loss_is_no_penalty():
 def test_k2_in_the_loss_is_the_kl_at_each_state():
     """On-policy. It ignores that the policy changes which states occur."""
     k2 = mean_gradient("k2 in the loss", ON_POLICY)
-    assert error(k2, kl_at_states(visits(WORLD, PI))) < EXACT
+    at_states = kl_at_states(visits(WORLD, PI))
+    assert error(k2, at_states) < EXACT
     assert error(k2, kl_gradient()) > 0.1
+    assert error(gradient(lambda x: state_kl(WORLD, x, REF), PI), at_states) < EXACT
 
 
 def test_token_ratio_times_k3_is_k2():
@@ -452,3 +457,36 @@ def test_where_training_comes_to_rest():
     assert points["k3 in the loss"]["kl_from_optimum"] > 0.01
     assert not points["k1 in the loss"]["converged"]
     assert points["k1 in the loss"]["kl_from_optimum"] > 10
+
+
+def test_the_command_writes_a_page_its_data_and_a_picture(tmp_path, monkeypatch, capsys):
+    """With two rows, one other world and one placement."""
+    rows = {
+        "KL penalty": {"k1 in the loss": FAMILIES["KL penalty"]["k1 in the loss"]},
+        "Importance ratios": FAMILIES["Importance ratios"],
+        "Samplers": {"top-p 0.9": FAMILIES["The sampler differs from the loss"]["top-p 0.9"]},
+    }
+    monkeypatch.setattr(estimators, "FAMILIES", rows)
+    monkeypatch.setattr(estimators, "SEEDS", range(1, 2))
+    monkeypatch.setattr(estimators, "PLACEMENTS", ("k1 in the loss",))
+    flags = ["--out", str(tmp_path), "--fixed-points"]
+    assert tiny.ending(estimators.main, estimators.EstimatorsConfig, flags) == 0
+    page = (tmp_path / "estimators.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "| k1 in the loss | `k1_t` | KL | 1 | - | 0 | 17.3 | 1.01 |" in page
+    assert "| k1 in the loss | 0 | does not converge" in page
+    data = json.loads((tmp_path / "estimators.json").read_text())
+    off_policy = data["rows"]["Importance ratios"]["token"]["KL 0.1"]
+    assert off_policy["error"] == pytest.approx(0.0694, abs=5e-5)
+    # the stored world gives the stored number
+    world = data["worlds"][2]
+    problem = make_problem(True, 0)._replace(
+        **{key: torch.tensor(world[key], dtype=torch.float64) for key in ("pi", "old", "scores")}
+    )
+    assert world["distance"] == 0.1
+    expected = score_gradient(problem)
+    assert error(mean_gradient("token", problem), expected) == pytest.approx(
+        off_policy["error"], rel=1e-12
+    )
+    picture = xml.dom.minidom.parse(str(tmp_path / "estimators.svg"))
+    assert len(picture.getElementsByTagName("polyline")) == 16  # 8 curves and 8 legends

@@ -14,7 +14,6 @@ from minirlhf.lab import common, overoptimization, sweep, variance
 from minirlhf.lab import overoptimization_fit as fits
 from minirlhf.lab.overoptimization_page import neighbors
 from minirlhf.lab.variance_page import variance_ratio
-from minirlhf.rl.rollout import Rollout
 from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import load_task
 from minirlhf.run.command_line import parse_flags
@@ -371,19 +370,6 @@ def test_the_variance_lab_refuses_a_policy_of_another_base_model(helpdesk_runs, 
     flags = ["--reward-run", str(helpdesk_runs / "reward-seed0")]
     flags += ["--policy-run", str(tmp_path / "policy")]
     assert "was not trained from" in refused(capsys, variance.main, variance.VarianceConfig, flags)
-
-
-def test_a_difference_of_full_return_and_reward_to_go_is_detected():
-    """They are equal if only the last token is rewarded, and must not pass if an earlier one is."""
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    late = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -2.0]])
-    early = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.0, -2.0]])
-    zeros = torch.zeros(2, 3)
-    samples = tiny.make_samples(zeros, mask, zeros, mask)
-    rollout = Rollout(samples, zeros, zeros, zeros, zeros[:, 0], late, 0.0)
-    variance.check_same_weights([rollout])
-    with pytest.raises(AssertionError, match="only the last token is rewarded"):
-        variance.check_same_weights([rollout, rollout._replace(rewards=early)])
 
 
 # ---- the overoptimization lab --------------------------------------------------------------------

@@ -266,10 +266,8 @@ FAMILIES: dict[str, dict[str, Estimator]] = {
         "token ratio x k3 in the loss": kl_row(
             in_loss(kl_k3, torch.clone), "rho_t k3_t",
             f"{TRL}:3104 (default with beta > 0); DeepSeek-V3.2"),
-        "token ratio x k3, per state": kl_row(
-            in_loss(kl_k3, torch.clone), "rho_t k3_t", "-", "KL per state"),
         "detached ratio x k2 in the loss": kl_row(
-            in_loss(kl_k2, torch.detach), "sg[rho_t] k2_t", "OpenRLHF issue 1309"),
+            in_loss(kl_k2, torch.detach), "sg[rho_t] k2_t", "OpenRLHF pull request 1309"),
         "k3 in the loss": kl_row(in_loss(kl_k3), "k3_t",
                                  f"GRPO (Shao et al. 2024); {TRL}:3100; {OPEN} k3; grpo here"),
         "k3 in the loss, other divergence": kl_row(
@@ -344,7 +342,7 @@ FAMILIES: dict[str, dict[str, Estimator]] = {
                                sampler=lambda x: x / 0.6),
         "top-k 3 of 4": row("a ~ top 3 of pi", "nanochat chat_rl.py@030de3a (k = 50)",
                             sampler=top_k),
-        "top-p 0.9": row("a ~ nucleus of pi", f"{SCRATCH} 7_5_plus_kl.py@5182d71", sampler=top_p)},
+        "top-p 0.9": row("a ~ nucleus of pi", "-", sampler=top_p)},
     "Whitening over the batch": {
         f"B = {n}": row("(A - mean) / std", "REINFORCE++ (Hu 2025); gae and ppo here", whitened,
                         batch=n) for n in (2, 3, 4)},
@@ -540,7 +538,7 @@ def picture() -> str:
               for kl in (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)] for name in CURVES]
     panel = Panel("Error of the expected gradient, by importance ratio", "",
                   list(enumerate(lines)), [], [])
-    svg = draw(panel, list(CURVES), "KL(old || pi), nats")
+    svg = draw(panel, list(CURVES), "error of the expected gradient; KL(old || pi), nats")
     style = f"<style>{STYLE} svg {{ color: var(--ink); font-family: sans-serif; }}</style>"
     svg = svg.replace("<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1)
     return svg.replace("<title>", f"{style}<title>", 1)
@@ -554,40 +552,51 @@ class EstimatorsConfig:
     fixed_points: bool = setting(False, "also find where training comes to rest; a few minutes")
 
 
+def all_rows() -> dict[str, dict[str, dict]]:
+    """The results of all families."""
+    progress = Progress("row", sum(map(len, FAMILIES.values())), plain_lines=5)
+    results: dict[str, dict] = {family: {} for family in FAMILIES}
+    for family, rows in FAMILIES.items():
+        for name in rows:
+            results[family][name] = measure(rows[name])
+            progress.show(sum(map(len, results.values())), name)
+    return results
+
+
+def all_rest_points() -> list[dict]:
+    """Each placement in three worlds at three coefficients."""
+    points: list[dict] = []
+    jobs = [(name, seed, c) for name in PLACEMENTS for seed in range(3) for c in KL_COEFS]
+    progress = Progress("rest point", len(jobs), plain_lines=5)
+    for name, seed, c in jobs:
+        points.append(dict(name=name, seed=seed) | rest_point(name, make_problem(True, seed), c))
+        progress.show(len(points), name)
+    return points
+
+
 def main(config: EstimatorsConfig) -> str:
     """Compute all rows and write the three files; returns the page. Raises UserError."""
     check_ranges(config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    results: dict = {family: {} for family in FAMILIES}
-    every = [(family, name) for family, rows in FAMILIES.items() for name in rows]
-    progress = Progress("row", len(every), plain_lines=5)
-    for number, (family, name) in enumerate(every, start=1):
-        results[family][name] = measure(FAMILIES[family][name])
-        progress.show(number, name)
+    results = all_rows()
     q = make_problem(True, 0)
-    p_ref = probabilities(q.world, q.ref)
-    best_of = [[n, best_of_n_kl(p_ref, q.scores, n), math.log(n) - (n - 1) / n]
-               for n in (2, 4, 16, 64)]
-    page = "\n\n".join(
-        [__doc__, *(f"## {family}\n\n{table(rows)}" for family, rows in results.items()),
-         "## DPO", markdown_table(["policy", "norm of the gradient", "objective"], dpo_rows(q)),
-         "## Best of n: KL from the reference",
-         markdown_table(["n", "exact", "log n - (n - 1) / n"],
-                        [[str(n), f"{kl:.4f}", f"{bound:.4f}"] for n, kl, bound in best_of])])
-    points = []
-    if config.fixed_points:
-        jobs = [(name, seed, c) for name in PLACEMENTS for seed in range(3) for c in KL_COEFS]
-        for number, (name, seed, c) in enumerate(jobs, start=1):
-            point = rest_point(name, make_problem(True, seed), c)
-            points.append(dict(name=name, seed=seed) | point)
-            Progress("fixed point", len(jobs), plain_lines=5).show(number, name)
-        page += ("\n\n## Where training comes to rest: KL(pi* || pi), objective\n\n"
-                 + rest_table(points))
-    worlds = {name: {key: value.tolist() for key, value in make_problem(large, 0, kl)._asdict()
-                     .items() if key != "world"}
-              for name, large, kl in (("121 responses", True, 0.1), ("15 responses", False, 0.1))}
-    data = dict(about=__doc__, worlds=worlds, rows=results, best_of_n=best_of, fixed_points=points)
+    best_of = [[str(n), f"{best_of_n_kl(probabilities(q.world, q.ref), q.scores, n):.4f}",
+                f"{math.log(n) - (n - 1) / n:.4f}"] for n in (2, 4, 16, 64)]
+    dpo = dpo_rows(q)
+    parts = [__doc__, *(f"## {family}\n\n{table(rows)}" for family, rows in results.items()),
+             "## DPO", markdown_table(["policy", "norm of the gradient", "objective"], dpo),
+             "## Best of n: KL from the reference",
+             markdown_table(["n", "exact", "log n - (n - 1) / n"], best_of)]
+    points = all_rest_points() if config.fixed_points else []
+    if points:
+        parts += ["## Where training comes to rest: KL(pi* || pi), objective", rest_table(points)]
+    page = "\n\n".join(parts)
+    worlds = [dict(large=large, distance=kl) | {key: value.tolist() for key, value in
+              make_problem(large, 0, kl)._asdict().items() if isinstance(value, Tensor)}
+              for large in (True, False) for kl in DISTANCES]
+    data = dict(about=__doc__, worlds=worlds, rows=results, dpo=dpo, best_of_n=best_of,
+                rest_points=points)
     write_atomically(out / "estimators.json", json.dumps(data, indent=1).encode())
     write_atomically(out / "estimators.md", page.encode())
     write_atomically(out / "estimators.svg", picture().encode())

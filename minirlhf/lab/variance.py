@@ -23,7 +23,7 @@ from minirlhf.lab.common import Rows, need_files, run_lab, save_picture
 from minirlhf.lab.variance_page import describe, draw_values, draw_variances
 from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model, save_model
-from minirlhf.rl.advantages import full_return, reward_to_go
+from minirlhf.rl.advantages import reward_to_go
 from minirlhf.rl.algorithms import (
     ALGORITHMS,
     estimate_advantages,
@@ -255,23 +255,8 @@ def measure_policy(name: str, policy: Transformer, task: Task, reward_model: Tra
         value, _ = load_model(path, "value", tokenizer)
         measured = [with_values(value, r) for r in rollouts["measured"]]
         reference = [with_values(value, r) for r in rollouts["reference"]]
-        if policy is task.base and reward == "score":
-            check_same_weights(measured)
         length = task.sampling.max_response_length
         measure_algorithms(f"{name}, {reward}", policy, measured, reference, length, rows, settings)
-
-
-def check_same_weights(rollouts: list[Rollout]) -> None:
-    """Check that full return and reward-to-go are equal.
-
-    They must be at the base model with the score as the reward: every KL term is log 1 = 0, and the
-    score is on the last token, so all reward is in the future of every token.
-    """
-    for r in rollouts:
-        if not torch.equal(full_return(r.rewards, r.mask, 1.0),
-                           reward_to_go(r.rewards, r.mask, 1.0)):
-            raise AssertionError("full return and reward-to-go differ at the base model, where "
-                                 "only the last token is rewarded")
 
 
 def measure_algorithms(name: str, policy: Transformer, measured: list[Rollout],
