@@ -46,6 +46,11 @@ def k3_in_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask):
     return masked_sum(kl_k3(logprobs, ref_logprobs), mask) / len(mask)
 
 
+def ratio_times_k1(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(1).exp()
+    return (ratio * torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)).mean()
+
+
 # ---- losses that are wrong -----------------------------------------------------------------------
 
 
@@ -117,6 +122,10 @@ def clipped_on_policy(logprobs, old_logprobs, ref_logprobs, advantages, mask):
 def ratio_of_one_half(logprobs, old_logprobs, ref_logprobs, advantages, mask):
     ratio = (0.5 * (logprobs - old_logprobs)).exp()
     return -masked_sum(ratio * advantages, mask)
+
+
+def with_kl(*arguments):
+    return LIMIT * project_ppo(*arguments) + 0.04 * k3_in_loss(*arguments)
 
 
 def swapped_k2(logprobs, old_logprobs, ref_logprobs, advantages, mask):
@@ -198,6 +207,7 @@ def check(capsys, function, *flags):
         ("project_ppo", "policy-gradient"),
         ("whole_response_ratio", "policy-gradient"),
         ("k1_in_reward", "reverse-kl"),
+        ("ratio_times_k1", "reverse-kl"),
         ("k2_in_loss", "reverse-kl-per-state"),
         ("k3_in_loss", "forward-kl-per-state"),
     ],
@@ -231,6 +241,7 @@ def test_a_right_loss_satisfies_its_claim_and_is_recognized_without_one(function
         ("in_float32", "policy-gradient", "the precision of float32 only"),
         ("as_number", "policy-gradient", "no gradient reaches logprobs"),
         ("positive_only", "policy-gradient", "a negative advantage have no gradient"),
+        ("with_kl", "policy-gradient", "1 policy-gradient + 0.04 forward-kl-per-state for [1, 3]"),
         ("k2_in_loss", "reverse-kl", "it satisfies reverse-kl-per-state"),
         ("k3_in_loss", "reverse-kl", "it satisfies forward-kl-per-state"),
         ("project_ppo", "reverse-kl", "it satisfies policy-gradient"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from minirlhf.lab.small_world import (
+    batch_gradients,
     gradient,
     make_world,
     move,
@@ -141,11 +142,9 @@ def token_weights(loss: Callable, batches: Batches) -> Tensor:
 
 def expected_gradient(batches: Batches, weights: Tensor) -> Tensor:
     """[D] the mean over batches of sum_t weight_t grad log pi(a_t | s_t)."""
-    weighted = (batches.probability[:, None, None] * weights).flatten(0, 1)
-    total = weighted.new_zeros(len(WORLD.mask), weights.shape[-1])
-    total.index_add_(0, batches.rows.flatten(), weighted)
-    real = total[:, :WORLD.mask.shape[1]]
-    return gradient(lambda x: (real * token_logprobs(WORLD, x)).sum(), batches.setting.logits)
+    real = weights[..., :WORLD.mask.shape[1]].flatten(0, 1)
+    rows = batch_gradients(WORLD, batches.setting.logits, batches.rows, lambda x: (real * x).sum())
+    return batches.probability @ rows
 
 
 def claimed_gradient(setting: Setting, claim: str) -> Tensor:

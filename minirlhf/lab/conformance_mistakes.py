@@ -4,15 +4,18 @@ Most mistakes multiply the weight of each token, d loss / d log pi, by a known f
 recognized if the standard weights times its factor give the loss's expected gradients.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 from minirlhf.lab.conformance_gradients import (
+    CLAIMS,
     SHAPES,
     TOLERANCE,
     Batches,
     Fit,
     Result,
     all_batches,
+    claimed_gradients,
     expected_gradients,
     fit,
     token_weights,
@@ -84,6 +87,20 @@ def matching_factor(factors: Callable, claim: str, batches: list[list[Batches]],
     return "", 0.0
 
 
+def mixture(result: Result) -> str:
+    """The two claims whose weighted sum is the expected gradient, or ""."""
+    batches = all_batches(SHAPES[0])
+    targets = {claim: claimed_gradients(batches, claim).flatten() for claim in CLAIMS}
+    for first, second in itertools.combinations(CLAIMS, 2):
+        columns = torch.stack([targets[first], targets[second]], dim=1)
+        actual = torch.stack([each.flatten() for each in result.expected], dim=1)
+        weights = torch.linalg.lstsq(columns, actual).solution
+        if (columns @ weights - actual).norm() < TOLERANCE * actual.norm():
+            a, b = weights[:, 0].tolist()
+            return f"{a:.3g} {first} + {b:.3g} {second} for {list(SHAPES[0])}"
+    return ""
+
+
 def importance_ratio(loss: Callable, claim: str) -> str:
     """The name of the ratio by which the loss corrects for the old policy, or ""."""
     batches = all_batches(SHAPES[0], NEAR)
@@ -151,6 +168,9 @@ def gradient_mistakes(loss: Callable, claim: str, result: Result) -> Iterator[st
             exponent = f"it uses {ratio}" if "wrong sign" in ratio else ""
             yield "; ".join(filter(None, [instead, flipped, exponent]))
             return
+    if parts := mixture(result):
+        yield f"it is a sum of two: {parts}"
+        return
     fits = result.fits[claim]
     name, c = matching_factor(known_mistakes, claim, [all_batches(shape) for shape in SHAPES],
                               result.expected)
