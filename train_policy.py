@@ -17,6 +17,7 @@ from minirlhf.data.tokenizer import fingerprint
 from minirlhf.evaluation.policy import DECODINGS, EvalResult, Evaluator, final_evaluation
 from minirlhf.model import Transformer
 from minirlhf.model.loading import save_model
+from minirlhf.rl.advantages import reward_to_go
 from minirlhf.rl.algorithms import (
     ALGORITHMS,
     Algorithm,
@@ -107,7 +108,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
             run.timed("update")
 
             # 5. Log, evaluate, save.
-            metrics |= describe(rollout, task.ground_truth)
+            metrics |= describe(rollout, task.ground_truth, config.gamma)
             metrics |= dict(samples=(step + 1) * config.batch_size, kl_coef=kl_coef)
             kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config)
             if run.due(config.eval_every):
@@ -194,9 +195,14 @@ def check_rollout(rollout: Rollout) -> None:
 # ---- logging and evaluation ----------------------------------------------------------------------
 
 
-def describe(rollout: Rollout, ground_truth: ModuleType | None) -> dict[str, float]:
-    """Metrics of a rollout. kl and total_reward: sums over tokens, means over responses."""
+def describe(rollout: Rollout, ground_truth: ModuleType | None, gamma: float) -> dict[str, float]:
+    """Metrics of a rollout. kl and total_reward: sums over tokens, means over responses.
+
+    explained_variance is that of the rewards actually received, for every algorithm. The targets
+    of V contain V itself if lam < 1, so agreeing with them proves little.
+    """
     mask = rollout.mask
+    received = reward_to_go(rollout.rewards, mask, gamma)
     kl = torch.where(mask, kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1)
     finished = rollout.samples.finished
     row: dict[str, Tensor | float] = dict(
@@ -206,7 +212,7 @@ def describe(rollout: Rollout, ground_truth: ModuleType | None) -> dict[str, flo
         total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(),
         return_mean=masked_mean(rollout.returns, mask),
         return_std=rollout.returns[mask].std(correction=0),
-        explained_variance=explained_variance(rollout.values, rollout.returns, mask),
+        explained_variance=explained_variance(rollout.values, received, mask),
         length=mask.sum(1).float().mean(),
         tokens=mask.sum(),
         eos_rate=sum(finished) / len(finished))

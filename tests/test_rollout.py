@@ -6,7 +6,12 @@ import math
 from minirlhf.config import PolicyConfig
 from minirlhf.model.generate import generate
 from minirlhf.model.transformer import ModelConfig, Transformer
-from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages, minibatch_loss
+from minirlhf.rl.algorithms import (
+    ALGORITHMS,
+    estimate_advantages,
+    explained_variance,
+    minibatch_loss,
+)
 from minirlhf.rl.reward import Reward, score, score_responses
 from minirlhf.rl.rollout import (
     Rollout,
@@ -24,6 +29,7 @@ from train_policy import describe, update
 import pytest
 import torch
 from exact import gradient, make_mdp, make_rollout, padded_samples, per_token, tabulate, tiny_model
+from tiny import make_samples
 from torch import Tensor
 
 MDP = make_mdp(((1, 2, 0), (2,)))
@@ -401,7 +407,7 @@ def log_row(rollout: Rollout, algorithm: str) -> dict:
     finished = [len(response) % 2 == 0 for response in MDP.responses]
     rollout = rollout._replace(samples=rollout.samples._replace(finished=finished), kl_coef=0.1)
     rollout = estimate_advantages(ALGORITHMS[algorithm], rollout, config)
-    row = describe(rollout, None)
+    row = describe(rollout, None, gamma=0.9)
     optimizer = torch.optim.SGD(model.parameters())
     return row | update(model, optimizer, rollout, config, 0, MDP.limit)
 
@@ -434,7 +440,7 @@ def test_describe_by_hand():
     returns = 2.0 * rollout.mask.double()
     returns[1, 0] = 5.0
     rollout = rollout._replace(returns=returns, values=torch.where(rollout.mask, 1.0, 0.0))
-    row = describe(rollout, None)
+    row = describe(rollout, None, gamma=1.0)
     lengths = rollout.mask.sum(1).tolist()
     assert lengths[0] == 1 < lengths[1]
     log_ratio = rollout.logprobs - rollout.ref_logprobs
@@ -456,6 +462,50 @@ def test_describe_by_hand():
         eos_rate=0.5,
     )
     assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def rollout_with(rewards: Tensor, values: Tensor, lam: float, gamma: float) -> Rollout:
+    """A rollout of full responses with these rewards and values [B, R], advantages of gae."""
+    mask = torch.ones(rewards.shape, dtype=torch.bool)
+    tokens = torch.zeros(rewards.shape, dtype=torch.long)
+    samples = make_samples(tokens[:, :1], mask[:, :1], tokens, mask)
+    zeros = torch.zeros_like(rewards)
+    rollout = Rollout(samples, zeros, zeros, values, rewards.sum(1), rewards, 0.0)
+    config = PolicyConfig(algorithm="gae", whiten="off", lam=lam, gamma=gamma)
+    return estimate_advantages(ALGORITHMS["gae"], rollout, config)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_explained_variance_by_hand_is_that_of_discounted_rewards(lam):
+    """G is (0.5, 1) and (1.5, 3), G - V is (-0.5, 0) and (0.5, 1): 1 - 0.3125 / 0.875."""
+    rewards = numbers([0.0, 1.0], [0.0, 3.0])
+    values = numbers([1.0, 1.0], [1.0, 2.0])
+    row = describe(rollout_with(rewards, values, lam, gamma=0.5), None, gamma=0.5)
+    assert row["explained_variance"] == pytest.approx(1 - 0.3125 / 0.875)
+
+
+def test_a_useless_value_explains_nothing_although_it_predicts_its_own_targets():
+    """V is a ramp over the tokens, and the score does not depend on the prompt or the token.
+
+    With lam = 0 the target of V is V at the next token, so V predicts nearly all of its variance.
+    """
+    rewards = torch.zeros(64, 40, dtype=torch.float64)
+    scores = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards[:, -1] = 0.1 * scores
+    values = torch.arange(40.0, dtype=torch.float64).expand(64, 40) / 10
+    rollout = rollout_with(rewards, values, lam=0.0, gamma=1.0)
+    inner = rollout.mask.clone()
+    inner[:, -1] = False
+    assert explained_variance(values, rollout.returns, inner) > 0.99
+    assert describe(rollout, None, gamma=1.0)["explained_variance"] < 0
+
+
+def test_the_true_value_explains_less_than_all_of_the_variance():
+    """Two equally likely last tokens with the scores 0 and 1: V is 0.5 before, G is 0 or 1."""
+    rewards = numbers([0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0])  # two prompts
+    values = numbers([0.5, 0.5], [0.5, 0.5], [2.5, 2.5], [2.5, 2.5])
+    row = describe(rollout_with(rewards, values, lam=0.95, gamma=1.0), None, gamma=1.0)
+    assert row["explained_variance"] == pytest.approx(1 - 0.25 / 1.25)
 
 
 def test_one_response_of_one_token_works():

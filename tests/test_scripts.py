@@ -270,8 +270,9 @@ def test_each_stage_of_an_iteration_gets_the_result_of_the_one_before(
         assert length == task.sampling.max_response_length == 5
         assert (estimated.advantages != 0).any()
 
-        (described, ground_truth), description = calls["describe"][step]
+        (described, ground_truth, gamma), description = calls["describe"][step]
         assert described is estimated and ground_truth is task.ground_truth
+        assert gamma == config.gamma
         for key, value in (metrics | description).items():
             assert logged[step][key] == pytest.approx(value, rel=1e-6)
     first, second = (samples for _, samples in calls["sample"])

@@ -162,7 +162,10 @@ def minibatch_loss(policy: Transformer, rollout: Rollout, config: PolicyConfig, 
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var[G - V] / Var[G] over real tokens: 1 for a perfect V, 0 for a constant."""
+    """1 - Var[G - V] / Var[G] over real tokens: 0 for a constant V, 1 if V equals every return.
+
+    With sampled returns, even the true V stays below 1, because V does not know later tokens.
+    """
     kept = returns[mask]
     variance = (kept - kept[0]).var(correction=0)  # exactly 0 for equal returns of any size
     if not variance > 0:  # zero or NaN

@@ -28,7 +28,8 @@ POLICY_PANELS = (  # metric, title, explanation
     ("eos_rate", "Ended by EOS", "Share of responses; the others were cut by length."),
     ("entropy", "Entropy", "Nats per token."),
     ("kl_coef", "KL coefficient", "Constant without a KL target."),
-    ("explained_variance", "Explained variance", "Of returns, by the value head; 1 is perfect."),
+    ("explained_variance", "Explained variance", "Of the returns received, by the value head. "
+                                                 "Even the true V stays below 1."),
     ("clip_fraction", "Clipped ratios", "Share of tokens whose ratio is outside the clip range."),
     ("grad_norm", "Gradient norm", "Before clipping."),
     ("tokens_per_second", "Tokens per second", "Of whole iterations."),
