@@ -372,13 +372,16 @@ def draw_panels(all_axes, each: dict[str, dict[str, Line]], y: str) -> None:
     """Panels side by side, with one scale of y; the legend is in the last one."""
     all_axes = list(getattr(all_axes, "flat", [all_axes]))
     for axes, (name, lines) in zip(all_axes, each.items()):
+        if axes is not all_axes[0]:
+            axes.sharey(all_axes[0])
         draw(axes, lines, name, y, legend=axes is all_axes[-1])
         ticks = sorted({point[0] for line in lines.values() for point in line})
         if min(ticks) > 0:
             axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.minorticks_off()
-        axes.sharey(all_axes[0])
+        if axes is not all_axes[0]:
+            axes.set_ylabel("")
 
 
 AXES = {
