@@ -9,6 +9,7 @@
 """
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -30,10 +31,11 @@ from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_mo
 from minirlhf.kernels import token_logprobs
 from minirlhf.model import Transformer
 from minirlhf.model.loading import (
-    base_model_file,
     earlier_reward_model,
     initial_base_model,
     save_model,
+    start_files,
+    tokenizer_name,
 )
 from minirlhf.model.transformer import apply_head, last_token_scores
 from minirlhf.rl.losses import preference_loss
@@ -59,6 +61,7 @@ def main(config: RewardConfig) -> dict:
     config.check()
     device = pick_device(config.device, config.deterministic, config.bf16)
     check_processes(config, device, config.batch_size, "the prompts of --batch-size")
+    config = dataclasses.replace(config, tokenizer=tokenizer_name(config))
     with Run(config, "train_reward.py") as run:
         encoding = load_tokenizer(config.tokenizer)
         ground_truth = load_ground_truth(config)
@@ -70,11 +73,10 @@ def main(config: RewardConfig) -> dict:
                             "scores are normalized on responses to several prompts")
         base = initial_base_model(config, encoding).to(device)
         earlier = earlier_reward_model(config, encoding)
-        start_files = [file for file in (base_model_file(config), config.init_reward) if file]
         task_name = ground_truth.__name__.split(".")[-1] if ground_truth else "data"
         stages = {"sft": sft_steps(config), "reward": reward_steps(train, config)}
-        run.open(f"reward-{task_name}-seed{config.seed}", splits.hashes | file_hashes(start_files),
-                 stages)
+        facts = splits.hashes | file_hashes(start_files(config))
+        run.open(f"reward-{task_name}-seed{config.seed}", facts, stages)
         print(f"run folder: {run.folder}   device: {device}")
 
         # 1. The base language model: fine-tuned here, or taken from a file.
@@ -169,7 +171,7 @@ def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config
 
 def sft_steps(config: RewardConfig) -> int:
     """Steps of supervised fine-tuning; 0 with --init-reward, or with --init without --sft-init."""
-    if base_model_file(config) and not (config.init and config.sft_init):
+    if config.init_reward or (config.init and not config.sft_init):
         return 0
     return -(-config.sft_sequences // config.sft_batch_size)
 

@@ -47,10 +47,11 @@ class RewardConfig(RunConfig):
     skip_bad_lines: bool = setting(
         False, "count and skip lines that cannot be read, instead of stopping")
     tokenizer: str = setting(
-        "helpdesk", "the shipped ranks, a .tiktoken file, or a tiktoken encoding's name (gpt2)")
+        "auto", "helpdesk (shipped), a .tiktoken file, a model's folder, or a tiktoken encoding's "
+                "name (gpt2); auto: that of --init, or helpdesk")
     init: str = setting(
-        "", "start from a base.pt, or GPT-2's model.safetensors or pytorch_model.bin, without "
-            "supervised fine-tuning")
+        "", "start from a base.pt, or the folder of a pretrained model (GPT-2, Llama, SmolLM2, "
+            "Qwen 2.5 or 3), without supervised fine-tuning")
     sft_init: bool = setting(
         False, "fine-tune the model of --init too: GPT-2 has not learned to end a response")
     init_reward: str = setting(
@@ -99,12 +100,9 @@ class RewardConfig(RunConfig):
     # --preset NAME: flags override these; all other settings keep their defaults
     presets: ClassVar[dict[str, dict]] = {
         "helpdesk": {},  # the defaults were chosen on its held-out prompts
-        # GPT-2 small on HH-RLHF, with --init and --data; not tuned on the full data set
-        "hh-gpt2": dict(
-            tokenizer="gpt2",
+        # a pretrained model of --init on HH-RLHF, with --data; not tuned on the full data set
+        "hh": dict(
             bf16=True,  # float32 products use only a fraction of a GPU
-            # the same shape without --init; random weights need --sft-lr 6e-4
-            n_layer=12, n_head=12, d_model=768,
             # 95% of prompts and 97% of responses in 420 pairs fit
             max_prompt_length=256, max_response_length=128,
             holdout=0.02,  # enough, of tens of thousands of pairs
@@ -113,7 +111,7 @@ class RewardConfig(RunConfig):
             lr=1e-5,  # similar to Stiennon et al. (2020), 1.5e-5
             batch_size=32,  # one pair per prompt
             micro_batch_size=8,  # 64 rows of 384 tokens would be too many
-            save_every=500),  # a checkpoint with its optimizer has 1.5 GB
+            save_every=500),  # a checkpoint with its optimizer has 1.6 GB for 135M parameters
         "debug": dict(  # every stage of both scripts in seconds
             data=(str(DATA / "helpdesk-validation.jsonl"),),
             n_layer=1, d_model=32, sft_sequences=512, normalize_prompts=32),
@@ -127,6 +125,12 @@ class RewardConfig(RunConfig):
             nearest = min(divisors, key=lambda n: abs(n - self.n_head))
             raise UserError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; "
                             f"try --n-head {nearest}")
+        sizes = [vars(type(self)), *self.presets.values()]  # also those that were not asked for
+        for name in ("n_layer", "n_head", "d_model"):
+            value = getattr(self, name)
+            if (self.init or self.init_reward) and value not in [x.get(name) for x in sizes]:
+                raise UserError(f"--{name.replace('_', '-')} {value}: the sizes are those of "
+                                "--init; leave it out")
         if self.init and self.init_reward:
             raise UserError("--init-reward uses the base.pt next to it; leave out --init")
 
@@ -201,9 +205,9 @@ class PolicyConfig(RunConfig):
 
     presets: ClassVar[dict[str, dict]] = {
         "helpdesk": {},
-        "hh-gpt2": dict(
+        "hh": dict(
             iterations=200,
-            lr=1e-5,  # that of Huang et al. (2024) for this model
+            lr=1e-5,  # that of Huang et al. (2024) for GPT-2 small
             bf16=True,
             kl_coef=0.05,  # a common choice for PPO on dialogue (TRL's default)
             micro_batch_size=16,  # rows of up to 384 tokens with their activations

@@ -28,7 +28,7 @@ from minirlhf.tools import label
 
 import pytest
 import tiny
-from test_gpt2 import gpt2_tensors, safetensors
+from test_pretrained import pretrained_folder
 
 WALKS = ("minirlhf/rl/README.md", "minirlhf/rl/README.zh.md")
 # relative to ROOT: every file of Markdown in the project
@@ -98,8 +98,11 @@ COMMANDS = {
         test="test_tools_own_algorithm.py"
     ),
     "python steps.py --out runs/NAME --resume": Elsewhere(test="test_tools_own_algorithm.py"),
-    "curl -L --create-dirs -o gpt2/model.safetensors "
-    "https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors": Fetched(),
+    "curl -L --create-dirs --output-dir smollm2 --remote-name-all "
+    "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main/"
+    "{config,tokenizer,tokenizer_config}.json "
+    "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main/"
+    "model.safetensors": Fetched(),
     # training
     "python train_reward.py": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 0)),
     "train_reward.py --seed 2": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 2)),
@@ -117,23 +120,23 @@ COMMANDS = {
     "--max-prompt-length 256 --max-response-length 128": Run(
         OWN + " --max-prompt-length 8 --max-response-length 8", REWARD_MADE.format("data", 0)
     ),
-    "python train_reward.py --preset hh-gpt2 --init gpt2 --data harmless-base/train.jsonl.gz "
+    "python train_reward.py --preset hh --init smollm2 --data harmless-base/train.jsonl.gz "
     "--test-data harmless-base/test.jsonl.gz": Run(HH, REWARD_MADE.format("data", 0)),
-    "python train_policy.py --preset hh-gpt2": Run(POLICY, POLICY_MADE.format("ppo", 0)),
+    "python train_policy.py --preset hh": Run(POLICY, POLICY_MADE.format("ppo", 0)),
     # several processes: two instead of eight, and two launchers on this machine instead of two
     # machines
-    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh-gpt2 --init gpt2 "
+    "torchrun --standalone --nproc-per-node 8 train_reward.py --preset hh --init smollm2 "
     "--data harmless-base/train.jsonl.gz --test-data harmless-base/test.jsonl.gz": Run(
         HH, REWARD_MADE.format("data", 0), slow=True
     ),
-    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2": Run(
+    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh": Run(
         POLICY, POLICY_MADE.format("ppo", 0), slow=True
     ),
-    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh-gpt2 --shard": Run(
+    "torchrun --standalone --nproc-per-node 8 train_policy.py --preset hh --shard": Run(
         POLICY, POLICY_MADE.format("ppo", 0), slow=True
     ),
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 1 "
-    "--rdzv-endpoint FIRST-MACHINE:29400 train_policy.py --preset hh-gpt2 --out runs/HH": Run(
+    "--rdzv-endpoint FIRST-MACHINE:29400 train_policy.py --preset hh --out runs/HH": Run(
         POLICY, "runs/HH/result.json", slow=True
     ),
     "python train_reward.py --init-reward runs/REWARD/reward.pt "
@@ -220,10 +223,7 @@ def write_desk(folder: Path) -> None:
         )[1]
     )
     (folder / "FILE...").write_text("a short text of a few words\n" * 3)
-    (folder / "gpt2").mkdir()
-    (folder / "gpt2" / "model.safetensors").write_bytes(
-        safetensors(gpt2_tensors(width=64, layers=1))
-    )
+    pretrained_folder(folder / "smollm2")
     (folder / "harmless-base").mkdir()
     pair = (
         '{{"chosen": "\\n\\nHuman: {0}\\n\\nAssistant: Yes, {0}", '
@@ -325,7 +325,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def test_the_download_is_saved_where_the_next_command_reads_it(tmp_path):
     """The path of curl's output is the one that --init names."""
     (command,) = [command for command, how in COMMANDS.items() if isinstance(how, Fetched)]
-    assert shlex.split(command)[-1].startswith("https://huggingface.co/openai-community/")
+    assert shlex.split(command)[-1].startswith("https://huggingface.co/HuggingFaceTB/")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         local = command.replace("https://huggingface.co", f"http://127.0.0.1:{server.server_port}")
@@ -337,6 +337,13 @@ def test_the_download_is_saved_where_the_next_command_reads_it(tmp_path):
         )
         server.shutdown()
     (init,) = {re.search(r"--init (\S+)", other)[1] for other in COMMANDS if "--init " in other}
+    files = sorted(path.name for path in (tmp_path / init).iterdir())
+    assert files == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert (tmp_path / init / "model.safetensors").read_bytes() == b"weights"
 
 

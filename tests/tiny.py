@@ -94,6 +94,8 @@ def reward_config(inputs: Path, out: Path | str, **changes) -> RewardConfig:
         device="cpu",
         out=str(out),
     )
+    if changes.get("init") or changes.get("init_reward"):  # the sizes come from there
+        settings = {k: v for k, v in settings.items() if k not in ("n_layer", "n_head", "d_model")}
     return RewardConfig(**{**settings, **changes})
 
 

@@ -38,7 +38,7 @@ def load_tokenizer(name: str = "helpdesk") -> tiktoken.Encoding:
     Raises UserError for an unknown name, a failed download or a malformed rank file.
     """
     path = HELPDESK_RANKS if name == "helpdesk" else Path(name)
-    if path.is_dir() and path.suffix != ".tiktoken":
+    if path.is_dir() and path.suffix != ".tiktoken" and name not in tiktoken.list_encoding_names():
         return read_pretrained_tokenizer(path)
     if path.suffix == ".tiktoken":
         pattern = GPT2_PATTERN

@@ -2,7 +2,7 @@
 
     python -m minirlhf.lab.memory [--tflops 100] [--hbm 2000] [--link 100] [--check]
 
-Everything is in float32, with the batch sizes of --preset hh-gpt2 and prompts and responses of
+Everything is in float32, with the batch sizes of --preset hh and prompts and responses of
 full length. Nothing in the table is measured: times follow from the assumed speeds, which are
 printed. --check measures small shapes on this machine's CPU.
 """
@@ -85,8 +85,8 @@ class Work(NamedTuple):
 
 
 def hh_gpt2(size: str) -> Work:
-    policy = dataclasses.replace(PolicyConfig(), **PolicyConfig.presets["hh-gpt2"])
-    reward = dataclasses.replace(RewardConfig(), **RewardConfig.presets["hh-gpt2"])
+    policy = dataclasses.replace(PolicyConfig(), **PolicyConfig.presets["hh"])
+    reward = dataclasses.replace(RewardConfig(), **RewardConfig.presets["hh"])
     return Work(*GPT2[size], GPT2_VOCAB, reward.max_prompt_length, reward.max_response_length,
                 policy.batch_size, policy.minibatch_size, policy.micro_batch_size,
                 policy.ppo_epochs)
@@ -313,7 +313,7 @@ def main(config: MemoryConfig) -> None:
               "1024^3 matrix product, measured in the same process.\n")
         print(check())
         return
-    print(f"Computed, not measured: float32, --preset hh-gpt2, {config.tflops:g} TFLOP/s in "
+    print(f"Computed, not measured: float32, --preset hh, {config.tflops:g} TFLOP/s in "
           f"matrix products, {config.hbm:g} GB/s of memory, {config.link:g} GB/s to the other "
           "GPUs, no overlap.\n")
     print(table(config))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from minirlhf.config import RewardConfig
 from minirlhf.data.tokenizer import fingerprint, table_rows
-from minirlhf.model.gpt2 import checkpoint_file, load_gpt2
+from minirlhf.model.pretrained import load_weights, weight_files
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.run.errors import UserError
-from minirlhf.run.folder import with_tuples
+from minirlhf.run.folder import read_config, with_tuples
 from minirlhf.run.seeding import derive_seed
 
 import tiktoken
@@ -48,11 +48,38 @@ def load_model(path: Path, kind: str, tokenizer: str) -> tuple[Transformer, dict
     return model, meta
 
 
-def base_model_file(config: RewardConfig) -> Path | None:
-    """The base model that --init or --init-reward names, or None. Raises UserError."""
+def pretrained_folder(config: RewardConfig) -> Path | None:
+    """The folder in Hugging Face's layout that --init names, by itself or by its weights."""
+    path = Path(config.init)
+    if path.suffix == ".safetensors":
+        return path.parent
+    is_folder = bool(config.init) and path.is_dir() and not (path / "base.pt").exists()
+    return path if is_folder else None
+
+
+def start_files(config: RewardConfig) -> list[Path]:
+    """The files that --init or --init-reward names: the base model, then a reward model.
+
+    Raises UserError.
+    """
     if config.init_reward:
-        return Path(config.init_reward).with_name("base.pt")
-    return checkpoint_file(Path(config.init)) if config.init else None
+        return [Path(config.init_reward).with_name("base.pt"), Path(config.init_reward)]
+    if folder := pretrained_folder(config):
+        return [folder / "config.json", *weight_files(folder)]
+    path = Path(config.init)
+    return [path / "base.pt" if path.is_dir() else path] if config.init else []
+
+
+def tokenizer_name(config: RewardConfig) -> str:
+    """--tokenizer; auto: that of the model to start from, or the help desk's. Raises UserError."""
+    if config.tokenizer != "auto":
+        return config.tokenizer
+    if folder := pretrained_folder(config):
+        return str(folder.resolve())
+    settings = [file.with_name("config.json") for file in start_files(config)[:1]]
+    if settings and settings[0].is_file():
+        return read_config(RewardConfig, settings[0]).tokenizer
+    return "helpdesk"
 
 
 def initial_base_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Transformer:
@@ -61,21 +88,21 @@ def initial_base_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Tra
     Raises UserError.
     """
     context = config.max_prompt_length + config.max_response_length
-    path = base_model_file(config)
+    path, *_ = [*start_files(config), None]
     if not path:
         sizes = ModelConfig(vocab_size=encoding.n_vocab, table_rows=table_rows(encoding),
                             n_layer=config.n_layer, n_head=config.n_head, d_model=config.d_model,
                             context=context)
         return Transformer(sizes, derive_seed(config.seed, "init"))
-    if path.suffix in (".safetensors", ".bin"):
-        base = load_gpt2(path, encoding.n_vocab, table_rows(encoding))
+    if folder := pretrained_folder(config):
+        base = load_weights(folder, encoding.n_vocab, table_rows(encoding))
     else:
         base, _ = load_model(path, "base", fingerprint(encoding))
     sizes = base.config
-    print(f"{path}: {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.d_model}, "
-          f"context {sizes.context}; --n-layer, --n-head and --d-model are ignored")
+    print(f"{folder or path}: {sizes.n_layer} layers of {sizes.n_head} heads, width "
+          f"{sizes.d_model}, context {sizes.context}")
     if sizes.context < context:
-        raise UserError(f"{path}: its context of {sizes.context} tokens is shorter than "
+        raise UserError(f"{folder or path}: its context of {sizes.context} tokens is shorter than "
                         "--max-prompt-length + --max-response-length; lower one of them")
     return base
 
