@@ -66,15 +66,16 @@ class Fetched(NamedTuple):
     """A download, run against a server on this machine."""
 
 
-SHAPE = " --n-layer 1 --n-head 2 --d-model 16 --sft-sequences 64 --normalize-prompts 8 --device cpu"
+SHORT = " --sft-sequences 64 --normalize-prompts 8 --device cpu"
+SHAPE = " --n-layer 1 --n-head 2 --d-model 16" + SHORT
 EMBEDDED = (
     SHAPE
     + " --data desk.jsonl --heldout-data desk.jsonl --test-data desk.jsonl"
     + " --task minirlhf.data.helpdesk"
 )
 OWN = SHAPE + " --tokenizer bytes.tiktoken"  # tiktoken would download its gpt2
-HH = OWN + " --sft-sequences 8 --max-prompt-length 8 --max-response-length 8"
-LABELLED = SHAPE + " --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.data.helpdesk"
+HH = SHORT + " --sft-sequences 8 --max-prompt-length 8 --max-response-length 8"
+LABELLED = SHORT + " --heldout-data desk.jsonl --test-data desk.jsonl --task minirlhf.data.helpdesk"
 POLICY = (
     " --iterations 2 --batch-size 8 --minibatch-size 4 --eval-every 1 --eval-prompts 4"
     " --test-prompts 4 --best-of-n 2 --device cpu"
@@ -338,12 +339,7 @@ def test_the_download_is_saved_where_the_next_command_reads_it(tmp_path):
         server.shutdown()
     (init,) = {re.search(r"--init (\S+)", other)[1] for other in COMMANDS if "--init " in other}
     files = sorted(path.name for path in (tmp_path / init).iterdir())
-    assert files == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    assert files == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert (tmp_path / init / "model.safetensors").read_bytes() == b"weights"
 
 
