@@ -31,15 +31,16 @@ from minirlhf.rl.reward import score
 from minirlhf.rl.rollout import Rollout, adapt_kl_coef, measure, token_rewards
 from minirlhf.rl.sampling import gold_utility, sample
 from minirlhf.rl.task import Task, load_task, newest_reward_run
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import run_script
 from minirlhf.run.device import check_processes, pick_device, prepare_training
 from minirlhf.run.errors import UserError, check_finite
+from minirlhf.run.files import write_atomically
 from minirlhf.run.metrics import rounded
 from minirlhf.run.optimizer import make_optimizer, step_optimizer
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
 from minirlhf.run.seeding import generator
+from minirlhf.run.terminal import echo
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         task = load_task(config, reward_function, device)
         name = f"{config.algorithm}-{task.name}-seed{config.seed}"
         run.open(name, task.facts, {"policy": config.iterations})
-        print(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   "
-              f"reward: {task.reward.name}")
+        echo(f"run folder: {run.folder}   device: {device}   algorithm: {config.algorithm}   "
+             f"reward: {task.reward.name}")
 
         reference = task.base
         policy = copy.deepcopy(reference).requires_grad_(True)
@@ -255,8 +256,8 @@ def evaluation_row(evaluator: Evaluator, results: dict[str, EvalResult]) -> dict
         row = {key.removeprefix(f"{decoding}_"): value for key, value in metrics.items()
                if key.startswith(decoding)}
         gold = f"gold {row['gold']:+.2f}  " if "gold" in row else ""
-        print(f"  held-out, {decoding}: {gold}score {row['score']:+.2f}  kl {row['kl']:.1f}  "
-              f"wins {row['win_rate']:.0%} [{row['win_low']:.0%}, {row['win_high']:.0%}]")
+        echo(f"  held-out, {decoding}: {gold}score {row['score']:+.2f}  kl {row['kl']:.1f}  "
+             f"wins {row['win_rate']:.0%} [{row['win_low']:.0%}, {row['win_high']:.0%}]")
     return {f"eval_{key}": value for key, value in metrics.items()}
 
 
@@ -269,8 +270,8 @@ def finish(task: Task, policy: Transformer, config: PolicyConfig, folder: Path) 
     write_atomically(folder / "samples.md", page.encode())
     result = json.dumps(rounded(metrics), indent=1) + "\n"
     write_atomically(folder / "result.json", result.encode())
-    print(f"\n{page}\n{table}\n"
-          f"saved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl")
+    echo(f"\n{page}\n{table}\n"
+         f"saved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl")
     return metrics
 
 

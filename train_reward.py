@@ -47,6 +47,7 @@ from minirlhf.run.errors import UserError, check_finite
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
+from minirlhf.run.terminal import echo
 
 import tiktoken
 import torch
@@ -77,18 +78,18 @@ def main(config: RewardConfig) -> dict:
         stages = {"sft": sft_steps(config), "reward": reward_steps(train, config)}
         facts = splits.hashes | file_hashes(start_files(config))
         run.open(f"reward-{task_name}-seed{config.seed}", facts, stages)
-        print(f"run folder: {run.folder}   device: {device}")
+        echo(f"run folder: {run.folder}   device: {device}")
 
         # 1. The base language model: fine-tuned here, or taken from a file.
         base.bf16 = config.bf16
         if sft_steps(config):
-            print("supervised fine-tuning of the base language model on the task's texts")
+            echo("supervised fine-tuning of the base language model on the task's texts")
             finetune(base, train, pad_id(encoding), config, run)
         base = unsharded(base)
         facts = dict(tokenizer=fingerprint(encoding))
         if is_main():
             save_model(run.folder / "base.pt", "base", base, facts)
-        print(f"saved {run.folder / 'base.pt'}")
+        echo(f"saved {run.folder / 'base.pt'}")
 
         # 2. The reward model starts from the base model, or from an earlier reward model.
         reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
@@ -111,8 +112,8 @@ def main(config: RewardConfig) -> dict:
         if ground_truth and hasattr(ground_truth, "probes"):
             metrics["probes"] = probe(reward_model, splits, encoding, ground_truth, config)
         run.metrics.write(dict(stage="test", step=1) | metrics)
-        print(format_metrics(metrics))
-        print(f"saved {path}; next: python train_policy.py --reward-run {run.folder}")
+        echo(format_metrics(metrics))
+        echo(f"saved {path}; next: python train_policy.py --reward-run {run.folder}")
         return metrics
 
 
@@ -126,9 +127,9 @@ def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardCon
     for name in ("train", "heldout", "test"):
         groups[name], counts = encode_preferences(
             getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
-        print(f"{name}: {describe_counts(counts)}")
+        echo(f"{name}: {describe_counts(counts)}")
     if splits.bad_lines:
-        print(f"skipped {splits.bad_lines} bad lines")
+        echo(f"skipped {splits.bad_lines} bad lines")
     return groups["train"], groups["test"]
 
 

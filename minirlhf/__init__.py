@@ -4,6 +4,8 @@ Import it before torch, as the scripts do, so that the setting of the threads ha
 """
 
 import os
+import signal
+import sys
 
 __version__ = "1.1"
 
@@ -13,3 +15,9 @@ __version__ = "1.1"
 # times as long as on an idle machine; with 1000 it took 1.7 and 2.5 times as long. On an idle
 # machine 1000 makes a step about 4% slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# The other imports take seconds. If one of this project's programs was started, Ctrl-C ends it
+# during that time without a traceback. (sys.argv[0] is "-m" while Python looks for the module.)
+if os.path.basename(sys.argv[0]) in ("-m", "train_reward.py", "train_policy.py"):
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -22,6 +22,7 @@ import train_reward  # noqa: E402
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer  # noqa: E402
 from minirlhf.model import ModelConfig, Transformer  # noqa: E402
 from minirlhf.model.loading import save_model  # noqa: E402
+from minirlhf.run.signals import SIGNALS  # noqa: E402
 
 import tiny  # noqa: E402
 from terminals import Terminal  # noqa: E402
@@ -29,8 +30,8 @@ from terminals import Terminal  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
-    """The scripts install signal handlers; Ctrl-C must still stop pytest after such a test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Some tests install signal handlers; Ctrl-C must still stop pytest after them."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

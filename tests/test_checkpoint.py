@@ -18,9 +18,9 @@ from minirlhf.run.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     save_step,
-    write_atomically,
 )
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import write_atomically
 
 import pytest
 import torch

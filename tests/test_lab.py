@@ -5,6 +5,7 @@ import doctest
 import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import train_policy
@@ -125,7 +126,7 @@ def test_ctrl_c_stops_the_runs_and_prints_one_line(inputs, tmp_path, capsys, mon
             lambda config: common.run_jobs([job], 1, tmp_path / "logs"), sweep.SweepConfig
         )
     assert capsys.readouterr().err == "error: stopped; run the same command again to resume\n"
-    assert processes[0].returncode == 130
+    assert processes[0].returncode == 128 + signal.SIGTERM
     assert "--resume" in common.last_line(tmp_path / "logs" / "run.txt")
 
 

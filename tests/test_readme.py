@@ -153,7 +153,7 @@ COMMANDS = {
     ),
     "python -m minirlhf.tools.report runs/A runs/B": Run("", "runs/A/report.html"),
     "python -m minirlhf.tools.bpe OUT.tiktoken --size 1022 FILE...": Run("", "OUT.tiktoken"),
-    "python -m minirlhf.tools.helpdesk_data data": Run(
+    "python -m minirlhf.tools.helpdesk_data data --force": Run(
         "", "data/helpdesk-train.jsonl.gz", slow=True
     ),
     "less runs/*/samples.md": Run("", "says: **before**"),

@@ -186,6 +186,7 @@ def test_a_folder_with_spaces_is_quoted_in_the_resume_command(
 def test_a_second_signal_stops_at_once():
     """The first signal restores the default handlers, so a second one ends a step that hangs."""
     stop = StopSignal("train_policy.py")
+    stop.install()
     stop.in_steps = True
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.number == signal.SIGINT
@@ -199,6 +200,7 @@ def test_a_signal_during_the_agreement_of_processes_counts_at_the_next_step(monk
     checkpoint.
     """
     stop = StopSignal("train_policy.py")
+    stop.install()
     steps = []
 
     def interrupted(number):
@@ -723,14 +725,19 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(reward_run, tmp_path, monkey
 def test_a_file_name_in_the_run_folder_cannot_reach_the_terminal(
     reward_run, tmp_path, monkeypatch, capsys
 ):
-    """A warning names files, which may come from another person: control characters are escaped."""
+    """Names of files may come from another person: control characters are escaped."""
+    run = tmp_path / "run\x1b[2J"
     after_row(monkeypatch, 3, tiny.write_and_signal())
-    assert start_policy_run(reward_run, tmp_path / "run") == 130
-    (tmp_path / "run" / "checkpoints" / "policy-x\x1b[2J.pt").write_bytes(b"")
-    capsys.readouterr()
-    assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    assert start_policy_run(reward_run, run) == 130
     output = capsys.readouterr()
-    assert "policy-x\\x1b[2J.pt: incomplete" in output.out
+    assert "run folder: " in output.out and "run\\x1b[2J" in output.out
+    assert "run\\x1b[2J' --resume" in output.err
+    assert "\x1b" not in output.out + output.err
+    newest = max((run / "checkpoints").iterdir())
+    newest.write_bytes(b"")
+    assert resume(train_policy.main, PolicyConfig, run) == 0
+    output = capsys.readouterr()
+    assert f"run\\x1b[2J/checkpoints/{newest.name}: incomplete" in output.out
     assert "\x1b" not in output.out + output.err
 
 

@@ -839,7 +839,7 @@ def show_progress(monkeypatch, tty, text="loss 0.5", total=40):
     terminal = FakeTerminal(tty)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
-        patch.setattr(os, "get_terminal_size", lambda: os.terminal_size((30, 20)))
+        patch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((30, 20)))
         progress = Progress("stage", total, plain_lines=4)
         for step in range(1, total + 1):
             progress.show(step, text)

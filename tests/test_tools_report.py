@@ -51,7 +51,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def page_of(*folders, out):
-    report.main([*map(str, folders), "--out", str(out)])
+    report.main([*map(str, folders), "--out", str(out), "--force"])
     return out.read_text()
 
 

@@ -51,6 +51,9 @@ def preference_probability(prompt: str, a: str, b: str) -> float:
     return 1 / (1 + math.exp(gold(prompt, b) - gold(prompt, a)))
 
 
+MODULES = []
+
+
 def letters_right(prompts: list[str], responses: list[str]) -> list[float]:
     """A user's reward function, for --reward tiny:letters_right."""
     return [gold(prompt, response) for prompt, response in zip(prompts, responses)]

@@ -26,7 +26,7 @@ from minirlhf.lab.common import markdown_table, run_lab
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
-from minirlhf.run.terminal import Progress
+from minirlhf.run.terminal import Progress, echo
 
 import torch
 
@@ -231,7 +231,7 @@ def table(rows: list[dict]) -> str:
 def print_json(row: dict, device: torch.device, threads: int, limits: Limits) -> None:
     where = dict(device=str(device), threads=threads, flops_per_second=limits.flops,
                  bytes_per_second=limits.bytes)
-    print(json.dumps(row | where), flush=True)
+    echo(json.dumps(row | where))
 
 
 def main(config: BenchConfig) -> list[dict]:
@@ -265,12 +265,12 @@ def main(config: BenchConfig) -> list[dict]:
         return rows + more
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if is_gpu else f"CPU, {config.threads} thread(s)"
-    print(f"{name}: {limits.flops / 1e9:.0f} GFLOP/s in matrix products, "
-          f"{limits.bytes / 1e9:.1f} GB/s copied. Medians of {rounds} rounds; 2.00x in another "
-          f"way's column: it takes twice our time.\n\n{table(rows)}\n")
-    print(table(more) if more else "")
+    echo(f"{name}: {limits.flops / 1e9:.0f} GFLOP/s in matrix products, "
+         f"{limits.bytes / 1e9:.1f} GB/s copied. Medians of {rounds} rounds; 2.00x in another "
+         f"way's column: it takes twice our time.\n\n{table(rows)}\n")
+    echo(table(more) if more else "")
     if not is_gpu:
-        print("\nnot yet measured on a GPU: use --device cuda on a machine with one")
+        echo("\nnot yet measured on a GPU: use --device cuda on a machine with one")
     return rows + more
 
 

@@ -19,6 +19,7 @@ from minirlhf.lab import bench_naive as naive
 from minirlhf.lab.bench_cases import distinct_share
 from minirlhf.model import Transformer
 from minirlhf.run.optimizer import make_optimizer
+from minirlhf.run.terminal import echo
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ def find(module: str, attribute: str = ""):
         return getattr(result, attribute) if attribute else result
     except (ImportError, AttributeError, RuntimeError):  # transformers raises RuntimeError too
         name = f"{module}.{attribute}" if attribute else module
-        print(f"--peers: {name} is not installed; `pip install {module.split('.')[0]}` adds its "
-              "column", file=sys.stderr)
+        echo(f"--peers: {name} is not installed; `pip install {module.split('.')[0]}` adds its "
+             "column", stream=sys.stderr)
         return None
 
 

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.splits import HELPDESK_FILES
-from minirlhf.run.checkpoint import write_atomically
-from minirlhf.run.command_line import fail, flag, run_script
+from minirlhf.run.command_line import flag, run_script
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import write_atomically
 from minirlhf.run.folder import NO_EFFECT, read_config
 from minirlhf.run.metrics import rounded
-from minirlhf.run.terminal import Progress
+from minirlhf.run.signals import install_handler, restore_handlers
+from minirlhf.run.terminal import Progress, echo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,11 +34,22 @@ STYLES = (("#000000", "-", "o"), ("#E69F00", "--", "s"), ("#56B4E9", "-.", "^"),
 
 
 def run_lab(main: Callable, config_class) -> None:
-    """run_script; Ctrl-C ends with one line and status 130. Finished results are on disk."""
-    try:
-        run_script(main, config_class)
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped; run the same command again to resume", 130))
+    """run_script with another line after Ctrl-C. Finished results are on disk."""
+    run_script(main, config_class, interrupted="stopped; run the same command again to resume")
+
+
+def lab_folder(name: str) -> Path:
+    """The folder of a lab's results, created if needed.
+
+    Raises UserError if it has other files: a lab replaces its own pages and pictures.
+    """
+    folder = Path(name)
+    mark = folder / ".lab"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise UserError(f"{folder}: contains files that are not a lab's; use a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    return folder
 
 
 # ---- runs of the scripts -------------------------------------------------------------------------
@@ -104,7 +116,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
     failed: dict[str, str] = {}  # folder -> message
     logs.mkdir(parents=True, exist_ok=True)
     progress = Progress("run", len(jobs), len(jobs) - len(waiting), plain_lines=len(jobs))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    earlier = install_handler((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
     try:
         while waiting or running:
             for job in ready(waiting, list(running.values()), failed)[:at_once - len(running)]:
@@ -124,10 +136,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
                 progress.show(done, f"{job.folder.name} {result}")
     except KeyboardInterrupt:
         for process in running:
-            process.send_signal(signal.SIGINT)  # it saves its state and exits
+            process.terminate()  # it saves its state and exits
         for process in running:
             process.wait()
         raise
+    finally:
+        restore_handlers(earlier)
     if failed:
         raise UserError(f"{'; '.join(failed.values())}; the other runs are kept; "
                         "run the same command again to resume")
@@ -268,8 +282,8 @@ def save_picture(path: Path, draw: Callable, size: tuple[float, float], rows: in
     try:
         import matplotlib
     except ImportError:
-        print(f"no {path.name}: matplotlib is not installed; `pip install matplotlib`, then run "
-              "the same command again; finished runs are kept")
+        echo(f"no {path.name}: matplotlib is not installed; `pip install matplotlib`, then run "
+             "the same command again; finished runs are kept")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -278,4 +292,4 @@ def save_picture(path: Path, draw: Callable, size: tuple[float, float], rows: in
     draw(axes)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
-    print(f"saved {path}")
+    echo(f"saved {path}")

@@ -38,6 +38,7 @@ from minirlhf.lab.conformance_mistakes import diagnose, importance_ratio
 from minirlhf.lab.small_world import probabilities, response_kl
 from minirlhf.run.command_line import Parser, fail
 from minirlhf.run.errors import UserError
+from minirlhf.run.terminal import echo
 
 import torch
 from torch import Tensor
@@ -61,22 +62,23 @@ def check_loss(loss: Callable, claim: str | None, needs_off_policy: bool) -> boo
         cosines = {name: min((each.cosine for each in fits), key=abs)
                    for name, fits in result.fits.items()}
         claim = max(cosines, key=lambda name: abs(cosines[name]))
-        print(f"no claim given; the closest is {claim}, cosine {cosines[claim]:.3f}")
+        echo(f"no claim given; the closest is {claim}, cosine {cosines[claim]:.3f}")
     fits = result.fits[claim]
     if not result.holds(claim):
-        print(f"{claim} ({CLAIMS[claim]}): does not hold")
-        print("  " + "\n  ".join(list(diagnose(loss, claim, result))[:2]))
+        echo(f"{claim} ({CLAIMS[claim]}): does not hold")
+        echo("  " + "\n  ".join(list(diagnose(loss, claim, result))[:2]))
         return False
-    print(f"{claim} ({CLAIMS[claim]}): holds on-policy")
-    print(f"  relative error {max(each.error for each in fits):.0e}; c =",
-          ", ".join(f"{each.c:.3g} for {list(shape)}" for each, shape in zip(fits, SHAPES)))
+    echo(f"{claim} ({CLAIMS[claim]}): holds on-policy")
+    factors = ", ".join(f"{each.c:.3g} for {list(shape)}" for each, shape in zip(fits, SHAPES))
+    echo(f"  relative error {max(each.error for each in fits):.0e}; c = {factors}")
     holds = True
     for kl, error in off_policy(loss, claim, fits[0].c):
         holds = holds and error < TOLERANCE
-        print(f"  off-policy, KL(old || policy) = {kl} nats: relative error up to {error:.1g}")
-    print("  off-policy it uses", importance_ratio(loss, claim) or "an unknown importance ratio")
+        echo(f"  off-policy, KL(old || policy) = {kl} nats: relative error up to {error:.1g}")
+    ratio = importance_ratio(loss, claim) or "an unknown importance ratio"
+    echo(f"  off-policy it uses {ratio}")
     if needs_off_policy and not holds:
-        print("  does not hold off-policy")
+        echo("  does not hold off-policy")
     return holds or not needs_off_policy
 
 
@@ -96,11 +98,11 @@ def check_estimator(estimator: Callable) -> bool:
         total = torch.where(mask, values, 0.0).sum(1)
         mean = float((probabilities(WORLD, setting.logits) * total).sum())
         exact = float(response_kl(WORLD, setting.logits, setting.ref))
-        print(f"mean over responses {mean:.6f} nats, KL(policy || reference) {exact:.6f} nats")
+        echo(f"mean over responses {mean:.6f} nats, KL(policy || reference) {exact:.6f} nats")
         means.append((mean, exact))
     holds = all(abs(mean - exact) < TOLERANCE * exact for mean, exact in means)
     flipped = all(abs(mean + exact) < TOLERANCE * exact for mean, exact in means)
-    print("unbiased" if holds else "its mean is not the KL" + ": the sign is flipped" * flipped)
+    echo("unbiased" if holds else "its mean is not the KL" + ": the sign is flipped" * flipped)
     return holds
 
 

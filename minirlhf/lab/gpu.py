@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 from minirlhf.kernels.logprob import HAS_TRITON
-from minirlhf.lab.common import ROOT, markdown_table, read_rows, run_lab
+from minirlhf.lab.common import ROOT, lab_folder, markdown_table, read_rows, run_lab
 from minirlhf.lab.gpu_parts import MEASUREMENTS, Row
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
+from minirlhf.run.files import write_atomically
 from minirlhf.run.metrics import rounded
-from minirlhf.run.terminal import duration, printable
+from minirlhf.run.terminal import duration, echo, printable
 
 import torch
 
@@ -68,15 +68,15 @@ def main(config: GpuConfig) -> dict:
         raise UserError(f"{folder / 'gpu.json'}: already exists; use another --out")
     if device.type == "cpu" and not config.dry_run:
         raise UserError("no GPU: torch finds no CUDA device; add --dry-run to test this script")
-    folder.mkdir(parents=True, exist_ok=True)
+    lab_folder(config.out)
     results = dict(about=describe_machine(device, config.dry_run), parts={})
     deadline = time.monotonic() + TOTAL_SECONDS * (DRY_RUN_FACTOR if config.dry_run else 1)
     for part in config.parts.split(","):
         results["parts"][part] = run_part(part, folder, config.dry_run, deadline)
-        print(describe_part(part, results["parts"][part]), flush=True)
+        echo(describe_part(part, results["parts"][part]))
         write_atomically(folder / "gpu.json", (json.dumps(results, indent=1) + "\n").encode())
     write_atomically(folder / "gpu.md", page(results).encode())
-    print(f"saved {folder / 'gpu.json'} and gpu.md")
+    echo(f"saved {folder / 'gpu.json'} and gpu.md")
     failed = [part for part, result in results["parts"].items() if not is_ok(result)]
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; {folder / 'gpu.md'} has their last lines")

@@ -30,6 +30,7 @@ from minirlhf.run.device import prepare_training
 from minirlhf.run.errors import UserError
 from minirlhf.run.optimizer import make_optimizer
 from minirlhf.run.parallel import finish_processes, init_processes, is_main
+from minirlhf.run.terminal import echo
 from train_policy import update
 
 import torch
@@ -309,14 +310,14 @@ def main(config: MemoryConfig) -> None:
     """Print the table, or with --check the comparison. Raises UserError."""
     check_ranges(config)
     if config.check:
-        print("One update, one thread in each process. Computed times assume the speed of a "
-              "1024^3 matrix product, measured in the same process.\n")
-        print(check())
+        echo("One update, one thread in each process. Computed times assume the speed of a "
+             "1024^3 matrix product, measured in the same process.\n")
+        echo(check())
         return
-    print(f"Computed, not measured: float32, --preset hh, {config.tflops:g} TFLOP/s in "
-          f"matrix products, {config.hbm:g} GB/s of memory, {config.link:g} GB/s to the other "
-          "GPUs, no overlap.\n")
-    print(table(config))
+    echo(f"Computed, not measured: float32, --preset hh, {config.tflops:g} TFLOP/s in "
+         f"matrix products, {config.hbm:g} GB/s of memory, {config.link:g} GB/s to the other "
+         "GPUs, no overlap.\n")
+    echo(table(config))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from minirlhf.data.tokenizer import fingerprint
 from minirlhf.lab.common import (
     Job,
     Rows,
+    lab_folder,
     need_files,
     run_jobs,
     run_lab,
@@ -34,11 +35,11 @@ from minirlhf.model.loading import load_model, save_model
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import Task, load_task
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import write_atomically
 from minirlhf.run.folder import read_config
-from minirlhf.run.terminal import Progress
+from minirlhf.run.terminal import Progress, echo
 from train_reward import normalize_scores
 
 import torch
@@ -220,8 +221,7 @@ def main(config: OveroptimizationConfig) -> str:
     """
     config.check()
     torch.set_num_threads(1)  # small tensors gain little from more, and other runs need the cores
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = lab_folder(config.out)
     scale = SCALES[config.scale]
     inputs = file_hashes(Path(config.reward_run) / name for name in ("base.pt", "reward.pt"))
     about = dict(scale=scale._asdict(), seed=config.seed, inputs=list(inputs.values()))
@@ -244,7 +244,7 @@ def main(config: OveroptimizationConfig) -> str:
     study = Study.read(reward_folders, policy_folders, rows.rows, scale.pool)
     page = describe(study)
     write_atomically(out / "overoptimization.md", page.encode())
-    print(f"\n{page}\nsaved {out / 'overoptimization.md'}")
+    echo(f"\n{page}\nsaved {out / 'overoptimization.md'}")
     save_picture(out / "overoptimization.png", lambda axes: draw_scores(axes, study), (10, 7),
                  rows=2, columns=2)
     save_picture(out / "penalty.png", lambda axes: draw_penalties(axes, study), (10, 3.8),

@@ -26,14 +26,15 @@ from minirlhf.data.prompts import encode_prompts, unique_prompts
 from minirlhf.data.splits import HELPDESK_FILES, Splits, file_hashes, load_splits
 from minirlhf.data.tokenizer import fingerprint
 from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_model
-from minirlhf.lab.common import markdown_table
+from minirlhf.lab.common import lab_folder, markdown_table
 from minirlhf.model.loading import load_model
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import write_atomically
 from minirlhf.run.metrics import rounded
 from minirlhf.run.seeding import derive_seed
+from minirlhf.run.terminal import echo
 from minirlhf.tools.label import LabelConfig, ask_program, fresh_pairs, training_prompts
 from minirlhf.tools.labels import LabelFile
 from minirlhf.tools.trained import Trained, identity, load_trained
@@ -72,11 +73,10 @@ def main(config: RoundConfig) -> dict:
         config = dataclasses.replace(config, labels=min(config.labels, 40),
                                      test_pairs=min(config.test_pairs, 40))
     first = load_trained(config.run, pick_device(config.device))
-    folder = Path(config.out)
     if not hasattr(first.ground_truth, "preference_probability"):
         raise UserError(f"{config.run}: its task has no annotator (preference_probability); "
                         "label by hand: python -m minirlhf.tools.label")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = lab_folder(config.out)
     splits = load_splits(first.reward_config)
     own_test = own_test_pairs(first, unique_prompts(splits.test), config)
     first_reward_run = Path(first.config.reward_run)
@@ -97,7 +97,7 @@ def main(config: RoundConfig) -> dict:
         write_atomically(folder / "second_round.json", content.encode())
     table = as_table(results)
     write_atomically(folder / "second_round.md", table.encode())
-    print(f"\n{table}\nsaved {folder / 'second_round.md'} and second_round.json")
+    echo(f"\n{table}\nsaved {folder / 'second_round.md'} and second_round.json")
     return results
 
 
@@ -124,7 +124,7 @@ def own_test_pairs(first: Trained, texts: list[str], config: RoundConfig) -> lis
 
 def write_labels(first: Trained, arm: str, path: Path, config: RoundConfig) -> Path:
     """The annotator's labels of one arm, added to those that the file has."""
-    print(f"\n=== {config.labels} labels on {ARMS[arm]}: {path}")
+    echo(f"\n=== {config.labels} labels on {ARMS[arm]}: {path}")
     annotator = first.ground_truth.preference_probability
     settings = LabelConfig(judge=f"{first.ground_truth.__name__}:preference_probability",
                            count=config.labels, seed=config.seed,
@@ -134,7 +134,7 @@ def write_labels(first: Trained, arm: str, path: Path, config: RoundConfig) -> P
     try:
         pairs = fresh_pairs(sampled, training_prompts(first), labels.next_number(), settings)
         ask_program(annotator, labels, pairs, settings)
-        print(labels.summary())
+        echo(labels.summary())
     finally:
         labels.lock.close()
     return path
@@ -191,7 +191,7 @@ def run_once(main: Callable, config: RewardConfig | PolicyConfig, last_file: str
     """The run's folder; runs or resumes it unless its last file exists."""
     folder = Path(config.out)
     is_finished = (folder / last_file).exists()
-    print(f"\n=== {folder}" + (": already finished" if is_finished else ""))
+    echo(f"\n=== {folder}" + (": already finished" if is_finished else ""))
     if not is_finished:
         main(dataclasses.replace(config, resume=(folder / "config.json").exists()))
     return folder

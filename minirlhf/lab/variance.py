@@ -19,7 +19,7 @@ from minirlhf.config import PolicyConfig
 from minirlhf.data.prompts import prompts_of_step
 from minirlhf.data.splits import file_hashes
 from minirlhf.data.tokenizer import decode, fingerprint
-from minirlhf.lab.common import Rows, need_files, run_lab, save_picture
+from minirlhf.lab.common import Rows, lab_folder, need_files, run_lab, save_picture
 from minirlhf.lab.variance_page import describe, draw_values, draw_variances
 from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model, save_model
@@ -35,12 +35,12 @@ from minirlhf.rl.reward import score_responses
 from minirlhf.rl.rollout import Rollout, evaluate_actions, measure, token_rewards
 from minirlhf.rl.sampling import Samples, gold_utility, sample_responses
 from minirlhf.rl.task import Task, load_task
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import write_atomically
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.seeding import derive_seed
-from minirlhf.run.terminal import Progress
+from minirlhf.run.terminal import Progress, echo
 
 import numpy as np
 import torch
@@ -287,7 +287,7 @@ def main(config: VarianceConfig) -> str:
     Raises UserError.
     """
     config.check()
-    out = Path(config.out)
+    out = lab_folder(config.out)
     task = load_task(config.policy_config(), None, torch.device("cpu"))
     tokenizer = fingerprint(task.sampling.encoding)
     inputs = [Path(config.reward_run) / name for name in ("base.pt", "reward.pt")]
@@ -305,7 +305,7 @@ def main(config: VarianceConfig) -> str:
     names = [f"{name}, {reward}" for name in policies for reward in Batch._fields]
     page = describe(names, rows.rows, vars(config))
     write_atomically(out / "variance.md", page.encode())
-    print(f"\n{page}\nsaved {out / 'variance.md'}")
+    echo(f"\n{page}\nsaved {out / 'variance.md'}")
     save_picture(out / "variance.png", lambda axes: draw_variances(axes, names, rows.rows),
                  (9, 4.2), columns=2)
     value, _ = load_model(out / "value-base-score.pt", "value", tokenizer)

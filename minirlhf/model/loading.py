@@ -10,6 +10,7 @@ from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config, with_tuples
 from minirlhf.run.seeding import derive_seed
+from minirlhf.run.terminal import echo
 
 import tiktoken
 import torch
@@ -99,8 +100,8 @@ def initial_base_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Tra
     else:
         base, _ = load_model(path, "base", fingerprint(encoding))
     sizes = base.config
-    print(f"{folder or path}: {sizes.n_layer} layers of {sizes.n_head} heads, width "
-          f"{sizes.d_model}, context {sizes.context}")
+    echo(f"{folder or path}: {sizes.n_layer} layers of {sizes.n_head} heads, width "
+         f"{sizes.d_model}, context {sizes.context}")
     if sizes.context < context:
         raise UserError(f"{folder or path}: its context of {sizes.context} tokens is shorter than "
                         "--max-prompt-length + --max-response-length; lower one of them")

@@ -5,19 +5,17 @@ digest of everything before it. Tensors are loaded with weights_only=True; the r
 string.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 from pathlib import Path
 
 import minirlhf
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.parallel import full_states, is_main, split_like
-from minirlhf.run.terminal import printable
+from minirlhf.run.terminal import echo, printable
 
 import torch
 
@@ -25,26 +23,6 @@ FORMAT = f"minirlhf {minirlhf.__version__}"
 OLD_FORMATS = {"minirlhf 1": "1.0"}
 SEAL = re.compile(rb"\nminirlhf sha256 ([0-9a-f]{64})\Z")
 SEAL_LENGTH = len("\nminirlhf sha256 ") + 64
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at path. A crash at any time leaves the old content or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:  # includes the exit that a signal causes
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is stored here: sync it as well
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def version_error(path: Path, version: str) -> UserError:
@@ -125,6 +103,11 @@ def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
     return meta, states
 
 
+def own_names(kind: str) -> str:
+    """A glob pattern for the checkpoints of a run, which leaves out copies that the user made."""
+    return f"{kind}-{'[0-9]' * 8}.pt"
+
+
 def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict] | None:
     """(meta, states) of the newest valid checkpoint of this kind, or None.
 
@@ -132,7 +115,7 @@ def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict]
 
     folder: the run's checkpoints/.
     """
-    for path in sorted(folder.glob(f"{kind}-*.pt"), reverse=True):
+    for path in sorted(folder.glob(own_names(kind)), reverse=True):
         try:
             meta, states = load_checkpoint(path, kind)
             if meta.get("run") != run_id:
@@ -141,7 +124,7 @@ def newest_checkpoint(folder: Path, kind: str, run_id: str) -> tuple[dict, dict]
                 raise UserError(f"{path}: its step or its state is not valid; skipped")
             return meta, states
         except UserError as error:
-            print(printable(f"warning: {error}"))
+            echo(f"warning: {error}")
     return None
 
 
@@ -182,7 +165,7 @@ def restore(checkpoint: tuple[dict, dict] | None, model: torch.nn.Module,
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"a checkpoint does not fit its run ({reason}); "
                         "delete it, or start a new run") from None
-    print(f"resuming after step {meta['step']}")
+    echo(f"resuming after step {meta['step']}")
     return meta["step"]
 
 
@@ -198,6 +181,6 @@ def save_step(folder: Path, kind: str, meta: dict, states: dict, keep: int) -> N
     newest = folder / f"{kind}-{meta['step']:08d}.pt"
     save_checkpoint(newest, kind, meta, states)
     # A file of a later step is damaged, or the run would have resumed from it: delete it first.
-    by_age = sorted(folder.glob(f"{kind}-*.pt"), key=lambda path: (path <= newest, path))
+    by_age = sorted(folder.glob(own_names(kind)), key=lambda path: (path <= newest, path))
     for path in by_age[:-keep]:
         path.unlink()

@@ -1,10 +1,13 @@
 """The command line: a dataclass's fields are the flags, and a user's error is one line."""
 
 import argparse
+import contextlib
 import dataclasses
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minirlhf.run.errors import KINDS, UserError, suggest
@@ -17,7 +20,7 @@ from minirlhf.run.parallel import (
     is_lost_peer,
     process_count,
 )
-from minirlhf.run.terminal import printable
+from minirlhf.run.terminal import echo, prepare_output
 
 import torch
 
@@ -149,26 +152,48 @@ def configure(config_class, arguments: list[str]):
     return config_class(**{**settings, **given})
 
 
-def run_script(main: Callable, config_class, arguments: list[str] | None = None) -> None:
-    """Parse the flags and call main(config). A UserError becomes one line and exit status 2."""
+def run_script(main: Callable, config_class, arguments: list[str] | None = None,
+               interrupted: str = "stopped") -> None:
+    """Parse the flags and call main(config). An error of the user becomes one line.
+
+    interrupted: the line after Ctrl-C, unless main handles it.
+    """
     config = None
+    with one_line_errors(interrupted):
+        try:
+            init_processes()
+            config = configure(config_class, sys.argv[1:] if arguments is None else arguments)
+            main(config)
+            finish_processes()
+        except (MemoryError, RuntimeError) as error:
+            if is_lost_peer(error):
+                exit_process(fail("another process of this run ended; its own output says why; "
+                                  "resume with --resume", 1))
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(memory_advice(config)) from None
+
+
+@contextlib.contextmanager
+def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
+    """A UserError, an OSError or Ctrl-C in the block becomes one line, and the process exits."""
+    prepare_output()
+    has_signals = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if has_signals and before == signal.SIG_DFL:  # see minirlhf/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        init_processes()
-        config = configure(config_class, sys.argv[1:] if arguments is None else arguments)
-        main(config)
-        finish_processes()
+        yield
     except UserError as error:
         exit_process(fail(str(error), 2))
-    except (MemoryError, RuntimeError) as error:
-        if is_lost_peer(error):
-            exit_process(fail("another process of this run ended; its own output says why; "
-                              "resume with --resume", 1))
-        if not is_out_of_memory(error):
-            raise
-        exit_process(fail(memory_advice(config), 2))
     except OSError as error:
         exit_process(fail(f"{error.filename or 'output'}: {error.strerror}; "
                           "files written earlier are complete", 2))
+    except KeyboardInterrupt:
+        exit_process(fail(interrupted, 130))
+    finally:
+        if has_signals and before == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -193,5 +218,5 @@ def memory_advice(config) -> str:
 def fail(message: str, status: int) -> int:
     """Print the error as one line on stderr, once per run. Returns the given exit status."""
     if claim_error_report():
-        print("error:", printable(" ".join(message.split("\n"))[:MAX_MESSAGE]), file=sys.stderr)
+        echo("error: " + " ".join(message.split("\n"))[:MAX_MESSAGE], stream=sys.stderr)
     return status

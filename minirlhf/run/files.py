@@ -1,26 +1,38 @@
-"""Opening a file that a user names or that lies in a run folder. It may be anything."""
+"""Files: read with care, replaced completely or not at all, locked, not written through links."""
 
+import contextlib
 import errno
+import fcntl
+import itertools
 import math
 import os
+import secrets
+import shlex
 import stat
+import weakref
 from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 from minirlhf.run.errors import UserError
+from minirlhf.run.terminal import echo
 
 # first bytes -> what the file is, and what to do; FILE stands for its path
 FOREIGN_FORMATS = {
     b"version https://git-lfs": "a Git-LFS pointer, which only names the content; "
                                 "fetch the content with: git lfs pull",
-    b"PAR1": "a parquet file; convert it with: python -c \"import pandas; pandas.read_parquet("
-             "'FILE').to_json('FILE.jsonl', orient='records', lines=True)\"",
+    b"PAR1": "a parquet file; convert it with: python -c \"import pandas, sys; pandas.read_parquet("
+             "sys.argv[1]).to_json('new.jsonl', orient='records', lines=True)\" FILE",
     b"\xff\xfe": "UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8 FILE > new.jsonl",
     b"\xfe\xff": "UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8 FILE > new.jsonl",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it with: zstd -d FILE",
     b"\xfd7zXZ\0": "compressed with xz; decompress it with: xz -d FILE",
     b"BZh91AY&SY": "compressed with bzip2; decompress it with: bzip2 -d FILE",
 }
+# A file system that lacks locks, or cannot sync a folder, answers with one of these.
+UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK,
+               errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+LOCKS: weakref.WeakSet[IO] = weakref.WeakSet()  # all open ones
 
 
 def regular_only(name: str, flags: int) -> int:
@@ -43,7 +55,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     for start, problem in FOREIGN_FORMATS.items():
         if first.startswith(start):
             file.close()
-            raise UserError(f"{path}: this is {problem.replace('FILE', str(path))}")
+            raise UserError(f"{path}: this is {problem.replace('FILE', shlex.quote(str(path)))}")
     return file
 
 
@@ -53,3 +65,86 @@ def read_file(path: str | Path, limit: float = math.inf) -> bytes:
         if os.fstat(file.fileno()).st_size > limit:
             raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
         return file.read()
+
+
+# ---- writing and locking -------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at path. A crash at any time leaves the old content or the new one."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:  # x: a new file, not an existing one or a link's target
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:  # includes the exit that a signal causes
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the folder's list of names to the disk, if its file system can do this."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def refuse_link(path: Path) -> None:
+    """Raise UserError for a symbolic link: its target is not a file of this run."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a symbolic link, and its target would be changed; "
+                        "replace it with a copy of the file")
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raise UserError if a tool would replace a file, and --force is not given."""
+    if os.path.lexists(path) and not force:
+        raise UserError(f"{path}: already exists; name another file, or add --force to replace it")
+
+
+def unused_path(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
+    return next(path.with_name(name) for name in names
+                if not os.path.lexists(path.with_name(name)))
+
+
+def lock_file(path: Path, busy: str) -> IO:
+    """Create the file and lock it until it is closed or the process ends.
+
+    Raises UserError(busy) if another process has the lock. On a file system without locks,
+    continues with a warning.
+    """
+    refuse_link(path)
+    lock = open(path, "a", opener=regular_only)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            lock.close()
+            raise UserError(busy) from None
+        if error.errno not in UNSUPPORTED:
+            raise
+        echo(f"warning: {path.parent}: this file system has no locks; "
+             "start no second process there")
+    LOCKS.add(lock)
+    return lock
+
+
+def close_locks() -> None:
+    """Close the inherited locks in a forked process, which may run longer than this one."""
+    for lock in LOCKS:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=close_locks)

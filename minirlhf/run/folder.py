@@ -1,7 +1,6 @@
 """Run folders: created or resumed, and locked while a process runs."""
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import re
@@ -9,17 +8,20 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import minirlhf
-from minirlhf.run.checkpoint import version_error, write_atomically
+from minirlhf.run.checkpoint import version_error
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file, regular_only
+from minirlhf.run.files import lock_file, read_file, write_atomically
 from minirlhf.run.parallel import broadcast, is_main
-from minirlhf.run.terminal import printable
+from minirlhf.run.terminal import echo, printable
 
 MAX_CONFIG = 2**20  # bytes of a config.json; one has about 3,000
 SCHEDULE = ("iterations", "epochs")  # a resumed run may be extended
 # These settings do not affect results.
 NO_EFFECT = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl",
              "shard")
+# What write_atomically leaves of a run's own files if the process is killed.
+PARTIAL = re.compile(r"\.(config\.json|result\.json|samples\.md|bad-batch-[a-z0-9-]+\.json|"
+                     r"(base|sft|reward|policy)(-[0-9]{8})?\.pt)\.[0-9a-f]{16}\.partial")
 
 
 class RunFolder(NamedTuple):
@@ -55,8 +57,9 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
         lock = lock_folder(folder)
         content = json.loads(read_file(folder / "config.json"))
         check_same_run(config, stored, content["facts"], facts)
-        for partial in folder.rglob(".*.partial"):  # from a write that was killed
-            partial.unlink()
+        for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
+            if PARTIAL.fullmatch(path.name):  # from a write that was killed
+                path.unlink()
         return folder, lock
     if folder.exists() and not is_unused(folder):
         raise UserError(f"{folder}: already exists; add --resume to resume this run, "
@@ -79,13 +82,8 @@ def unused_folder(name: str) -> Path:
 
 
 def lock_folder(folder: Path) -> IO:
-    lock = open(folder / ".lock", "a", opener=regular_only)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{folder}: another process is running there; wait for it to end, "
-                        "or use another --out") from None
-    return lock
+    return lock_file(folder / ".lock", f"{folder}: another process is running there; "
+                                       "wait for it to end, or use another --out")
 
 
 def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
@@ -96,8 +94,8 @@ def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
         if old == new or field.name in NO_EFFECT:
             continue
         if field.name in SCHEDULE and new > old:
-            print(f"new schedule: {field.name} {old} -> {new}; "
-                  f"the results will differ from those of a run of {old}")
+            echo(f"new schedule: {field.name} {old} -> {new}; "
+                 f"the results will differ from those of a run of {old}")
         else:
             raise UserError(f"--resume with {field.name} = {new!r}, but the run has {old!r}; "
                             "leave the flag out, or start a new run")

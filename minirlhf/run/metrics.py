@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import IO
 
-from minirlhf.run.files import regular_only
+from minirlhf.run.files import refuse_link, regular_only, unused_path
 from minirlhf.run.parallel import is_main
-from minirlhf.run.terminal import printable
+from minirlhf.run.terminal import echo
 
 WALL_CLOCK = ("seconds", "tokens_per_second")  # prefixes of keys that differ between equal runs
 
@@ -43,20 +43,21 @@ class Metrics:
     def __init__(self, path: Path, mark: list | None, tensorboard: bool):
         """mark: from the checkpoint that is resumed; None starts an empty file.
 
-        A file that does not match the mark is renamed to *.damaged.
+        A file that does not match the mark is renamed to *.damaged. Raises UserError for a link.
         """
         self.count = 0
         self.digest = ""
         self.file = None
         if not is_main():
             return
+        refuse_link(path)
         self.file = open(path, "a+b", buffering=0, opener=regular_only)
         expected_count, expected_digest = mark or (0, "")
         size = self._read(self.file, expected_count)
         if (self.count, self.digest) != (expected_count, expected_digest):
-            aside = path.with_name(path.name + ".damaged")
-            print(printable(f"warning: {path}: damaged; renamed to {aside.name}; the new file "
-                            "starts after the checkpoint"))
+            aside = unused_path(path.with_name(path.name + ".damaged"))
+            echo(f"warning: {path}: damaged; renamed to {aside.name}; the new file "
+                            "starts after the checkpoint")
             os.replace(path, aside)
             self.file = open(path, "a+b", buffering=0, opener=regular_only)
             self.count = 0
@@ -105,7 +106,7 @@ def summary_writer(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("--tensorboard: not installed; run `pip install tensorboard` to get event files "
-              "(metrics are written to the jsonl file in any case)")
+        echo("--tensorboard: not installed; run `pip install tensorboard` to get event files "
+             "(metrics are written to the jsonl file in any case)")
         return None
     return SummaryWriter(str(folder / "tensorboard"))

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step, write_atomically
+from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import write_atomically
 from minirlhf.run.folder import open_folder
 from minirlhf.run.metrics import Metrics
 from minirlhf.run.parallel import process_rank
@@ -33,16 +34,18 @@ class Run:
     metrics: Metrics  # set by the first resume(), once its checkpoint is known to fit
 
     def __init__(self, config, script: str):
-        """From here on signals are handled. script: named in the command that resumes the run."""
+        """script: named in the command that resumes the run."""
         self.config = config
         self.stop = StopSignal(script)
         self.batch: dict | None = None  # written to disk if a UserError ends the step
         self.lock: IO | None = None  # of the run folder, in the main process
 
     def __enter__(self) -> "Run":
+        self.stop.install()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self.stop.restore()
         if self.lock:
             self.lock.close()
         if self.batch is not None and isinstance(error, UserError):

@@ -1,11 +1,14 @@
 """Ctrl-C and kill: finish the step, save a checkpoint, print the command that resumes the run."""
 
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minirlhf.run.command_line import fail
 from minirlhf.run.parallel import (
@@ -15,15 +18,17 @@ from minirlhf.run.parallel import (
     is_main,
     process_count,
 )
+from minirlhf.run.terminal import echo
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """SIGINT and SIGTERM end the process with status 130 or 143 and print the resume command.
+    """SIGINT, SIGTERM and SIGHUP end the process with status 128 + number.
 
     During training the process ends after the current step and its checkpoint, otherwise at once.
-    A second signal always ends it at once.
+    It prints the command that resumes the run. A second SIGINT or SIGTERM ends it at once.
+    The handlers belong to one process: a forked one gets the earlier handlers back.
     """
 
     def __init__(self, script: str):
@@ -35,18 +40,27 @@ class StopSignal:
         # A user's own script may define the algorithm, so it must be the one that resumes.
         is_script = sys.argv[0].endswith(".py") and sys.modules["__main__"].__spec__ is None
         self.script = shlex.quote(sys.argv[0]) if is_script else script
-        for number in SIGNALS:
-            signal.signal(number, self.receive)
+        self.earlier: dict[int, Any] = {}  # signal -> the handler before install()
+
+    def install(self) -> None:
+        """Handle the signals from now on."""
+        self.earlier = install_handler(SIGNALS, self.receive)
+        INSTALLED.add(self)
+
+    def restore(self) -> None:
+        """Undo install()."""
+        restore_handlers(self.earlier)
+        self.earlier = {}
 
     def receive(self, number: int, frame) -> None:
         """The signal handler."""
         self.number = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        for each in self.earlier:  # a closed terminal sends SIGHUP twice: itself and by its shell
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         if not self.in_steps:
             self.leave()
         if is_main() and not error_reported():
-            print("\nstopping after this step (again: stop at once)", file=sys.stderr)
+            echo("\nstopping after this step (again: stop at once)", stream=sys.stderr)
 
     def requested(self) -> bool:
         """Whether to save and stop after this step. All processes call this and agree."""
@@ -74,3 +88,32 @@ class StopSignal:
             folder = shlex.quote(str(self.folder))
             message = f"stopped; resume with: {launcher} {self.script} --out {folder} --resume"
         exit_process(fail(message, 128 + (self.agreed or self.number)))
+
+
+INSTALLED: weakref.WeakSet[StopSignal] = weakref.WeakSet()
+
+
+def restore_all() -> None:
+    for stop in INSTALLED:
+        stop.restore()
+
+
+os.register_at_fork(after_in_child=restore_all)
+
+
+def install_handler(numbers: Iterable[int], handler: Callable) -> dict[int, Any]:
+    """Handle these signals. Returns the earlier handlers.
+
+    A signal that the parent process ignores, as nohup does, stays ignored. Only the main thread
+    can handle signals; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in numbers
+            if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def restore_handlers(earlier: dict[int, Any]) -> None:
+    """Undo install_handler()."""
+    for number, handler in earlier.items():
+        signal.signal(number, handler or signal.SIG_DFL)

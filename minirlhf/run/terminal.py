@@ -1,9 +1,12 @@
 """What the user sees during a run: safe text, and one progress line with the time left."""
 
+import errno
 import os
+import shutil
 import sys
 import time
 import unicodedata
+from typing import TextIO
 
 
 def printable(text: str) -> str:
@@ -21,6 +24,36 @@ def printable(text: str) -> str:
     return "".join(char if is_safe(char) else escape(char) for char in text)
 
 
+def echo(text: str = "", stream: TextIO | None = None, start: str = "", end: str = "\n") -> None:
+    """Print any text: what could control the terminal, or cannot be encoded, is escaped.
+
+    start, end: printed as they are. If the terminal was closed, the output is discarded, because
+    a run continues until its next checkpoint.
+    """
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    safe = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(start + safe, end=end, file=stream, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO or stream is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def prepare_output() -> None:
+    """Make printing safe for this process: a closed stream (>&-) discards its text.
+
+    Characters that a stream cannot encode are escaped, also those that other code prints.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class Progress:
     """One line that overwrites itself on a terminal; elsewhere a plain line every few steps."""
 
@@ -30,7 +63,7 @@ class Progress:
         self.total = total
         self.first = done
         self.every = max(1, total // plain_lines)
-        self.is_terminal = sys.stdout.isatty()
+        self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -43,11 +76,11 @@ class Progress:
         left = duration(seconds_per_step * (self.total - done))
         line = f"{self.label} {done}/{self.total}  {text}  {left} left"
         if self.is_terminal:
-            width = os.get_terminal_size().columns
+            width = shutil.get_terminal_size().columns - 1  # 80 columns if the terminal says 0
             end = "\n" if done == self.total else ""
-            print("\r" + line[: width - 1].ljust(width - 1), end=end, flush=True)
+            echo(line[:width].ljust(width), start="\r", end=end)
         elif done % self.every == 0 or done == self.total:
-            print(line, flush=True)
+            echo(line)
 
 
 def duration(seconds: float) -> str:

@@ -3,19 +3,19 @@
 Learns from preference files (all their strings) or plain text; writes tiktoken's rank file.
 """
 
-import argparse
 import base64
 import collections
 import math
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from minirlhf.data.json_files import BadRecord, check_text, open_text, read_objects
 from minirlhf.data.rank_files import GPT2_PATTERN
-from minirlhf.run.command_line import fail
+from minirlhf.run.command_line import Parser, one_line_errors
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import check_output, write_atomically
+from minirlhf.run.terminal import echo
 
 import regex  # the standard re lacks \p{L}; tiktoken requires this package as well
 
@@ -78,8 +78,8 @@ def train_ranks(texts: Iterable[str], n_ranks: int,
 def write_ranks(path: str | Path, ranks: dict[bytes, int]) -> None:
     """Write tiktoken's format: one line per token, "BASE64 RANK", in order of rank."""
     ordered = sorted(ranks, key=ranks.__getitem__)
-    Path(path).write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % ranks[token]
-                                    for token in ordered))
+    lines = (base64.b64encode(token) + b" %d\n" % ranks[token] for token in ordered)
+    write_atomically(Path(path), b"".join(lines))
 
 
 def strings_in(value) -> Iterator[str]:
@@ -112,25 +112,23 @@ def read_texts(path: Path) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the rank file. A user's error is one line and exit status 2."""
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser = Parser(description="Train a byte-level BPE tokenizer.")
     parser.add_argument("out", type=Path, help="the rank file to write, for --tokenizer")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE",
                         help="preference files or plain text")
     parser.add_argument("--size", type=int, default=1022,
                         help="number of ranks (default: 1022); size + 2 should be a multiple of "
                              "64, because EOS and PAD are added")
-    options = parser.parse_args(arguments)
-    try:
+    parser.add_argument("--force", action="store_true", help="replace an existing rank file")
+    with one_line_errors():
+        options = parser.parse_args(arguments)
         if options.size < 256:
             raise UserError(f"--size {options.size} is below 256: each byte needs a rank")
+        check_output(options.out, options.force)
         texts = (text for path in options.files for text in read_texts(path))
         ranks = train_ranks(texts, options.size)
         write_ranks(options.out, ranks)
-    except UserError as error:
-        sys.exit(fail(str(error), 2))
-    except OSError as error:
-        sys.exit(fail(f"{options.out}: {error.strerror}", 2))
-    print(f"{len(ranks)} ranks in {options.out}")
+        echo(f"{len(ranks)} ranks in {options.out}")
 
 
 if __name__ == "__main__":

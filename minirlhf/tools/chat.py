@@ -26,6 +26,7 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
 from minirlhf.run.metrics import rounded
 from minirlhf.run.seeding import row_uniforms
+from minirlhf.run.terminal import echo
 from minirlhf.tools.terminal import can_redraw, is_interactive, redraw, side_by_side, wrap
 from minirlhf.tools.trained import Trained, load_trained
 
@@ -68,7 +69,7 @@ def main(config: ChatConfig) -> list[dict]:
     interactive = is_interactive() and not config.prompt and not config.json
     if interactive:
         text = f"{config.run}: template {template}. {HINT}"
-        print("\n".join(wrap(text, shutil.get_terminal_size().columns)))
+        echo("\n".join(wrap(text, shutil.get_terminal_size().columns)))
     answers = []
     chat_template = read_chat_template(trained.reward_config.tokenizer)
 
@@ -81,7 +82,7 @@ def main(config: ChatConfig) -> list[dict]:
         except KeyboardInterrupt:  # on a terminal, Ctrl-C stops only this answer
             if not interactive:
                 sys.exit(130)
-            print()
+            echo()
     if not answers and not interactive:
         raise UserError("there is no prompt; use --prompt, write one prompt per line into a pipe, "
                         "or start this program in a terminal")
@@ -134,7 +135,7 @@ def read_prompts(config: ChatConfig, as_prompt: Callable[[str], str],
             line = input("\n> " if interactive else "")
         except (EOFError, KeyboardInterrupt):
             if interactive:
-                print()
+                echo()
             return
         if line.startswith("/raw "):
             prompt = line.removeprefix("/raw ").replace("\\n", "\n")
@@ -180,7 +181,7 @@ def answer(trained: Trained, reward: Reward, prompt: str, turn: int, config: Cha
     ids, was_cut = encode_prompt(trained.encoding, prompt, trained.reward_config.max_prompt_length)
     prompt = without_marks(prompt)
     if was_cut:
-        print(f"the prompt is too long; only its last {len(ids)} tokens are used", file=sys.stderr)
+        echo(f"the prompt is too long; only its last {len(ids)} tokens are used", stream=sys.stderr)
     uniforms = None
     if not config.greedy:
         uniforms = row_uniforms(config.seed, "chat", turn, [0], length)[0].to(trained.device)
@@ -205,10 +206,10 @@ def answer(trained: Trained, reward: Reward, prompt: str, turn: int, config: Cha
                   temperature=sampling.temperature)
     result |= {name: describe(trained, reward, prompt, ids, tokens[name]) for name in models}
     if config.json:
-        print(json.dumps(result), flush=True)
+        echo(json.dumps(result))
         return result
     if not interactive:
-        print("\n".join(wrap(prompt.strip("\n"), size.columns)) + "\n")
+        echo("\n".join(wrap(prompt.strip("\n"), size.columns)) + "\n")
     redraw(columns(trained, tokens, result, size.columns), drawn, size.lines, last=True)
     return result
 

@@ -1,13 +1,12 @@
 """The help desk's data: prompts of customers, responses of an average agent, and the files of both.
 
-`python -m minirlhf.tools.helpdesk_data [FOLDER]` writes all files of the task again.
+`python -m minirlhf.tools.helpdesk_data FOLDER` writes all files of the task again.
 """
 
 import gzip
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 from minirlhf.config import DATA
@@ -26,10 +25,14 @@ from minirlhf.data.helpdesk import (
     parse_prompt,
     wordings,
 )
+from minirlhf.run.command_line import Parser, one_line_errors
+from minirlhf.run.files import check_output, write_atomically
 from minirlhf.run.seeding import derive_seed
 from minirlhf.tools.bpe import train_ranks, write_ranks
 
 MAX_WORDS = 60  # of a response, so that all of them fit into the models' context
+FILES = ("helpdesk-train.jsonl.gz", "helpdesk-validation.jsonl", "helpdesk-test.jsonl",
+         "helpdesk.tiktoken")
 GROUPS = {"train": 24000, "validation": 640, "test": 640}  # of four responses each
 
 # How the average agent fills a slot: relative frequencies of the right topic, a wrong topic, the
@@ -160,11 +163,10 @@ def write_data(folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups = {split: sample_groups(split) for split in GROUPS}
     for split in ("validation", "test"):
-        (folder / f"helpdesk-{split}.jsonl").write_bytes(json_lines(groups[split]))
-    with open(folder / "helpdesk-train.jsonl.gz", "wb") as file:
-        # without file name and date, which would make the bytes differ
-        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
-            packed.write(json_lines(groups["train"]))
+        write_atomically(folder / f"helpdesk-{split}.jsonl", json_lines(groups[split]))
+    # without a date, which would make the bytes differ
+    packed = gzip.compress(json_lines(groups["train"]), mtime=0)
+    write_atomically(folder / "helpdesk-train.jsonl.gz", packed)
     texts = [text for group in groups["train"] for text in (group["prompt"], *group["responses"])]
     write_ranks(folder / "helpdesk.tiktoken", train_ranks(texts, 1022))
 
@@ -173,5 +175,19 @@ def json_lines(records: list[dict]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Write the files. A user's error is one line and exit status 2."""
+    parser = Parser(prog="python -m minirlhf.tools.helpdesk_data",
+                    description="Write the help desk's data again.")
+    parser.add_argument("folder", type=Path, nargs="?", default=DATA,
+                        help=f"default: {DATA}")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    with one_line_errors():
+        options = parser.parse_args(arguments)
+        for name in FILES:
+            check_output(options.folder / name, options.force)
+        write_data(options.folder)
+
+
 if __name__ == "__main__":
-    write_data(sys.argv[1] if len(sys.argv) > 1 else DATA)
+    main()

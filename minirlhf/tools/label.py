@@ -26,7 +26,8 @@ from minirlhf.run.command_line import check_ranges, flag, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
 from minirlhf.run.seeding import derive_seed
-from minirlhf.run.terminal import Progress
+from minirlhf.run.signals import install_handler, restore_handlers
+from minirlhf.run.terminal import Progress, echo
 from minirlhf.tools.labels import PREFERENCES, LabelFile, Pair
 from minirlhf.tools.terminal import (
     can_redraw,
@@ -82,8 +83,8 @@ def main(config: LabelConfig) -> dict:
     path = Path(config.out) if config.out else trained.folder / "labels.jsonl"
     labels = LabelFile(path, identity(trained), config.run)
     if labels.repaired:
-        print(f"{path}: the last answer was incomplete and has been removed; "
-              "its pair will be shown again")
+        echo(f"{path}: the last answer was incomplete and has been removed; "
+             "its pair will be shown again")
     pairs = fresh_pairs(trained, training_prompts(trained), labels.next_number(), config)
     try:
         if function:
@@ -93,9 +94,9 @@ def main(config: LabelConfig) -> dict:
     except KeyboardInterrupt:  # the same as q
         pass
     finally:  # also if the disk is full
-        print(f"\n{path}: {labels.summary()}")
+        echo(f"\n{path}: {labels.summary()}")
     if labels.rows:
-        print(f"\nto train on these answers:\n  {next_command(trained, path)}")
+        echo(f"\nto train on these answers:\n  {next_command(trained, path)}")
     return {answer: sum(row["answer"] == answer for row in labels.rows) for answer in PREFERENCES}
 
 
@@ -203,7 +204,7 @@ def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) ->
             shown_width = show(todo[-1], labels, note)
             waiting = True
 
-    previous_handler = signal.signal(signal.SIGWINCH, resize)
+    earlier = install_handler([signal.SIGWINCH], resize)
     try:
         with raw_keys(fd):
             while not config.count or len(labels.rows) < config.count:
@@ -226,7 +227,7 @@ def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) ->
                 else:
                     note = "unknown key"
     finally:
-        signal.signal(signal.SIGWINCH, previous_handler)
+        restore_handlers(earlier)
 
 
 def show(pair: Pair, labels: LabelFile, note: str) -> int:

@@ -12,16 +12,14 @@ model, that left is better.
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file, regular_only
+from minirlhf.run.files import lock_file, read_file, refuse_link, regular_only, write_atomically
 
 FIRST_BYTES = b'{"prompt": "'  # of every line
 PREFERENCES = {"left": [[0, 1]], "right": [[1, 0]], "tie": [[0, 1], [1, 0]], "skip": [[0, 1]]}
@@ -47,7 +45,11 @@ class LabelFile:
         self.path = path
         self.source = source
         self.policy = policy
-        self.lock = lock_file(path)
+        refuse_link(path)
+        # a file of its own, because undo replaces the file at path
+        self.lock = lock_file(path.with_name(f".{path.name}.lock"),
+                              f"{path}: another process is labeling there; wait for it to end, "
+                              "or use another --out")
         *lines, last = read_file(path).split(b"\n") if path.exists() else [b""]
         self.repaired = is_incomplete(last)
         if not self.repaired:
@@ -159,18 +161,3 @@ def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[floa
     variance = share * (1 - share) / count + z * z / (4 * count * count)
     half_width = z / scale * math.sqrt(variance)
     return max(0.0, center - half_width), min(1.0, center + half_width)
-
-
-def lock_file(path: Path) -> IO:
-    """A lock that lasts until the process ends.
-
-    It is a separate file next to path, because undo replaces the file at path.
-    """
-    lock = open(path.with_name(f".{path.name}.lock"), "a", opener=regular_only)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"{path}: another process is labeling there; wait for it to end, "
-                        "or use another --out") from None
-    return lock

@@ -4,17 +4,15 @@ It shows curves, final metrics, samples and settings. It is one file without scr
 All texts of models and files are escaped, so that they cannot become markup.
 """
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.run.checkpoint import write_atomically
-from minirlhf.run.command_line import fail
+from minirlhf.run.command_line import Parser, one_line_errors
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file
+from minirlhf.run.files import check_output, read_file, write_atomically
+from minirlhf.run.terminal import echo
 from minirlhf.tools.charts import draw, line_sample, make_panels, number
 from minirlhf.tools.page import STYLE, sample_blocks, table, text
 
@@ -30,6 +28,7 @@ REWARD_METRICS = (
     ("accuracy_high", "to", "{:.3f}"), ("ceiling", "ceiling", "{:.3f}"),
     ("gold_correlation", "correlation with gold", "{:.2f}"), ("loss", "loss", "{:.3f}"),
     ("calibration_error", "calibration error", "{:.3f}"), ("pairs", "pairs", "{:.0f}"))
+FIRST_WORDS = "<!doctype html><html lang=en><head><!-- minirlhf -->"  # of every page
 
 
 class RunFiles(NamedTuple):
@@ -52,7 +51,7 @@ def read_run(folder: Path) -> RunFiles:
     def read(name: str) -> str:
         try:
             return read_file(folder / name).decode(errors="replace")
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return ""
 
     if not folder.is_dir():
@@ -231,7 +230,7 @@ def make_page(runs: list[RunFiles]) -> str:
     names = text(", ".join(run.name for run in runs))
     # forbids all downloads and scripts
     security = "default-src 'none'; style-src 'unsafe-inline'"
-    return (f"<!doctype html><html lang=en><head><meta charset=utf-8>"
+    return (f"{FIRST_WORDS}<meta charset=utf-8>"
             f'<meta http-equiv=Content-Security-Policy content="{security}">'
             f"<meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<title>{names}</title><style>{STYLE}</style></head>"
@@ -239,27 +238,30 @@ def make_page(runs: list[RunFiles]) -> str:
             f"<main>{body}</main></body></html>\n")
 
 
+def is_page(path: Path) -> bool:
+    """Whether the file is an earlier page of this program, which a new one may replace."""
+    return path.is_file() and path.read_bytes().startswith(FIRST_WORDS.encode())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the page. A user's error is one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.tools.report",
-                                     description="Write one HTML page about some runs.")
+    parser = Parser(prog="python -m minirlhf.tools.report",
+                    description="Write one HTML page about some runs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="DIR",
                         help="run folders: only policies, or only reward models")
     parser.add_argument("--out", type=Path,
                         help="the page; default: report.html in the first folder")
-    options = parser.parse_args(arguments)
-    try:
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    with one_line_errors():
+        options = parser.parse_args(arguments)
         runs = [read_run(folder) for folder in options.runs]
         if len({run.is_policy for run in runs}) > 1:
             raise UserError("these are runs of policies and of reward models; "
                             "make one page for each kind")
         out = options.out or options.runs[0] / "report.html"
+        check_output(out, options.force or not options.out and is_page(out))
         write_atomically(out, make_page(runs).encode())
-    except UserError as error:
-        sys.exit(fail(str(error), 2))
-    except OSError as error:
-        sys.exit(fail(f"{error.filename}: {error.strerror}; use another --out", 2))
-    print(f"saved {out}")
+        echo(f"saved {out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import termios
 import unicodedata
 
+from minirlhf.run.signals import install_handler, restore_handlers
 from minirlhf.run.terminal import printable
 
 ARROWS = {b"\x1b[D": "left", b"\x1bOD": "left", b"\x1b[C": "right", b"\x1bOC": "right"}
@@ -120,7 +121,7 @@ def raw_keys(fd: int):
         raise SystemExit(128 + number)
 
     before = termios.tcgetattr(fd)
-    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    earlier = install_handler((signal.SIGTERM, signal.SIGHUP), leave)
     mode = termios.tcgetattr(fd)
     mode[3] &= ~(termios.ICANON | termios.ECHO)
     mode[6][termios.VMIN] = 1
@@ -132,8 +133,7 @@ def raw_keys(fd: int):
     finally:
         with contextlib.suppress(termios.error):  # the terminal may be closed
             termios.tcsetattr(fd, termios.TCSADRAIN, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_handlers(earlier)
 
 
 def read_key(fd: int) -> str:
