@@ -601,11 +601,11 @@ def test_a_format_that_is_not_read_is_named_with_what_to_do(content, words, tmp_
 
 
 def test_the_command_for_parquet_is_one_line_of_python(tmp_path):
-    path = write_raw(tmp_path, b"PAR1", "it is.parquet")
+    path = write_raw(tmp_path, b"PAR1", "it's a.parquet")
     with pytest.raises(UserError) as error:
         read_preferences(path)
-    python, flag, code = shlex.split(str(error.value).partition("convert it with: ")[2])
-    assert (python, flag) == ("python", "-c") and path in code
+    python, flag, code, file = shlex.split(str(error.value).partition("convert it with: ")[2])
+    assert (python, flag, file) == ("python", "-c", path)
     compile(code, "command", "exec")
 
 

@@ -57,7 +57,7 @@ class Metrics:
         if (self.count, self.digest) != (expected_count, expected_digest):
             aside = unused_path(path.with_name(path.name + ".damaged"))
             echo(f"warning: {path}: damaged; renamed to {aside.name}; the new file "
-                            "starts after the checkpoint")
+                 "starts after the checkpoint")
             os.replace(path, aside)
             self.file = open(path, "a+b", buffering=0, opener=regular_only)
             self.count = 0

@@ -4,6 +4,7 @@
 """
 
 import gzip
+import io
 import itertools
 import json
 import random
@@ -164,9 +165,11 @@ def write_data(folder: str | Path) -> None:
     groups = {split: sample_groups(split) for split in GROUPS}
     for split in ("validation", "test"):
         write_atomically(folder / f"helpdesk-{split}.jsonl", json_lines(groups[split]))
-    # without a date, which would make the bytes differ
-    packed = gzip.compress(json_lines(groups["train"]), mtime=0)
-    write_atomically(folder / "helpdesk-train.jsonl.gz", packed)
+    buffer = io.BytesIO()
+    # without file name and date, which would make the bytes differ
+    with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as packed:
+        packed.write(json_lines(groups["train"]))
+    write_atomically(folder / "helpdesk-train.jsonl.gz", buffer.getvalue())
     texts = [text for group in groups["train"] for text in (group["prompt"], *group["responses"])]
     write_ranks(folder / "helpdesk.tiktoken", train_ranks(texts, 1022))
 

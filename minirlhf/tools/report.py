@@ -4,6 +4,7 @@ It shows curves, final metrics, samples and settings. It is one file without scr
 All texts of models and files are escaped, so that they cannot become markup.
 """
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -51,7 +52,9 @@ def read_run(folder: Path) -> RunFiles:
     def read(name: str) -> str:
         try:
             return read_file(folder / name).decode(errors="replace")
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL):
+                raise  # it exists, but cannot be read
             return ""
 
     if not folder.is_dir():
