@@ -28,20 +28,19 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.config import PolicyConfig
 from minirlhf.lab import small_world
-from minirlhf.lab.common import markdown_table, run_lab
+from minirlhf.lab.common import lab_folder, markdown_table, run_lab
 from minirlhf.lab.small_world import World, probabilities, response_kl, state_kl
 from minirlhf.rl.advantages import group_normalized, leave_one_out, reward_to_go, whiten
 from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
 from minirlhf.rl.losses import kl_k1, kl_k2, kl_k3, policy_gradient_loss, ppo_loss, preference_loss
 from minirlhf.rl.rollout import Rollout
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, setting
-from minirlhf.run.terminal import Progress
+from minirlhf.run.files import write_atomically
+from minirlhf.run.terminal import Progress, echo
 from minirlhf.tools.charts import Panel, draw
 from minirlhf.tools.page import STYLE
 
@@ -577,8 +576,7 @@ def all_rest_points() -> list[dict]:
 def main(config: EstimatorsConfig) -> str:
     """Compute all rows and write the three files; returns the page. Raises UserError."""
     check_ranges(config)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = lab_folder(config.out)
     results = all_rows()
     q = make_problem(True, 0)
     best_of = [[str(n), f"{best_of_n_kl(probabilities(q.world, q.ref), q.scores, n):.4f}",
@@ -600,7 +598,7 @@ def main(config: EstimatorsConfig) -> str:
     write_atomically(out / "estimators.json", json.dumps(data, indent=1).encode())
     write_atomically(out / "estimators.md", page.encode())
     write_atomically(out / "estimators.svg", picture().encode())
-    print(f"{page}\n\nsaved {out}/estimators.md, estimators.json and estimators.svg")
+    echo(f"{page}\n\nsaved {out}/estimators.md, estimators.json and estimators.svg")
     return page
 
 

@@ -32,6 +32,7 @@ from minirlhf.lab.common import (
     Job,
     Rows,
     flags_of,
+    lab_folder,
     markdown_table,
     mean_interval,
     read_rows,
@@ -41,9 +42,10 @@ from minirlhf.lab.common import (
     train_subset,
 )
 from minirlhf.rl.algorithms import ALGORITHMS
-from minirlhf.run.checkpoint import write_atomically
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
+from minirlhf.run.files import write_atomically
+from minirlhf.run.terminal import echo
 
 OWN_FIELDS = ("algorithm", "out", "resume", "reward_run", "seed")  # the sweep sets these
 ONE_TASK = ("data", "heldout_data", "test_data", "task", "tokenizer")  # one value per sweep
@@ -162,8 +164,7 @@ def base_configs(config: SweepConfig) -> tuple[RewardConfig, PolicyConfig]:
     """What --set changes: the defaults of the two scripts, without best of n."""
     if not config.quick:
         return RewardConfig(), PolicyConfig(best_of_n=0)
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = lab_folder(config.out)
     data = (train_subset(folder, 48),)
     reward = RewardConfig(data=data, heldout_data=data, test_data=data,
                           task="minirlhf.data.helpdesk", n_layer=1, d_model=32, sft_sequences=512,
@@ -199,7 +200,7 @@ def folder_name(start: str, changes: dict[str, Any], seed: int) -> str:
 
 def jobs_of(config: SweepConfig, chosen: Setting, seed: int) -> tuple[Job, Job]:
     """(the reward run, the policy run)."""
-    folder = Path(config.out)
+    folder = lab_folder(config.out)
     reward, policy = base_configs(config)
     reward_out = str(folder / folder_name("reward", chosen.reward, seed))
     policy_out = str(folder / folder_name(chosen.algorithm, chosen.policy | chosen.reward, seed))
@@ -255,7 +256,7 @@ class Result(NamedTuple):
 
 def run_sweep(config: SweepConfig, settings: list[Setting]) -> list[Result]:
     """Run what is missing. Raises UserError."""
-    folder = Path(config.out)
+    folder = lab_folder(config.out)
     fixed = dict(item.partition("=")[::2] for item in config.set if "," not in item)
     about = dict(script=Path(config.script).name, quick=config.quick,
                  task={key: fixed[key] for key in fixed if key.startswith("reward.")})
@@ -404,10 +405,10 @@ def main(config: SweepConfig) -> str:
         results = keep_best(results, config.best)
     each = panels(results, config.y) if config.one_at_a_time else {}
     lines = {} if each else points(results, config.x, config.y)
-    folder = Path(config.out)
+    folder = lab_folder(config.out)
     page = f"{result_table(results)}\n\n{NOTES}\n"
     write_atomically(folder / "table.md", page.encode())
-    print(f"\n{page}\nsaved {folder / 'table.md'} and {folder / 'runs.jsonl'}")
+    echo(f"\n{page}\nsaved {folder / 'table.md'} and {folder / 'runs.jsonl'}")
     if each:
         save_picture(folder / f"{config.y}-each.png",
                      lambda axes: draw_panels(axes, each, config.y),
