@@ -45,7 +45,6 @@ PIPES = [
     ("inputs/pairs.jsonl", REWARD, []),
     ("inputs/bytes.tiktoken", REWARD, []),
     ("model.safetensors", REWARD, ["--init", "model.safetensors"]),
-    ("pytorch_model.bin", REWARD, ["--init", "pytorch_model.bin"]),
     ("reward/reward.pt", REWARD, ["--init-reward", "reward/reward.pt"]),
     ("reward/base.pt", REWARD, ["--init-reward", "reward/reward.pt"]),
     ("reward/config.json", POLICY, []),
@@ -62,6 +61,12 @@ PIPES = [
 ]
 
 
+def reward_flags(inputs, out) -> list[str]:
+    """Of a reward run with the default sizes, which --init requires."""
+    default = {name: getattr(RewardConfig, name) for name in ("n_layer", "n_head", "d_model")}
+    return as_flags(reward_config(inputs, out, **default))
+
+
 @pytest.fixture
 def copies(inputs, reward_run, policy_run, tmp_path, monkeypatch):
     """Copies of the inputs and of both finished runs, to be damaged."""
@@ -75,7 +80,7 @@ def copies(inputs, reward_run, policy_run, tmp_path, monkeypatch):
 def test_a_pipe_in_place_of_a_file_is_one_line(path, program, flags, copies, reward_run, capsys):
     """A pipe without a writer blocked every program, and a device may never end."""
     first_flags = {
-        REWARD: as_flags(reward_config(copies / "inputs", "new")),
+        REWARD: reward_flags(copies / "inputs", "new"),
         POLICY: as_flags(policy_config("reward", "new")),
         CHAT: ["--run", "policy", "--prompt", "a 1:"],
         LABEL: ["--run", "policy", "--judge", "tiny:preference_probability", "--count", "1"],
@@ -144,11 +149,11 @@ def test_a_file_inside_the_run_folder_is_answered_with_the_folder(reward_run, tm
     assert f"reward.pt: is a file; name its folder {reward_run}\n" in message
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "base.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "base.pt"])
 def test_a_git_lfs_pointer_in_place_of_a_model_is_named(name, inputs, tmp_path, capsys):
     """git clone of a model without git-lfs leaves a text file of three lines."""
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    flags = [*as_flags(reward_config(inputs, tmp_path / "new")), "--init", str(tmp_path)]
+    flags = [*reward_flags(inputs, tmp_path / "new"), "--init", str(tmp_path)]
     message = refused(capsys, *REWARD, flags)
     assert f"{name}: this is a Git-LFS pointer" in message and "git lfs pull" in message
 

@@ -510,6 +510,37 @@ def test_another_kind_of_file_is_refused_and_not_changed(content, words, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        dict(answer=["left"]),
+        dict(answer=None),
+        dict(prompt=["p"]),
+        dict(prompt=None),
+        dict(responses=["a", 3]),
+        dict(responses=["a"]),
+        dict(responses=None),
+        dict(number=-1),
+        dict(number=1e300),
+        dict(number=2**60),
+        dict(reward_model="0.5"),
+        dict(reward_model=float("nan")),
+        dict(reward_model=2.0),
+        dict(source=["t", "r"]),
+    ],
+)
+def test_an_answer_with_a_value_of_another_type_is_refused(change, tmp_path):
+    """It would fail later, in the summary or when the pair is shown again."""
+    path = tmp_path / "l.jsonl"
+    file = LabelFile(path, SOURCE, "run")
+    file.add(make_pair(0), "left")
+    file.lock.close()
+    (row,) = rows(path)
+    path.write_text(json.dumps({**row, **change}) + "\n")
+    with pytest.raises(UserError, match="l.jsonl:1: not an answer"):
+        LabelFile(path, SOURCE, "run")
+
+
+@pytest.mark.parametrize(
     "other, words",
     [
         (dict(tokenizer="u", reward="r"), "with another tokenizer"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from minirlhf.data.pretrained_tokenizer import read_json
 from minirlhf.run.errors import UserError
+from minirlhf.run.files import read_file
 
 Turn = tuple[str, str]  # role (system, user or assistant) and text
 MARKED = re.compile("\0(<\\|\\w+\\|>)\0")  # a special token
@@ -84,7 +85,7 @@ def read_chat_template(tokenizer: str) -> ChatTemplate:
     settings = read_json(folder / "tokenizer_config.json")
     source = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        source = read_file(folder / "chat_template.jinja").decode(errors="replace")
     if isinstance(source, list):  # several, with names
         source = next((each["template"] for each in source if each["name"] == "default"), None)
     if not source:

@@ -43,7 +43,7 @@ def load_model(path: Path, kind: str, tokenizer: str) -> tuple[Transformer, dict
                    for name, tensor in states["model"].items()}
         model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[-1].strip()[:200]
         raise UserError(f"{path}: its tensors do not fit the sizes it states ({reason}); "
                         "train again") from None
     return model, meta

@@ -162,7 +162,7 @@ def restore(checkpoint: tuple[dict, dict] | None, model: torch.nn.Module,
                 moments[key] = split_like(value, parameters[number])
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:200]
         raise UserError(f"a checkpoint does not fit its run ({reason}); "
                         "delete it, or start a new run") from None
     echo(f"resuming after step {meta['step']}")

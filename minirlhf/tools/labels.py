@@ -70,8 +70,11 @@ class LabelFile:
             row = json.loads(line)
             source = row["source"]
             pair = as_pair(row)
+            texts = [pair.prompt, *pair.responses]
             valid = (row["answer"] in PREFERENCES and isinstance(source, dict)
-                     and isinstance(pair.number, int) and isinstance(pair.probability, float))
+                     and all(isinstance(text, str) for text in texts)
+                     and type(pair.number) is int and 0 <= pair.number < 2**53
+                     and 0.0 <= pair.probability <= 1.0)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             valid = False
         if not valid:
