@@ -490,3 +490,24 @@ def test_the_command_writes_a_page_its_data_and_a_picture(tmp_path, monkeypatch,
     )
     picture = xml.dom.minidom.parse(str(tmp_path / "estimators.svg"))
     assert len(picture.getElementsByTagName("polyline")) == 16  # 8 curves and 8 legends
+
+
+def test_the_numbers_of_the_page():
+    """The rows of the lab's table in the stated worlds, and all names exist."""
+    page = (tiny.ROOT / "minirlhf" / "lab" / "README.md").read_text()
+    section = page.partition("## Estimators against the exact gradient\n")[2].partition("\n## ")[0]
+    rows = {name: each for family in FAMILIES.values() for name, each in family.items()}
+    shown = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    shown = [cells for cells in shown if len(cells) == 6 and cells[1][:1].isdigit()]
+    assert len(shown) > 25
+    for name, on_policy, off_policy, variance, *_ in shown:
+        estimator = rows[name.removeprefix("| ").removesuffix(" *")]
+        assert name.endswith(" *") == estimator.rescaled
+        here = compare(estimator, 0, 0.0)
+        assert (on_policy, variance) == tuple(
+            estimators.cell(here[key]) for key in ("error", "variance")
+        ), name
+        if off_policy != "-":
+            assert off_policy == estimators.cell(compare(estimator, 0, 0.1)["error"]), name
+    count = sum(map(len, FAMILIES.values()))
+    assert f"The page that it writes has {count} rows" in " ".join(section.split())

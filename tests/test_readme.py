@@ -169,6 +169,10 @@ COMMANDS = {
     "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD": Run(
         " --scale tiny", "runs/overoptimization/overoptimization.md", slow=True
     ),
+    "python -m minirlhf.lab.estimators": Elsewhere(test="test_estimators.py"),
+    "python -m minirlhf.lab.estimators --fixed-points": Run(
+        "", "runs/estimators/estimators.svg", slow=True
+    ),
     "python -m minirlhf.lab.conformance my_loss.py:loss --claims policy-gradient": Run(
         "", "says: holds on-policy"
     ),

@@ -301,16 +301,17 @@ FAMILIES: dict[str, dict[str, Estimator]] = {
                                                  batch=n) for n in (2, 3, 4)},
         "own mean / deviation, K = 4, two prompts": row(
             "(s_i - mean) / std", "grpo here", normalized, batch=4, prompts=2),
-        "the same / own length, K = 4": row("(s_i - mean) / (std T_i)", GRPO, normalized,
-                                            own_length, batch=4),
+        "own mean / deviation / own length, K = 4": row(
+            "(s_i - mean) / (std T_i)", GRPO, normalized, own_length, batch=4),
         "DAPO, K = 4": Estimator(
             clipped(0.2, 0.28, normalized, batch_tokens), "score", "clipped (.8, 1.28) / sum_i T_i",
             f"Yu et al. 2025; {TRL}:3168; {BOOK} DAPOLoss", 4, True),
         **{f"binary scores / deviation, K = {n}, two prompts": row(
             "([s_i > 0] - mean) / std", "grpo here", normalized_success, batch=n, prompts=2,
             claims="success") for n in (2, 3, 4)},
-        "the same, K = 4, arcsine": row("([s_i > 0] - mean) / std", "grpo here", normalized_success,
-                                        batch=4, prompts=2, claims="arcsine")},
+        "binary scores / deviation, K = 4, arcsine": row(
+            "([s_i > 0] - mean) / std", "grpo here", normalized_success, batch=4, prompts=2,
+            claims="arcsine")},
     "Importance ratios": {
         "none": row("A log pi", "-"),
         "token": row("rho_t A", "-", ratio=token),
@@ -343,8 +344,8 @@ FAMILIES: dict[str, dict[str, Estimator]] = {
                             sampler=top_k),
         "top-p 0.9": row("a ~ nucleus of pi", "-", sampler=top_p)},
     "Whitening over the batch": {
-        f"B = {n}": row("(A - mean) / std", "REINFORCE++ (Hu 2025); gae and ppo here", whitened,
-                        batch=n) for n in (2, 3, 4)},
+        f"whitened, B = {n}": row("(A - mean) / std", "REINFORCE++ (Hu 2025); gae and ppo here",
+                                  whitened, batch=n) for n in (2, 3, 4)},
 }
 
 
