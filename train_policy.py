@@ -68,6 +68,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
         reference = task.base
         policy = copy.deepcopy(reference).requires_grad_(True)
+        reference.freeze_matrices()
         heads = ["lm_head", "value_head"] if algorithm.learns_value else ["lm_head"]
         # the policy, or its DistributedDataParallel wrapper (several processes without --shard)
         learner = prepare_training(policy, config, device, heads)

@@ -10,6 +10,7 @@ from minirlhf.data.batches import pad_left, pad_right
 from minirlhf.model import Transformer
 from minirlhf.model.cache import KVCache
 from minirlhf.model.fast_decode import fast_linear_layers
+from minirlhf.model.transformer import sequence_scores
 from minirlhf.rl.rollout import evaluate_actions
 from minirlhf.run import command_line
 from minirlhf.run.command_line import flag, run_script
@@ -18,7 +19,15 @@ from minirlhf.run.errors import UserError
 
 import pytest
 import torch
-from tiny import make_samples, policy_config, random_model, reward_config, weights, write_inputs
+from tiny import (
+    assert_same_weights,
+    make_samples,
+    policy_config,
+    random_model,
+    reward_config,
+    weights,
+    write_inputs,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,6 +72,23 @@ def test_a_bf16_forward_pass_uses_the_weights_after_the_last_step():
     assert (new - old).detach().abs().max() > 0.05
 
 
+def test_frozen_matrices_in_bfloat16_change_no_result(form):
+    """They are stored as autocast would round them; norms, tables and heads stay float32."""
+    model = random_model()
+    expected = evaluate(model, True)
+    with model.autocast():
+        expected_scores = sequence_scores(model, PROMPT_IDS, PROMPT_MASK)
+    model.freeze_matrices()
+    assert {p.dtype for p in model.blocks.parameters()} == {torch.bfloat16, torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "blocks" not in n} == {torch.float32}
+    assert all(map(torch.equal, evaluate(model, True), expected))
+    with model.autocast():
+        assert torch.equal(sequence_scores(model, PROMPT_IDS, PROMPT_MASK), expected_scores)
+    kept = random_model()
+    kept.freeze_matrices()  # without bf16
+    assert {p.dtype for p in kept.parameters()} == {torch.float32}
+
+
 class CountCasts(TorchDispatchMode):
     """Counts the casts of tensors with at least 256 elements: weights, not activations."""
 
@@ -99,8 +125,11 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def test_both_scripts_train_in_bf16_to_nearly_the_same_weights(inputs, tmp_path):
-    """Saved weights are float32, differ from those without bf16, and differ little."""
+def test_both_scripts_train_in_bf16_to_nearly_the_same_weights(inputs, tmp_path, monkeypatch):
+    """Saved weights are float32, differ from those without bf16, and differ little.
+
+    They do not depend on how the frozen models are stored.
+    """
     reward_run = inputs / "reward"
     train_reward.main(reward_config(inputs, tmp_path / "reward", bf16=True))
     train_policy.main(policy_config(reward_run, tmp_path / "exact"))
@@ -115,6 +144,9 @@ def test_both_scripts_train_in_bf16_to_nearly_the_same_weights(inputs, tmp_path)
         assert any(not torch.equal(exact[name], rounded[name]) for name in exact)
         names = [name for name in exact if "score" not in name]
         assert max((exact[name] - rounded[name]).abs().max() for name in names) < 0.1
+    monkeypatch.setattr(Transformer, "freeze_matrices", lambda model: None)
+    train_policy.main(policy_config(reward_run, tmp_path / "float32", bf16=True))
+    assert_same_weights(tmp_path / "float32/policy.pt", tmp_path / "rounded/policy.pt", "policy")
 
 
 def test_bf16_without_support_is_one_error_line(monkeypatch):

@@ -40,9 +40,10 @@ def evaluate_decoding(model: Transformer, task: Task, prompts: Prompts, greedy: 
                       purpose: str) -> EvalResult:
     """Answer the prompts in batches and measure every response."""
     responses, score, gold, kl, length, finished = [], [], [], [], [], []
+    decoder = model.for_decoding()
     for start in range(0, len(prompts.texts), BATCH):
         rows = list(range(start, min(start + BATCH, len(prompts.texts))))
-        samples = sample_responses(model, prompts.rows(rows), task.evaluation, purpose,
+        samples = sample_responses(decoder, prompts.rows(rows), task.evaluation, purpose,
                                    rows=None if greedy else rows)
         responses += samples.responses
         score += score_responses(task.reward, samples).tolist()
@@ -97,7 +98,8 @@ def best_of_n(task: Task, prompts: Prompts, counts: tuple[int, ...]) -> list[dic
     it is a bound: Beirami et al. 2024).
     """
     rows = list(range(len(prompts.texts)))
-    all_samples = [sample_responses(task.base, prompts, task.evaluation, "best of n", number, rows)
+    base = task.base.for_decoding()
+    all_samples = [sample_responses(base, prompts, task.evaluation, "best of n", number, rows)
                    for number in range(max(counts))]
     scores = np.array([score_responses(task.reward, samples).tolist()
                        for samples in all_samples])  # [max(counts), prompts]

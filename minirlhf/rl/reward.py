@@ -29,8 +29,7 @@ def score(reward: Reward, samples: Samples) -> Tensor:
     once, in the main process, with all responses.
     """
     if isinstance(reward.source, Transformer):
-        with reward.source.autocast():
-            return by_rows(score_responses)(reward, samples)
+        return by_rows(score_responses)(reward, samples)
     scores = broadcast(score_responses(reward, samples).cpu() if is_main() else None)
     return scores.to(samples.response_ids.device)
 
@@ -39,7 +38,8 @@ def score(reward: Reward, samples: Samples) -> Tensor:
 def score_responses(reward: Reward, samples: Samples) -> Tensor:
     """[B] the score of each response, float32, computed in this process. Raises UserError."""
     if isinstance(reward.source, Transformer):
-        scores = sequence_scores(reward.source, *all_ids(samples))
+        with reward.source.autocast():
+            scores = sequence_scores(reward.source, *all_ids(samples))
     else:
         scores = call_function(reward, samples).to(samples.response_ids.device)
     is_unfinished = 1.0 - torch.tensor(samples.finished, dtype=torch.float32, device=scores.device)

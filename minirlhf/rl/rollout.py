@@ -136,8 +136,9 @@ def sequence_kl(model: Transformer, reference: Transformer, samples: Samples, te
     chunk: states at a time, because their logits are large.
     """
     mask = samples.response_mask
-    states = action_states(model, samples)
-    ref_states = action_states(reference, samples)
+    with model.autocast():
+        states = action_states(model, samples)
+        ref_states = action_states(reference, samples)
     divergences = []
     for state, ref_state in zip(states.split(chunk), ref_states.split(chunk)):
         log_pi = log_softmax(state @ model.lm_weight.T, temperature)

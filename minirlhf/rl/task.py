@@ -52,6 +52,8 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
         if isinstance(model, Transformer):
             model.to(device).requires_grad_(False)
             model.bf16 = config.bf16
+    if isinstance(reward.source, Transformer):
+        reward.source.freeze_matrices()
     inputs.append(folder / "base.pt")
     texts = unique_prompts(splits.train)
     if config.prompts:
