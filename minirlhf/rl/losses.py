@@ -86,6 +86,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """1/2 (log pi - log pi_ref)^2.
 
     Biased as an estimate, but as a loss its expected gradient at a state is that of KL(pi || ref).
+    The sum over states ignores that the policy changes which states occur.
     """
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
