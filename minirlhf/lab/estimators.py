@@ -232,13 +232,15 @@ def top_p(logits: Tensor) -> Tensor:
 # ---- the rows ------------------------------------------------------------------------------------
 
 TRL = "TRL 1.16.0 grpo_trainer.py"
+OPEN = "OpenRLHF models/utils.py@02a2605"
 BOOK = "rlhf-book policy_gradients/loss.py@0c2ba9c"
 SCRATCH = "reasoning-from-scratch ch07"
-OPEN = "OpenRLHF models/utils.py@02a2605"
+NANO = "nanochat chat_rl.py@030de3a"
 GRPO = f"GRPO (Shao et al. 2024); {TRL}:3153; {BOOK} GRPOLoss"
+TIS = "sg[min(rho, c)] A log pi"
 
 
-def kl_row(loss: Loss, equation: str, source: str, claims: str = "KL") -> Estimator:
+def kl(loss: Loss, equation: str, source: str, claims: str = "KL") -> Estimator:
     return Estimator(loss, claims, equation, source)
 
 
@@ -257,46 +259,39 @@ FAMILIES: dict[str, dict[str, Estimator]] = {
                         2 if algorithm.grouped else 0, name == "grpo")
         for name, algorithm in ALGORITHMS.items()},
     "KL penalty": {
-        "k1 in the reward": kl_row(in_reward(kl_k1), "A_t = -sum_{l>=t} k1_l",
-                                   f"Ziegler et al. 2019; {OPEN} compute_reward; here"),
-        "k1 in the loss": kl_row(in_loss(kl_k1), "k1_t", f"{SCRATCH} 7_5_plus_kl.py@5182d71"),
-        "k2 in the loss": kl_row(in_loss(kl_k2), "k2_t", f"{OPEN} k2; verl k2, k3+"),
-        "k2 in the loss, per state": kl_row(in_loss(kl_k2), "k2_t", "-", "KL per state"),
-        "token ratio x k3 in the loss": kl_row(
-            in_loss(kl_k3, torch.clone), "rho_t k3_t",
-            f"{TRL}:3104 (default with beta > 0); DeepSeek-V3.2"),
-        "detached ratio x k2 in the loss": kl_row(
-            in_loss(kl_k2, torch.detach), "sg[rho_t] k2_t", "OpenRLHF pull request 1309"),
-        "k3 in the loss": kl_row(in_loss(kl_k3), "k3_t",
-                                 f"GRPO (Shao et al. 2024); {TRL}:3100; {OPEN} k3; grpo here"),
-        "k3 in the loss, other divergence": kl_row(
-            in_loss(kl_k3), "k3_t", "-", "KL(ref, pi) per state"),
-        "k2 in the reward": kl_row(in_reward(kl_k2), "A_t = -sum_{l>=t} k2_l",
-                                   "minRLHF ppo_trainer.py@0c18928"),
-        "k3 in the reward": kl_row(in_reward(kl_k3), "A_t = -sum_{l>=t} k3_l", "-"),
-        "whole ratio x k1 in the loss": kl_row(
-            in_loss(kl_k1, of_response), "(prod rho) sum_t k1_t",
-            f"{SCRATCH} deepseek_v32_style.py@5144af5"),
-        "whole ratio x k3 in the loss": kl_row(
-            in_loss(kl_k3, of_response), "(prod rho) sum_t k3_t", "-"),
-        "-k1 in the reward": kl_row(
-            in_reward(lambda lp, ref: kl_k1(ref, lp)), "A_t = sum_{l>=t} k1_l", f"{BOOK} kl1"),
-        "k3 of the inverse in the loss": kl_row(
-            in_loss(lambda lp, ref: kl_k3(ref, lp)), "exp(k1_t) - 1 - k1_t", f"{BOOK} kl3")},
+        "k1 in the reward": kl(in_reward(kl_k1), "r_t = -k1_t", f"Ziegler et al. 2019; {OPEN}"),
+        "k1 in the loss": kl(in_loss(kl_k1), "k1_t", f"{SCRATCH} 7_5_plus_kl.py@5182d71"),
+        "k2 in the loss": kl(in_loss(kl_k2), "k2_t", f"{OPEN} k2; verl k2, k3+"),
+        "k2 in the loss, per state": kl(in_loss(kl_k2), "k2_t", "-", "KL per state"),
+        "token ratio x k3 in the loss": kl(in_loss(kl_k3, torch.clone), "rho_t k3_t",
+                                           f"{TRL}:3104 (default if beta > 0); DeepSeek-V3.2"),
+        "detached ratio x k2 in the loss": kl(in_loss(kl_k2, torch.detach), "sg[rho_t] k2_t",
+                                              "OpenRLHF pull request 1309"),
+        "k3 in the loss": kl(in_loss(kl_k3), "k3_t",
+                             f"GRPO (Shao et al. 2024); {TRL}:3100; {OPEN} k3; grpo here"),
+        "k3 in the loss, per state": kl(in_loss(kl_k3), "k3_t", "-", "KL(ref, pi) per state"),
+        "k2 in the reward": kl(in_reward(kl_k2), "r_t = -k2_t", "minRLHF ppo_trainer.py@0c18928"),
+        "k3 in the reward": kl(in_reward(kl_k3), "r_t = -k3_t", "-"),
+        "whole ratio x k1 in the loss": kl(in_loss(kl_k1, of_response), "(prod rho) k1",
+                                           f"{SCRATCH} deepseek_v32_style.py@5144af5"),
+        "whole ratio x k3 in the loss": kl(in_loss(kl_k3, of_response), "(prod rho) k3", "-"),
+        "-k1 in the reward": kl(in_reward(lambda lp, ref: kl_k1(ref, lp)), "r_t = k1_t",
+                                f"{BOOK} kl1"),
+        "k3 of the inverse in the loss": kl(in_loss(lambda lp, ref: kl_k3(ref, lp)),
+                                            "exp(k1_t) - 1 - k1_t", f"{BOOK} kl3")},
     "Denominators": {
         "constant, B = 4": row("A / (B R)", f"Dr. GRPO (Liu et al. 2025); {TRL}:3163; here",
                                batch=4),
         **{f"tokens of the batch, B = {n}": row(
-            "A / sum_i T_i", f"DAPO (Yu et al. 2025); {TRL}:3168; nanochat chat_rl.py@030de3a",
-            divisor=batch_tokens, batch=n) for n in (1, 2, 3, 4)},
+            "A / sum_i T_i", f"DAPO (Yu et al. 2025); {TRL}:3168; {NANO}", divisor=batch_tokens,
+            batch=n) for n in (1, 2, 3, 4)},
         **{f"own length, B = {n}": row("A / (B T_i)", GRPO, divisor=own_length, batch=n)
            for n in (1, 4)}},
     "Group baselines": {
         "mean of the others, K = 4": row(
             "s_i - mean_{j!=i} s_j", "RLOO (Ahmadian et al. 2024); here", minus_others, batch=4),
-        **{f"own mean, K = {n}": row(
-            "s_i - mean_j s_j", f"Dr. GRPO; {TRL}:2786; nanochat chat_rl.py@030de3a", minus_mean,
-            batch=n) for n in (2, 3, 4)},
+        **{f"own mean, K = {n}": row("s_i - mean_j s_j", f"Dr. GRPO; {TRL}:2786; {NANO}",
+                                     minus_mean, batch=n) for n in (2, 3, 4)},
         **{f"own mean / deviation, K = {n}": row("(s_i - mean) / std", "grpo here", normalized,
                                                  batch=n) for n in (2, 3, 4)},
         "own mean / deviation, K = 4, two prompts": row(
@@ -321,27 +316,22 @@ FAMILIES: dict[str, dict[str, Estimator]] = {
         "token, clipped at 0.2 and 0.28": Estimator(
             clipped(0.2, 0.28, score, constant), "score", "min(rho A, clip(rho, .8, 1.28) A)",
             f"DAPO (Yu et al. 2025); {TRL}:3113"),
-        "token, truncated at 1.28": row(
-            "sg[min(rho_t, c)] A log pi", f"CISPO (MiniMax 2025); {TRL}:3109; {BOOK} CISPOLoss",
-            ratio=capped(token, 1.28)),
-        **{f"token, truncated at {c}": row(
-            "sg[min(rho_t, c)] A log pi", f"TIS (Yao et al. 2025); {TRL}:2680 token_truncate",
-            ratio=capped(token, c)) for c in (2, 8)},
+        "token, truncated at 1.28": row(TIS, f"CISPO (MiniMax 2025); {TRL}:3109; {BOOK} CISPOLoss",
+                                        ratio=capped(token, 1.28)),
+        **{f"token, truncated at {c}": row(TIS, f"TIS (Yao et al. 2025); {TRL}:2680",
+                                           ratio=capped(token, c)) for c in (2, 8)},
         "tokens up to t": row("prod_{l<=t} rho_l A", "-", ratio=lambda d, mask: d.cumsum(1).exp()),
         "whole response": row("(prod rho) A", "-", ratio=whole),
-        **{f"whole response, truncated at {c}": row(
-            "sg[min(prod rho, c)] A log pi", f"{TRL}:2680 sequence_truncate",
-            ratio=capped(whole, c)) for c in (1, 2, 8)},
-        "geometric mean": row(
-            "(prod rho)^(1/T) A", f"GSPO (Zheng et al. 2025); {BOOK} GSPOLoss; {TRL}:3085",
-            divisor=own_length, ratio=geometric_mean),
+        **{f"whole response, truncated at {c}": row(TIS, f"{TRL}:2680 sequence_truncate",
+                                                    ratio=capped(whole, c)) for c in (1, 2, 8)},
+        "geometric mean": row("(prod rho)^(1/T) A", f"GSPO (Zheng et al. 2025); {TRL}:3085",
+                              divisor=own_length, ratio=geometric_mean),
         "geometric mean x length": row("T (prod rho)^(1/T) A", f"{TRL}:3085 with loss_type dapo",
                                        ratio=geometric_mean)},
     "The sampler differs from the loss": {
         "temperature 0.6": row("a ~ pi^(1/.6)", "rlhf-book configs/grpo.yaml@04ba0e6",
                                sampler=lambda x: x / 0.6),
-        "top-k 3 of 4": row("a ~ top 3 of pi", "nanochat chat_rl.py@030de3a (k = 50)",
-                            sampler=top_k),
+        "top-k 3 of 4": row("a ~ top 3 of pi", f"{NANO} (k = 50)", sampler=top_k),
         "top-p 0.9": row("a ~ nucleus of pi", "-", sampler=top_p)},
     "Whitening over the batch": {
         f"whitened, B = {n}": row("(A - mean) / std", "REINFORCE++ (Hu 2025); gae and ppo here",
@@ -549,7 +539,7 @@ class EstimatorsConfig:
     """Compare estimators of the policy gradient with the exact gradient, in a tiny world."""
 
     out: str = setting("runs/estimators", "folder of estimators.md, .json and .svg")
-    fixed_points: bool = setting(False, "also find where training comes to rest; a few minutes")
+    fixed_points: bool = setting(False, "also find where training comes to rest")
 
 
 def all_rows() -> dict[str, dict[str, dict]]:
