@@ -30,7 +30,6 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LIMITS = {int: 2**24, float: 2**31}  # of numbers in config.json, so that no size overflows
 MAX_HEADER = 2**24  # bytes; GPT-2 XL's has 60,000
 MOST_UNUSED_ROWS = 1024  # of a token table; Qwen 2.5's has up to 400
 FLOATS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -133,11 +132,7 @@ def model_config(folder: Path, options: dict, tensors: dict[str, Tensor], vocab_
         raise UserError(f"{folder}: {table} has {count} rows, but the tokenizer has {vocab_size} "
                         "tokens; use the model's own tokenizer (--tokenizer auto)")
     config = ModelConfig(vocab_size, max(rows, count), **form)
-    is_even = not config.rope_base or config.head_width % 2 == 0
-    width = config.n_head * config.head_width
-    if config.n_head % config.kv_heads or not is_even or width >= LIMITS[int]:
-        raise ValueError(f"config.json: {config.n_head} heads of width {config.head_width} do not "
-                         f"fit {config.kv_heads} key-value heads")
+    config.check()
     return config
 
 
@@ -177,7 +172,7 @@ def rope_options(path: Path, options: dict) -> dict:
 def number(options: dict, key: str, kind: type) -> Any:
     """A positive number of config.json: an integer, or with kind float any. Raises ValueError."""
     value: Any = options.get(key)
-    if type(value) not in (int, kind) or not 0 < value < LIMITS[kind]:
+    if type(value) not in (int, kind) or not 0 < value < 2**31:
         raise ValueError(f"config.json: {key} is {value!r:.80}, not a positive {kind.__name__}")
     return value
 

@@ -69,8 +69,13 @@ class ModelConfig:
             if not is_kind or not all(lowest <= number < 2**31 for number in numbers):
                 raise ValueError(f"{field.name} is {value!r:.80}")
         is_divided = self.d_head or self.d_model % self.n_head == 0
-        if not is_divided or self.n_head % self.kv_heads or self.vocab_size > self.table_rows:
-            raise ValueError("the sizes contradict each other")
+        is_odd = self.rope_base > 0 and self.head_width % 2
+        is_too_wide = max(self.n_head * self.head_width, self.d_model, self.d_mlp) > 2**24
+        if not is_divided or self.n_head % self.kv_heads or is_odd or is_too_wide:
+            raise ValueError(f"{self.n_head} heads of width {self.head_width} do not fit "
+                             f"{self.kv_heads} key-value heads and a width of {self.d_model}")
+        if self.vocab_size > self.table_rows:
+            raise ValueError("the vocabulary is larger than the token table")
         if self.n_layer > 1000 or len(self.rope_scaling) not in (0, 4):
             raise ValueError("there is no such model")
 
