@@ -23,11 +23,12 @@ def characters() -> list[str]:
 BLANK = characters()[32]
 MERGES = [("t", "h"), ("th", "e"), (BLANK, "the"), (BLANK, BLANK), ("Ã", "©")]
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 SMOLLM2 = {
     "type": "Sequence",
     "pretokenizers": [
         {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        BYTE_LEVEL | {"use_regex": True},
     ],
 }
 SPLIT = {
@@ -39,7 +40,7 @@ SPLIT = {
             "behavior": "Isolated",
             "invert": False,
         },
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        BYTE_LEVEL | {"use_regex": False},
     ],
 }
 
@@ -56,7 +57,7 @@ def tokenizer_json(merges_as_strings: bool = False, pre_tokenizer=SMOLLM2, **mod
         "added_tokens": [added_token(token, i) for i, token in enumerate(ADDED)],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
