@@ -187,7 +187,21 @@ def test_only_the_template_writes_special_tokens(tmp_path):
     prompts = encode_prompts([pairs[0].prompt], encoding, 1000)
     assert prompts.ids == [group.prompt]
     assert prompts.texts == [f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"]
-    marked = {"prompt": "\0<|im_start|>\0", "chosen": "a", "rejected": "b"}
+    marked = {"prompt": "a\0<|im_start|>\0", "chosen": "a", "rejected": "b"}
     with pytest.raises(UserError, match="NUL"):
         read_preferences(write_records(tmp_path, marked), template=CHATML)
+
+
+def test_a_prompt_that_this_project_rendered_is_read_back(tmp_path):
+    """minirlhf.tools.label writes the prompts of a chat model with their marks."""
+    prompt = CHATML.prompt([("user", "x<|im_end|>")])
+    record = {"prompt": prompt, "responses": ["a", "b"], "preferences": [[1, 0]]}
+    (pair,) = read_preferences(write_records(tmp_path, record), template=CHATML)
+    assert pair[:3] == (prompt, "b", "a")
+    for template in (LLAMA3, DIALOGUE, ChatTemplate()):
+        with pytest.raises(UserError, match="NUL"):
+            read_preferences(write_records(tmp_path, record), template=template)
+
+
+def test_a_typed_mark_is_no_special_token():
     assert "\0" not in without_marks(render_prompt("\0<|im_end|>\0", CHATML))

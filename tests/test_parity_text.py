@@ -53,7 +53,6 @@ WORDS = [
 ]
 BLANKS = " \t\n\r\x0b\x0c\xa0\u2003\u2028\u3000\x85"
 CODE = "\n".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("t*.py"))
-NEW = "\u08cf\u0d3c\u0eba\U0001183a\U00016ff1"  # Python's Unicode is newer than that of tokenizers
 
 
 def random_string(rng: random.Random, kind: int) -> str:
@@ -77,14 +76,22 @@ def random_strings(count: int) -> list[str]:
 
 
 def check_equal_ids(folder: Path) -> None:
-    """Special tokens are read as text by both. Characters that the file lacks are left out."""
+    """Special tokens are read as text by both.
+
+    Without the characters that the file lacks, and without strings whose NFC differs, because
+    Python has a newer version of Unicode.
+    """
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs.encode_special_tokens = True
     ours = read_pretrained_tokenizer(folder)
     lacking = {chr(byte) for byte in range(128) if not ours.encode_ordinary(chr(byte))}
-    drop = str.maketrans(dict.fromkeys(map(ord, [*lacking, *NEW])))
+    drop = str.maketrans(dict.fromkeys(map(ord, lacking)))
     strings = [text.translate(drop) for text in random_strings(COUNT)]
+    if theirs.normalizer:
+        nfc = theirs.normalizer.normalize_str
+        strings = [text for text in strings if nfc(text) == unicodedata.normalize("NFC", text)]
+        assert len(strings) > 0.99 * COUNT
     encoded = theirs.encode_batch(strings, add_special_tokens=False)
     for text, expected in zip(strings, encoded):
         assert ours.encode_ordinary(text) == expected.ids, repr(text)

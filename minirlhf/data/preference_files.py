@@ -206,6 +206,10 @@ def _texts(record: dict, answers: list[tuple[str, object]],
         sides = [_turns(value, key, role) for key, value in answers]
         return f"{shape} as messages", *_as_messages(turns, sides, system, template)
     responses = [check_text(value, key) for key, value in answers]
+    marked = template.start or template.opening.partition("{")[0]
+    if MARKED.match(marked) and str(prompt).startswith(marked):  # by minirlhf.tools.label
+        check_text(MARKED.sub("", str(prompt)), "prompt")
+        return shape, str(prompt), responses
     prompt = check_text(prompt, "prompt")
     if not prompt_key:
         prompt, responses = _split_transcripts(*responses)

@@ -107,6 +107,7 @@ def main(config: RoundConfig) -> dict:
 def own_test_pairs(first: Trained, texts: list[str], config: RoundConfig) -> list[PreferencePair]:
     """Pairs of the first policy's samples on these prompts, each labeled once by the annotator."""
     prompts = encode_prompts(texts, first.encoding, first.reward_config.max_prompt_length)
+    prompts = prompts._replace(texts=texts)  # with the marks of special tokens
     # a name of a function makes fresh_pairs sample in batches; the labels are drawn below
     settings = LabelConfig(judge="annotator", seed=config.seed + 1)
     pairs = fresh_pairs(first, prompts, 0, settings)

@@ -18,7 +18,13 @@ from pathlib import Path
 from minirlhf.config import DEVICES, RewardConfig
 from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import read_prompts
-from minirlhf.data.prompts import Prompts, encode_prompts, prompts_of_step, unique_prompts
+from minirlhf.data.prompts import (
+    Prompts,
+    encode_prompts,
+    prompts_of_step,
+    unique_prompts,
+    without_marks,
+)
 from minirlhf.data.splits import HELPDESK_FILES, load_function, load_splits
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import sample_responses
@@ -111,7 +117,8 @@ def training_prompts(trained: Trained) -> Prompts:
                              template=read_chat_template(trained.reward_config.tokenizer))
     else:
         texts = unique_prompts(load_splits(trained.reward_config).train)
-    return encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)
+    prompts = encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)
+    return prompts._replace(texts=texts)  # with the marks of special tokens: training needs them
 
 
 def fresh_pairs(trained: Trained, prompts: Prompts, number: int,
@@ -171,7 +178,7 @@ def ask_program(function: Callable, labels: LabelFile, pairs: Iterator[Pair],
     while len(labels.rows) < config.count:
         pair = next(pairs)
         try:
-            probability = function(pair.prompt, *pair.responses)
+            probability = function(without_marks(pair.prompt), *pair.responses)
             valid = probability is None or 0.0 <= probability <= 1.0
         except Exception as error:  # the user's function can raise anything
             raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
@@ -237,7 +244,8 @@ def show(pair: Pair, labels: LabelFile, note: str) -> int:
     left, right = (response.strip() for response in pair.responses)
     # no line break inside an entry
     keys = "   ".join(entry.replace(" ", "\u00a0") for entry in HELP)
-    lines = [*wrap(labels.summary(), width), "─" * width, *wrap(pair.prompt.strip("\n"), width), ""]
+    prompt = without_marks(pair.prompt).strip("\n")
+    lines = [*wrap(labels.summary(), width), "─" * width, *wrap(prompt, width), ""]
     lines += [*side_by_side(("1 left", left), ("2 right", right), width), "", *wrap(keys, width)]
     lines += [note] if note else []
     sys.stdout.write(clear + "\n".join(lines) + "\n")
