@@ -29,7 +29,8 @@ DIGITS_PATTERN = (r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_SPECIAL = ("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
-                  "start_header_id end_header_id eom_id eot_id python_tag image").split()
+                  "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id "
+                  "python_tag image").split()
 LLAMA3_ADDED = 256
 # Every kind of character. A pattern that matches only some of them would lose text.
 PROBE = "aB1 \u00e9\u4e2d\U0001f600_!\t\n\r\n \u2028\u00a0  ab\u0660\u2167\u00b2'S  \n x  "
