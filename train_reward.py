@@ -77,6 +77,7 @@ def main(config: RewardConfig) -> dict:
         task_name = ground_truth.__name__.split(".")[-1] if ground_truth else "data"
         stages = {"sft": sft_steps(config), "reward": reward_steps(train, config)}
         facts = splits.hashes | file_hashes(start_files(config))
+        facts["tokenizer"] = fingerprint(encoding)
         run.open(f"reward-{task_name}-seed{config.seed}", facts, stages)
         echo(f"run folder: {run.folder}   device: {device}")
 

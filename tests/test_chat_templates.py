@@ -1,7 +1,10 @@
 """Chat templates: the text that a model was trained on, and no special token from a user's text."""
 
+import dataclasses
 import json
 
+import train_policy
+import train_reward
 from minirlhf.data.batches import encode_preferences
 from minirlhf.data.chat_templates import (
     CHATML,
@@ -16,8 +19,11 @@ from minirlhf.data.preference_files import read_preferences, read_prompts, rende
 from minirlhf.data.prompts import encode_prompts, without_marks
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.run.errors import UserError
+from minirlhf.tools import chat, label
 
 import pytest
+import tiny
+from test_pretrained import pretrained_folder
 from test_pretrained_tokenizer import byte_ids, tokenizer_json, write
 
 TURNS = [("user", " Hi "), ("assistant", "Hello "), ("user", "Tea?")]
@@ -70,6 +76,7 @@ def test_the_default_system_message_and_the_dates_are_the_models():
     start = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
     start += "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     assert rendered(dated, TURNS).startswith(start + "<|eot_id|><|start_header_id|>user")
+    assert rendered(dated, TURNS).count(DATES) == 1
     own = [("system", " Own. "), *TURNS]
     assert rendered(dated, own).startswith(start + "Own.<|eot_id|><|start_header_id|>user")
 
@@ -184,6 +191,8 @@ def test_only_the_template_writes_special_tokens(tmp_path):
     assert list(group.prompt) == expected
     assert group.responses[0] in {(*byte_ids("a<|im_end|>"), 2), (*byte_ids("b"), 2)}
     assert counts["eos_text"] == 1
+    harmless = [pairs[0]._replace(prompt=CHATML.prompt(TURNS), chosen="a")]
+    assert encode_preferences(harmless, encoding, 1000, 1000)[1]["eos_text"] == 0
     prompts = encode_prompts([pairs[0].prompt], encoding, 1000)
     assert prompts.ids == [group.prompt]
     assert prompts.texts == [f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"]
@@ -201,6 +210,54 @@ def test_a_prompt_that_this_project_rendered_is_read_back(tmp_path):
     for template in (LLAMA3, DIALOGUE, ChatTemplate()):
         with pytest.raises(UserError, match="NUL"):
             read_preferences(write_records(tmp_path, record), template=template)
+
+
+def record_prompts(prompts, responses):
+    SEEN_PROMPTS.update(prompts)
+    return [float(len(response)) for response in responses]
+
+
+SEEN_PROMPTS: set[str] = set()
+
+
+def test_every_program_uses_the_template_of_a_pretrained_model(tmp_path, capsys):
+    """train_reward.py, train_policy.py, chat, and label, whose answers can be trained on."""
+    folder = tmp_path / "model"
+    pretrained_folder(folder, max_position_embeddings=64)
+    config = {"eos_token": "<|im_end|>", "chat_template": SMOLLM2.replace("You are SmolLM", "S")}
+    write(folder, tokenizer_json(), eos=None, tokenizer_config=config)
+    records = [
+        {"prompt": letter, "chosen": f" {letter * 2}", "rejected": " zz"} for letter in "abcdefgh"
+    ]
+    data = write_records(tmp_path, *records)
+    changes = dict(
+        tokenizer="auto", max_prompt_length=40, normalize_prompts=4, task="none", sft_sequences=0
+    )
+    given = tiny.reward_config(tmp_path, tmp_path / "reward", init=str(folder), **changes)
+    train_reward.main(dataclasses.replace(given, data=(data,)))
+    policy = tmp_path / "policy"
+    train_policy.main(tiny.policy_config(tmp_path / "reward", policy), record_prompts)
+    start = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    expected = {f"{start}{letter}{end}" for letter in "abcdefgh"}
+    assert SEEN_PROMPTS and SEEN_PROMPTS <= expected
+    (answer,) = chat.main(chat.ChatConfig(run=str(policy), prompt="a", device="cpu"))
+    assert answer["prompt"] == f"{start}a{end}"
+    judge = "test_chat_templates:longer"
+    labels = tmp_path / "labels.jsonl"
+    label.main(label.LabelConfig(str(policy), out=str(labels), judge=judge, count=6, device="cpu"))
+    pairs = read_preferences(str(labels), True, read_chat_template(str(folder)))
+    assert {without_marks(pair.prompt) for pair in pairs} <= expected
+    assert all(pair.prompt.startswith("\0<|im_start|>\0system") for pair in pairs)
+    again = dict(init=str(tmp_path / "reward"), **changes)
+    more = tiny.reward_config(tmp_path, tmp_path / "again", **again)
+    train_reward.main(dataclasses.replace(more, data=(data, str(labels))))
+    capsys.readouterr()
+
+
+def longer(prompt, a, b):
+    assert prompt.startswith("<|im_start|>system")
+    return float(len(a) > len(b))
 
 
 def test_a_typed_mark_is_no_special_token():

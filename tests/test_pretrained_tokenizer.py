@@ -139,6 +139,16 @@ def test_text_is_normalized_only_if_the_file_says_so(tmp_path):
     assert fingerprint(plain) != fingerprint(normalizing)
 
 
+def test_the_fingerprint_covers_the_chat_template(tmp_path):
+    """With another template the same record would become another prompt."""
+    prints = []
+    for template in (None, "x", "y", [{"name": "default", "template": "y"}]):
+        config = {"eos_token": "<|im_end|>", "chat_template": template}
+        write(tmp_path, tokenizer_json(), tokenizer_config=config, eos=None)
+        prints.append(fingerprint(read_pretrained_tokenizer(tmp_path)))
+    assert prints[2] == prints[3] and len(set(prints)) == 3
+
+
 def test_a_byte_without_a_token_is_dropped(tmp_path):
     file = tokenizer_json()
     del file["model"]["vocab"][characters()[4]]

@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.data.pretrained_tokenizer import read_json
+from minirlhf.data.pretrained_tokenizer import chat_template, read_json
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file
 
 Turn = tuple[str, str]  # role (system, user or assistant) and text
 MARKED = re.compile("\0(<\\|\\w+\\|>)\0")  # a special token
@@ -82,15 +81,10 @@ def read_chat_template(tokenizer: str) -> ChatTemplate:
     folder = Path(tokenizer)
     if not folder.is_dir():
         return DIALOGUE
-    settings = read_json(folder / "tokenizer_config.json")
-    source = settings.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        source = read_file(folder / "chat_template.jinja").decode(errors="replace")
-    if isinstance(source, list):  # several, with names
-        source = next((each["template"] for each in source if each["name"] == "default"), None)
+    source = chat_template(folder)
     if not source:
-        begins = settings.get("bos_token") == "<|begin_of_text|>"
-        return ChatTemplate(start=LLAMA3.start if begins else "")
+        begin = read_json(folder / "tokenizer_config.json").get("bos_token")
+        return ChatTemplate(start=LLAMA3.start if begin == "<|begin_of_text|>" else "")
     tokens = set(re.findall(r"<\|\w+\|>", source))
     thinks = "enable_thinking" in source
     is_chatml = tokens <= CHATML_TOKENS and re.search(r"<\|im_start\|>' \+ message", source)

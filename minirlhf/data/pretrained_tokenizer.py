@@ -109,7 +109,7 @@ def read_pretrained_tokenizer(folder: str | Path) -> PretrainedEncoding:
     try:
         vocabulary = _llama3(path) if path.suffix == ".model" else _parse(read_json(path))
         eos = _eos(path.parent, vocabulary.added)
-        encoding = PretrainedEncoding(str(folder), vocabulary, eos)
+        encoding = PretrainedEncoding(str(folder), vocabulary, eos, chat_template(path.parent))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is not a tokenizer that this project can use "
                         f"({str(error) or type(error).__name__}); "
@@ -130,6 +130,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object; download it again")
     return value
+
+
+def chat_template(folder: Path) -> str:
+    """The source of a model's chat template, or "". Raises UserError."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return read_file(path).decode(errors="replace")
+    source = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(source, list):  # several, with names
+        source = next((each["template"] for each in source if each["name"] == "default"), "")
+    return str(source or "")
 
 
 def _eos(folder: Path, added: dict[str, int]) -> str:
