@@ -95,7 +95,8 @@ def test_every_digit_is_a_piece_and_blanks_before_it_stay_together(tmp_path):
     encoding = read_pretrained_tokenizer(write(tmp_path, tokenizer_json()))
     assert encoding.encode_ordinary("  12") == [262, *byte_ids("12")]
     assert encoding.encode_ordinary("  the") == [*byte_ids(" "), 261]
-    gpt2 = tokenizer_json(pre_tokenizer=SMOLLM2["pretokenizers"][1])
+    gpt2 = tokenizer_json(pre_tokenizer=BYTE_LEVEL)  # an old file: no "use_regex", no model type
+    del gpt2["model"]["type"]
     encoding = read_pretrained_tokenizer(write(tmp_path, gpt2))
     assert encoding.encode_ordinary("  12") == byte_ids("  12")
 
@@ -211,6 +212,12 @@ def broken(path: str, value: object) -> dict:
     return file
 
 
+def split_by(pattern: str) -> dict:
+    split, byte_level = SPLIT["pretokenizers"]
+    steps = [split | {"pattern": {"Regex": pattern}}, byte_level]
+    return tokenizer_json(pre_tokenizer=SPLIT | {"pretokenizers": steps})
+
+
 @pytest.mark.parametrize(
     "file, message",
     [
@@ -224,11 +231,15 @@ def broken(path: str, value: object) -> dict:
         (broken("added_tokens.1.lstrip", True), "unsupported: lstrip of added token <|im_start|>"),
         (broken("added_tokens.1.id", 2), "two tokens have the same id"),
         (broken("added_tokens.1.id", "2"), "an id is not a number"),
+        (broken("added_tokens.1.id", 10**9), "an id is not a number below 1048576"),
         (broken("model.vocab.▁the", 700), "▁"),
         (broken("model.merges", ["t h", "t zz"]), "a merge gives a token that is not in the"),
         (broken("model.merges", ["t h", "th e", "t h"]), "two merges far apart"),
         (broken("model.merges", ["t h e"]), "too many values"),
         (broken("model", 3), "int"),
+        (broken("pre_tokenizer", {"pretokenizers": []}), "list index out of range"),
+        (split_by(""), 'unsupported: pre-tokenizer {"type": "Sequence"'),
+        (split_by("("), "is not a tokenizer that this project can use"),
         ({}, "model"),
         ("[]", "is not a JSON object"),
         ("{", "cannot be read as JSON"),
@@ -244,10 +255,8 @@ def test_unusable_file_gets_one_line(tmp_path, file, message):
 
 def test_pattern_that_skips_characters_is_refused(tmp_path):
     """tiktoken drops text that the pattern does not match."""
-    file = tokenizer_json(pre_tokenizer=json.loads(json.dumps(SPLIT)))
-    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\s+"
     with pytest.raises(UserError, match="loses text"):
-        read_pretrained_tokenizer(write(tmp_path, file))
+        read_pretrained_tokenizer(write(tmp_path, split_by(r"\p{L}+|\s+")))
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -11,7 +11,7 @@ The text of an added token that the file calls special, such as "<|im_end|>", st
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from minirlhf.data.rank_files import GPT2_PATTERN, read_ranks
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
 
+import regex  # tiktoken requires this package
 import tiktoken
 
 # SmolLM2: every digit is a piece, and GPT-2's pattern splits the text between digits. So blanks
@@ -32,6 +33,7 @@ LLAMA3_SPECIAL = ("begin_of_text end_of_text reserved_special_token_0 reserved_s
                   "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id "
                   "python_tag image").split()
 LLAMA3_ADDED = 256
+MAX_ID = 2**20  # 8 times the largest vocabulary of the supported models
 # Every kind of character. A pattern that matches only some of them would lose text.
 PROBE = "aB1 \u00e9\u4e2d\U0001f600_!\t\n\r\n \u2028\u00a0  ab\u0660\u2167\u00b2'S  \n x  "
 
@@ -57,8 +59,8 @@ class PretrainedEncoding(tiktoken.Encoding):
     def __init__(self, name: str, vocabulary: Vocabulary, eos: str, layout: str = "") -> None:
         """layout: what else text is encoded with, for the fingerprint."""
         ids, added = vocabulary.ids, vocabulary.added
-        missing = [byte for byte in map(_as_byte, range(256)) if byte not in ids]
-        ranked = [*vocabulary.tokens, *missing]
+        missing = {bytes([byte]) for byte in range(256)} - ids.keys()
+        ranked = [*vocabulary.tokens, *sorted(missing)]
         super().__init__(name, pat_str=vocabulary.pattern,
                          mergeable_ranks={token: rank for rank, token in enumerate(ranked)},
                          special_tokens={text: len(ranked) + i for i, text in enumerate(added)})
@@ -110,7 +112,7 @@ def read_pretrained_tokenizer(folder: str | Path) -> PretrainedEncoding:
         vocabulary = _llama3(path) if path.suffix == ".model" else _parse(read_json(path))
         eos = _eos(path.parent, vocabulary.added)
         encoding = PretrainedEncoding(str(folder), vocabulary, eos, chat_template(path.parent))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, regex.error) as error:
         raise UserError(f"{path}: is not a tokenizer that this project can use "
                         f"({str(error) or type(error).__name__}); "
                         "use byte-level BPE, as in SmolLM2, Qwen or Llama 3") from None
@@ -164,7 +166,8 @@ def _eos(folder: Path, added: dict[str, int]) -> str:
 def _parse(file: dict) -> Vocabulary:
     """Raises ValueError for a property that tiktoken cannot reproduce, and KeyError and so on."""
     model = file["model"]
-    unusual = [f"model type {model.get('type')}"] if model.get("type") != "BPE" else []
+    kind = model.get("type", "BPE")  # GPT-2's old file does not state it
+    unusual = [f"model type {kind}"] if kind != "BPE" else []
     unusual += [f"{key} {model[key]}" for key in ("dropout", "unk_token", "byte_fallback",
                                                    "continuing_subword_prefix",
                                                    "end_of_word_suffix") if model.get(key)]
@@ -181,7 +184,11 @@ def _parse(file: dict) -> Vocabulary:
     byte_of = _bytes_of_characters()
     ids = {bytes(map(byte_of.__getitem__, token)): i
            for token, i in model["vocab"].items() if token not in added}
-    _check_ids([*ids.values(), *added.values()])
+    all_ids = [*ids.values(), *added.values()]
+    if any(type(i) is not int or not 0 <= i < MAX_ID for i in all_ids):
+        raise ValueError(f"an id is not a number below {MAX_ID}")
+    if len(set(all_ids)) < len(all_ids):
+        raise ValueError("two tokens have the same id")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = [bytes(map(byte_of.__getitem__, left + right)) for left, right in pairs]
     tokens = [token for token, _ in groupby(merged)]
@@ -204,20 +211,17 @@ def _pattern(pre_tokenizer: dict) -> str:
     last = steps[-1]
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
         first = steps[0]
-        if types == ["ByteLevel"] and last["use_regex"]:
+        splits = last.get("use_regex", True)
+        if types == ["ByteLevel"] and splits:
             return GPT2_PATTERN
-        if types == ["Digits", "ByteLevel"] and first["individual_digits"] and last["use_regex"]:
+        if types == ["Digits", "ByteLevel"] and first["individual_digits"] and splits:
             return DIGITS_PATTERN
         is_isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-        if types == ["Split", "ByteLevel"] and is_isolated and not last["use_regex"]:
-            return first["pattern"]["Regex"]
+        if types == ["Split", "ByteLevel"] and is_isolated and not splits:
+            pattern = first["pattern"]["Regex"]
+            if not regex.match(pattern, ""):  # tiktoken would crash on an empty piece
+                return pattern
     raise ValueError(f"unsupported: pre-tokenizer {json.dumps(pre_tokenizer)[:200]}")
-
-
-def _check_ids(ids: Iterable[int]) -> None:
-    ids = list(ids)
-    if len(set(ids)) < len(ids) or any(type(i) is not int or i < 0 for i in ids):
-        raise ValueError("two tokens have the same id, or an id is not a number")
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -229,10 +233,6 @@ def _bytes_of_characters() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     return ({chr(byte): byte for byte in printable}
             | {chr(256 + i): byte for i, byte in enumerate(others)})
-
-
-def _as_byte(value: int) -> bytes:
-    return bytes([value])
 
 
 # ---- tokenizer.model -----------------------------------------------------------------------------

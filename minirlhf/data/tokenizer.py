@@ -79,7 +79,8 @@ def table_rows(encoding: tiktoken.Encoding) -> int:
 
 def fingerprint(encoding: tiktoken.Encoding) -> str:
     """SHA-256 of pattern and tokens: equal only if two encodings give all text the same ids."""
-    digest = hashlib.sha256((encoding._pat_str + getattr(encoding, "layout", "")).encode())
+    layout = encoding._pat_str + getattr(encoding, "layout", "")
+    digest = hashlib.sha256(layout.encode(errors="surrogatepass"))
     for i in range(encoding.n_vocab):
         if i != encoding.eot_token:
             token = encoding.decode_single_token_bytes(i)
