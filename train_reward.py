@@ -291,7 +291,8 @@ def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prom
         samples = sample_responses(base, prompts.rows(rows), settings, NORMALIZATION, 0, rows)
         parts.append(score_responses(reward, samples))
     scores = torch.cat(parts)
-    reward_model.score_shift.copy_(scores.mean())
+    mean = scores.mean().clamp(scores.min(), scores.max())  # exact if all scores are equal
+    reward_model.score_shift.copy_(mean)
     reward_model.score_scale.copy_(scores.std().clamp(min=1e-6))
 
 

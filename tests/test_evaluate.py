@@ -284,6 +284,18 @@ def test_normalization_changes_only_shift_and_scale(task):
     assert model.score_scale > 0
 
 
+def test_equal_scores_are_normalized_to_exactly_0(task):
+    """The mean of equal numbers is rounded, and divided by a rounded deviation it was near 1."""
+    sampling = SamplingSettings(task.sampling.encoding, 3, 1.0, 0)
+    samples = sample_responses(task.base, task.train.first(2), sampling)
+    for value in (0.1, 1.3, 3.7, 5.3, 7.77, 99.9, 12345.6):
+        model = fresh_model()
+        with torch.no_grad():
+            model.reward_head.bias.fill_(value)
+        train_reward.normalize_scores(model, task.base, task.train, sampling)
+        assert score_responses(Reward("constant", model, 0.0), samples).tolist() == [0.0, 0.0]
+
+
 def test_a_scored_text_ends_with_eos_only_if_the_policy_sampled_it(task, reward_run):
     """A finished response without its EOS, or a cut one with an EOS, would get another score."""
     rows = list(range(2 * len(task.train.texts)))

@@ -41,7 +41,7 @@ def regular_only(name: str, flags: int) -> int:
     kind = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # open() itself refuses a folder
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file", name)
+        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file; save it as one", name)
     return descriptor
 
 
