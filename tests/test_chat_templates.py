@@ -169,9 +169,10 @@ def test_a_base_model_uses_texts_as_they_are_and_refuses_messages(tmp_path):
 
 def test_a_prompt_with_the_template_in_it_is_refused(tmp_path):
     """Rendered again, it would be one message about a conversation."""
-    path = write_records(tmp_path, {"prompt": "<|im_start|>user\nHi<|im_end|>\n"})
-    with pytest.raises(UserError, match="already contains the chat template"):
-        read_prompts(path, template=CHATML)
+    for template in (CHATML, LLAMA3):
+        path = write_records(tmp_path, {"prompt": rendered(template, TURNS)})
+        with pytest.raises(UserError, match="already contains the chat template"):
+            read_prompts(path, template=template)
     with pytest.raises(UserError, match="already contains the chat template"):
         render_prompt("<|im_start|>user\nHi<|im_end|>\n", CHATML)
 

@@ -199,6 +199,12 @@ def test_strength_is_a_weight_and_a_tie_is_both_orders(tmp_path):
             read_preferences(write(tmp_path, [safe]))
 
 
+def test_the_turns_of_helpsteers_prompts_become_messages(tmp_path):
+    prompt = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nTea?"
+    record = INSTRUCTION_RECORDS["HelpSteer2"] | {"prompt": prompt}
+    assert read_prompts(write(tmp_path, [record])) == [PROMPT]
+
+
 def test_system_and_input_become_part_of_the_prompt(tmp_path):
     question = INSTRUCTION_RECORDS["question"] | {"system": "Be kind."}
     instruction = INSTRUCTION_RECORDS["instruction"] | {"input": "Green."}
@@ -211,6 +217,8 @@ def test_system_and_input_become_part_of_the_prompt(tmp_path):
         {"system": "Be kind.", "prompt": "Tea?"},
     ):
         prompts += read_prompts(write(tmp_path, [record]))
+    other = {"prompt": [user("Tea?")], "input": "of another program"}
+    assert read_prompts(write(tmp_path, [other])) == [QUESTION]
     system = "\n\nSystem: Be kind."
     assert prompts == [
         system + QUESTION,

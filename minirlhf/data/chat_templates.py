@@ -41,6 +41,10 @@ class ChatTemplate(NamedTuple):
         """The text before a message."""
         return self.opening.format(role=role, Role=ROLES[role])
 
+    def prefix(self) -> str:
+        """What every prompt starts with."""
+        return (self.start + self.opening).partition("{")[0]
+
     def prompt(self, turns: list[Turn]) -> str:
         """The messages, and the opening of the response."""
         has_system = turns[:1] and turns[0][0] == "system"

@@ -40,6 +40,7 @@ LABELS = {"preference_strength": ("response_1", "response_2"),
           "better_response_id": ("response_0", "response_1")}
 TEXT_KEYS = {"chosen", "rejected", "responses"}  # of responses that can be plain texts
 SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")
+HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # in a prompt of several turns
 UNSUPPORTED = ("history", "tools", "tool_calls", "images")
 MAX_BAD_RECORDS = 10_000  # more than this and than the usable ones: probably the wrong file
 SMALLEST_WEIGHT = 1e-6  # a batch of weight 0 would divide by 0
@@ -199,15 +200,15 @@ def _texts(record: dict, answers: list[tuple[str, object]],
     system = check_text(record.get("system") or "", "system")
     has_messages = any(isinstance(value, (list, dict)) for _, value in [("", prompt), *answers])
     if has_messages or prompt_key not in ("", "prompt") or not TEXT_KEYS.issuperset(keys):
-        if record.get("input"):
+        if prompt_key == "instruction" and record.get("input"):
             prompt = f"{check_text(prompt, prompt_key)}\n{check_text(record['input'], 'input')}"
         turns = _turns(prompt, prompt_key, "user") if prompt_key else []
         role = "" if any(isinstance(value, (list, dict)) for _, value in answers) else "assistant"
         sides = [_turns(value, key, role) for key, value in answers]
         return f"{shape} as messages", *_as_messages(turns, sides, system, template)
     responses = [check_text(value, key) for key, value in answers]
-    marked = template.start or template.opening.partition("{")[0]
-    if MARKED.match(marked) and str(prompt).startswith(marked):  # by minirlhf.tools.label
+    prefix = template.prefix()
+    if MARKED.match(prefix) and str(prompt).startswith(prefix):  # by minirlhf.tools.label
         check_text(MARKED.sub("", str(prompt)), "prompt")
         return shape, str(prompt), responses
     prompt = check_text(prompt, "prompt")
@@ -220,11 +221,10 @@ def _texts(record: dict, answers: list[tuple[str, object]],
 
 def _as_texts(prompt: str, responses: list[str], system: str,
               template: ChatTemplate) -> tuple[str, list[str]]:
-    """(prompt, responses): unchanged without a chat template, otherwise one message or a dialogue.
-    """
+    """(prompt, responses), unchanged without a chat template, or as a message or a dialogue."""
     is_dialogue = prompt.startswith("\n\n") and SPEAKER.match(prompt)
     if template.opening and template is not DIALOGUE:
-        if prompt.startswith(MARKED.sub(r"\1", template.opening).partition("{")[0]):
+        if prompt.startswith(MARKED.sub(r"\1", template.prefix())):
             raise BadRecord("the prompt already contains the chat template; give the message alone")
         if not is_dialogue:
             sides = [[("assistant", response.removeprefix(" "))] for response in responses]
@@ -297,14 +297,19 @@ def _split_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
 
 def _dialogue(text: str) -> list[Turn]:
     """The turns of a transcript."""
-    _, *parts = SPEAKER.split(text)
-    return [(SPEAKERS[name.lower()], said.strip()) for name, said in zip(parts[::2], parts[1::2])]
+    return [(role, said.strip()) for role, said in _named_turns(SPEAKER.split(text)[1:])]
+
+
+def _named_turns(parts: list[str]) -> list[Turn]:
+    """Turns from alternating names of speakers and texts."""
+    return [(SPEAKERS[name.lower()], said) for name, said in zip(parts[::2], parts[1::2])]
 
 
 def _turns(messages: object, key: str, role: str) -> list[Turn]:
     """The turns of a text (if it may be one: it has a role), of one message, or of a list."""
     if role and isinstance(messages, str):
-        return [(role, check_text(messages, key))]
+        first, *parts = HELPSTEER_TURN.split(check_text(messages, key))
+        return [(role, first), *_named_turns(parts)]
     messages = [messages] if isinstance(messages, dict) else messages
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise BadRecord(f'"{key}" must be a list of messages, '
