@@ -1,6 +1,7 @@
 """The memory table: its parts against the real model, and what more GPUs must change."""
 
 from minirlhf.lab import memory as lab
+from minirlhf.lab import memory_fit as fit
 from minirlhf.model.transformer import Transformer
 from minirlhf.run.optimizer import make_optimizer
 
@@ -66,13 +67,46 @@ def test_activation_bytes_are_what_autograd_keeps():
     assert computed == pytest.approx(total, rel=0.1)
 
 
-def test_the_table_states_that_it_is_computed_and_from_what(capsys):
+def test_the_table_states_that_it_is_computed_and_from_what(capsys, monkeypatch):
+    small = {"SmolLM2-135M": fit.MODELS["SmolLM2-135M"]}
+    monkeypatch.setattr(fit, "MODELS", small)  # large models take seconds
     lab.main(lab.MemoryConfig(tflops=200.0))
     output = capsys.readouterr().out
     assert "Computed, not measured" in output
     assert "200 TFLOP/s" in output
     sizes = ("| small", "| medium", "| large", "| xl")
     assert sum(line.startswith(sizes) for line in output.splitlines()) == 28
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("SmolLM2-135M", 134.5),
+        ("SmolLM2-360M", 361.8),
+        ("Qwen2.5-0.5B", 494.0),
+        ("Qwen3-0.6B", 596.0),
+        ("Llama-3.2-1B", 1235.8),
+    ],
+)
+def test_parameter_counts_are_those_of_the_pretrained_models(name, millions):
+    """As published, plus rows of the table for PAD and two heads."""
+    assert fit.parameters(fit.MODELS[name])[0] / 1e6 == pytest.approx(millions, abs=0.15)
+
+
+def test_both_tables_agree_on_gpt2():
+    """One counts what autograd keeps, the other has a formula for GPT-2's form."""
+    w = lab.hh_gpt2("small")
+    assert fit.kept_bytes(w.sizes, False) == pytest.approx(4 * 17 * w.width, rel=0.01)
+    peak = lab.memory(w, 1, False)["peak"]
+    assert fit.peak(w.sizes, False, w.micro) == pytest.approx(peak, rel=0.1)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    config = fit.MODELS["SmolLM2-135M"]
+    sizes = [fit.largest_micro_batch(config, False, gib * fit.GIB) for gib in (5, 9, 13, 200)]
+    assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == 64
+    assert fit.peak(config, False, sizes[2]) <= 13 * fit.GIB < fit.peak(config, False, 2 * sizes[2])
+    assert fit.peak(config, True, 8) < fit.peak(config, False, 8)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Compute the memory and time of one policy iteration on 1 to 8 GPUs.
+"""Compute memory and time of one policy iteration on 1 to 8 GPUs, and which models fit on one.
 
     python -m minirlhf.lab.memory [--tflops 100] [--hbm 2000] [--link 100] [--check]
 
@@ -22,6 +22,7 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.lab.bench_cases import make_samples
 from minirlhf.lab.bench_machine import kilobytes
 from minirlhf.lab.common import ROOT, markdown_table, run_lab
+from minirlhf.lab.memory_fit import USABLE, fit_table
 from minirlhf.model import ModelConfig, Transformer
 from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
 from minirlhf.rl.rollout import Rollout, measure, token_rewards
@@ -318,6 +319,9 @@ def main(config: MemoryConfig) -> None:
          f"matrix products, {config.hbm:g} GB/s of memory, {config.link:g} GB/s to the other "
          "GPUs, no overlap.\n")
     echo(table(config))
+    echo(f"\nThe largest --micro-batch-size of --preset hh on one GPU, if {USABLE:.0%} of its "
+         "memory are usable; -: it does not fit.\n")
+    echo(fit_table())
 
 
 if __name__ == "__main__":
