@@ -26,6 +26,7 @@ from minirlhf.rl.algorithms import (
     minibatch_loss,
     pick_algorithm,
 )
+from minirlhf.rl.dpo import train_dpo
 from minirlhf.rl.losses import kl_k1, masked_mean
 from minirlhf.rl.reward import score
 from minirlhf.rl.rollout import Rollout, adapt_kl_coef, measure, token_rewards
@@ -54,7 +55,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     config.check()
     algorithm = pick_algorithm(config)
     device = pick_device(config.device, config.deterministic, config.bf16)
-    smallest = min(map(len, minibatches(config, 0)))
+    smallest = min(map(len, minibatches(config, 0))) if algorithm else config.minibatch_size
     check_processes(config, device, smallest, "the smallest minibatch")
     with Run(config, "train_policy.py") as run:
         if not config.reward_run:  # store the choice, so that a resumed run uses the same one
@@ -69,7 +70,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         reference = task.base
         policy = copy.deepcopy(reference).requires_grad_(True)
         reference.freeze_matrices()
-        heads = ["lm_head", "value_head"] if algorithm.learns_value else ["lm_head"]
+        learns_value = algorithm is not None and algorithm.learns_value
+        heads = ["lm_head", "value_head"] if learns_value else ["lm_head"]
         # the policy, or its DistributedDataParallel wrapper (several processes without --shard)
         learner = prepare_training(policy, config, device, heads)
         optimizer = make_optimizer(policy, config.lr, value_lr_scale=config.value_lr_scale)
@@ -80,6 +82,10 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
         if evaluator and not run.done:
             base_row = evaluation_row(evaluator, evaluator.base)
             run.metrics.write(dict(step=0, samples=0) | base_row)
+
+        if algorithm is None:  # dpo has no rollouts, and so a loop of its own
+            train_dpo(run, policy, learner, optimizer, task, lambda: evaluate(evaluator, policy))
+            return finish(task, policy, config, run.folder)
 
         for step in run.steps():
             # 1. Sample a response to each prompt.
@@ -119,8 +125,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
             run.log(metrics, progress_text(metrics))
             check_kl(metrics["kl"], config, step)
             run.save(policy, optimizer, dict(kl_coef=kl_coef))
-        full_policy = unsharded(policy)  # every process takes part
-        return finish(task, full_policy, config, run.folder) if is_main() else {}
+        return finish(task, policy, config, run.folder)
 
 
 # ---- sampling and updating -----------------------------------------------------------------------
@@ -257,13 +262,22 @@ def evaluation_row(evaluator: Evaluator, results: dict[str, EvalResult]) -> dict
         row = {key.removeprefix(f"{decoding}_"): value for key, value in metrics.items()
                if key.startswith(decoding)}
         gold = f"gold {row['gold']:+.2f}  " if "gold" in row else ""
-        echo(f"  held-out, {decoding}: {gold}score {row['score']:+.2f}  kl {row['kl']:.1f}  "
-             f"wins {row['win_rate']:.0%} [{row['win_low']:.0%}, {row['win_high']:.0%}]")
+        score = f"score {row['score']:+.2f}  " if "score" in row else ""
+        wins = ""
+        if "win_rate" in row:
+            wins = f"  wins {row['win_rate']:.0%} [{row['win_low']:.0%}, {row['win_high']:.0%}]"
+        echo(f"  held-out, {decoding}: {gold}{score}kl {row['kl']:.1f}{wins}")
     return {f"eval_{key}": value for key, value in metrics.items()}
 
 
 def finish(task: Task, policy: Transformer, config: PolicyConfig, folder: Path) -> dict:
-    """Save policy.pt, samples.md and result.json; print the final table on the test prompts."""
+    """Save policy.pt, samples.md and result.json; print the final table on the test prompts.
+
+    Every process must call this. Returns the metrics of the table; {} if not the main process.
+    """
+    policy = unsharded(policy)
+    if not is_main():
+        return {}
     facts = dict(tokenizer=fingerprint(task.sampling.encoding))
     save_model(folder / "policy.pt", "policy", policy, facts)
     task = task._replace(test=task.test.first(config.test_prompts))

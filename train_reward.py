@@ -10,18 +10,16 @@
 
 import copy
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import (
     PreferenceGroup,
+    batch_schedule,
     collate_preferences,
     describe_counts,
     encode_preferences,
-    epoch_batches,
     pad_right,
 )
 from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
@@ -38,7 +36,7 @@ from minirlhf.model.loading import (
     tokenizer_name,
 )
 from minirlhf.model.transformer import apply_head, last_token_scores
-from minirlhf.rl.losses import preference_loss
+from minirlhf.rl.preferences import accumulate_gradient, batch_preference_loss
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import SamplingSettings, sample_responses
 from minirlhf.run.command_line import run_script
@@ -91,6 +89,11 @@ def main(config: RewardConfig) -> dict:
         if is_main():
             save_model(run.folder / "base.pt", "base", base, facts)
         echo(f"saved {run.folder / 'base.pt'}")
+
+        if not config.epochs:
+            echo("no reward model, because of --epochs 0; next: python train_policy.py "
+                 f"--algorithm dpo --reward-run {run.folder}")
+            return {}
 
         # 2. The reward model starts from the base model, or from an earlier reward model.
         reward_model = copy.deepcopy(base) if earlier is None else earlier.to(device)
@@ -208,17 +211,9 @@ def learn_preferences(model: Transformer, groups: list[PreferenceGroup], pad: in
     for step in run.steps():
         batch = [groups[i] for i in batch_of(step)]
         run.batch = dict(groups=batch)  # saved to disk if a UserError ends this step
-        total_weight = sum(weight for group in batch for *_, weight in group.pairs)
-        sums = dict(loss=torch.zeros((), device=device), accuracy=torch.zeros((), device=device))
-        for micro_batch in micro_batches(batch, config.micro_batch_size, learner):
-            # A process without a pair makes a pass too, because the others wait; loss / inf = 0.
-            divisor = total_weight if micro_batch else math.inf
-            with learner.autocast():
-                loss, metrics = pair_loss(learner, micro_batch or batch[:1], pad, config, divisor)
-            loss.backward()
-            sums = {key: sums[key] + metrics[key] for key in sums}
-        row = {key: all_reduce_sum(value).item() for key, value in sums.items()}
-        check_finite(row["loss"], "loss")
+        row = accumulate_gradient(
+            learner, batch, config.micro_batch_size,
+            lambda groups, total: pair_loss(learner, groups, pad, config, total))
         lr = config.lr * warmup_then_decay(step, run.total)
         grad_norm = step_optimizer(model, optimizer, lr, config.max_grad_norm)
         run.log(row | dict(grad_norm=grad_norm, lr=lr), f"loss {row['loss']:.3f}")
@@ -243,34 +238,14 @@ def pair_loss(model: Transformer, groups: Sequence[PreferenceGroup], pad: int, c
     """
     batch = collate_preferences(list(groups), pad, model.wte.weight.device)
     hidden = model(batch.ids, batch.attention_mask)  # each response once, in any number of pairs
-    share = batch.weight.sum() / total_weight
-
-    def weighted_loss(scores: Tensor, centering: float) -> Tensor:
-        return share * preference_loss(scores[batch.chosen], scores[batch.rejected], batch.margin,
-                                       centering, batch.weight)
-
     scores = last_token_scores(model, hidden, batch.attention_mask)
-    chosen = scores[batch.chosen]
-    rejected = scores[batch.rejected]
-    correct = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
-    loss = weighted_loss(scores, config.centering)
-    metrics = dict(loss=loss.detach(), accuracy=(correct * batch.weight).sum() / total_weight)
+    loss, metrics = batch_preference_loss(scores, batch, total_weight, config.centering)
     if config.auxiliary_coef:
         token_scores = apply_head(model.value_head, hidden)
         sums = torch.where(batch.attention_mask, token_scores, 0.0).sum(1)
-        loss = loss + config.auxiliary_coef * weighted_loss(sums, 0.0)
+        auxiliary, _ = batch_preference_loss(sums, batch, total_weight)
+        loss = loss + config.auxiliary_coef * auxiliary
     return loss, metrics
-
-
-def batch_schedule(lengths: list[int], batch_size: int, seed: int) -> Callable[[int], list[int]]:
-    """A function from a step to the indices of its batch.
-
-    It has no state, so a resumed run needs only the number of the step.
-    """
-    per_epoch = -(-len(lengths) // batch_size)
-    batches_of = functools.lru_cache(maxsize=1)(
-        lambda epoch: epoch_batches(lengths, batch_size, seed, epoch))
-    return lambda step: batches_of(step // per_epoch)[step % per_epoch]
 
 
 # ---- 3. normalization ----------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class RewardConfig(RunConfig):
     sft_lr: float = setting(
         4e-3, "peak learning rate of supervised fine-tuning; best on the held-out prompts", 0, 1)
     epochs: int = setting(
-        1, "passes over the preferences; a second one overfits (Stiennon et al. 2020)", 1)
+        1, "passes over the preferences; a second one overfits (Stiennon et al. 2020). 0: only "
+           "base.pt, for --algorithm dpo", 0)
     batch_size: int = setting(
         8, "prompts in an optimizer step, each with all its pairs (Ouyang et al. 2022); 16 learned "
            "less in the same time", 1, MAX_SIZE)
@@ -143,22 +144,28 @@ class PolicyConfig(RunConfig):
         "", "folder of a run of train_reward.py; empty: the newest finished one under runs/")
     prompts: str = setting("", "file of prompts; empty: the prompts of the reward run's data")
     algorithm: str = setting(
-        "ppo", "reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, or your own")
+        "ppo", "reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, dpo, or your own")
+    data: tuple[str, ...] = setting(
+        (), "preference files that dpo learns from; empty: the reward run's")
+    dpo_beta: float = setting(
+        0.5, "price of a nat of KL in units of utility (dpo); smaller ones left the base model's "
+             "language", 1e-6)
     reward: str = setting(
         "", "instead of the reward model: module:function or path/to/file.py:function, called with "
         "(prompts, responses); it returns the scores")
     iterations: int = setting(
         60, "iterations of sample, score, update; the gold utility is flat by then", 1)
-    batch_size: int = setting(128, "responses sampled in each iteration", 1, MAX_SIZE)
+    batch_size: int = setting(
+        128, "responses sampled in each iteration (dpo: prompts with all their pairs)", 1, MAX_SIZE)
     group_size: int = setting(4, "responses to each prompt (rloo, grpo)", 2, MAX_SIZE)
     ppo_epochs: int = setting(
         2, "passes over each rollout (ppo, grpo); four were unstable at this size", 1)
     minibatch_size: int = setting(
-        64, "responses in an optimizer step (ppo, grpo); the other algorithms take one step per "
-            "rollout", 1, MAX_SIZE)
+        64, "responses (dpo: prompts) in an optimizer step (ppo, grpo, dpo); the other algorithms "
+            "take one step per rollout", 1, MAX_SIZE)
     micro_batch_size: int = setting(
-        0, "responses in a forward pass; 0: the whole minibatch. Less memory, same gradient", 0,
-        MAX_SIZE)
+        0, "responses (dpo: prompts) in a forward pass; 0: the whole minibatch. Less memory, same "
+           "gradient", 0, MAX_SIZE)
     lr: float = setting(5e-4, "learning rate; larger ones diverged", 0, 1)
     lr_decay: bool = setting(True, "linear to 0 over the run (Huang et al. 2024, detail 7)")
     kl_coef: float = setting(

@@ -465,6 +465,8 @@ POLICY_CHANGES = {
     "reward_run": ({}, "{reward_run}", "other"),
     "prompts": ({}, ..., "more.jsonl"),
     "algorithm": ({}, "ppo", "gae"),
+    "data": (dict(algorithm="dpo"), ..., ("more.jsonl",)),
+    "dpo_beta": (dict(algorithm="dpo"), 0.1, 0.5),
     "reward": ({}, ..., "tiny:letters_right"),
     "iterations": ({}, 1, 2),
     "batch_size": ({}, 8, 4),

@@ -6,8 +6,9 @@ float32: equal to 1e-5, logits to 1e-4. Nothing is downloaded, because weights a
 import os
 from collections import defaultdict
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-from minirlhf.config import RewardConfig
+from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import PreferenceGroup, pad_left, pad_right
 from minirlhf.data.tokenizer import pad_id
 from minirlhf.kernels import discounted_returns, token_logprobs
@@ -16,6 +17,7 @@ from minirlhf.model import load_pretrained
 from minirlhf.model.generate import generate
 from minirlhf.model.pretrained import load_weights
 from minirlhf.rl.advantages import gae, reward_to_go
+from minirlhf.rl.dpo import dpo_loss
 from minirlhf.rl.losses import preference_loss
 from minirlhf.rl.rollout import evaluate_actions
 from train_reward import language_model_loss, pair_loss
@@ -233,7 +235,7 @@ def test_smollm2_gives_the_logits_and_the_greedy_text_of_transformers(tmp_path):
             assert margin.max() < 2e-3
 
 
-# ---- the reward model's loss ---------------------------------------------------------------------
+# ---- the losses of pairs -------------------------------------------------------------------------
 
 
 def trl_loss(model, inputs, centering):
@@ -299,6 +301,81 @@ def test_loss_and_gradients_of_a_reward_model_equal_those_of_trl(tmp_path):
         (ours.wpe.weight.grad, trunk.wpe.weight.grad),
         (ours.wte.weight.grad[:VOCAB], trunk.wte.weight.grad),
         (ours.blocks[0].attention_in.weight.grad, trunk.h[0].attn.c_attn.weight.grad.T),
+    ):
+        assert expected.norm() > 0
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+class LogProbs(torch.nn.Module):
+    """A peer model that returns what TRL's fused LM head returns: log-probs of the labels."""
+
+    def __init__(self, peer):
+        super().__init__()
+        self.peer = peer
+        self.is_gradient_checkpointing = False
+
+    def forward(self, input_ids, attention_mask, labels, **_):
+        logits = self.peer(input_ids, attention_mask=attention_mask).logits[:, :-1]
+        labels = labels[:, 1:]
+        logprobs = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+        logprobs = torch.where(labels >= 0, logprobs, 0.0)
+        zeros = torch.zeros_like(logprobs)  # of what is only logged
+        return SimpleNamespace(
+            log_probs=logprobs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        )
+
+
+def trl_dpo_loss(model, reference, inputs, beta):
+    """The loss of TRL's DPOTrainer. What only logs is a mock."""
+    trl = pytest.importorskip("trl")
+    trainer = MagicMock(
+        model=model,
+        ref_model=reference,
+        beta=beta,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        use_weighting=False,
+        aux_loss_enabled=False,
+    )
+    trainer.accelerator.device = torch.device("cpu")
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
+    trainer.args.gradient_checkpointing_kwargs = None
+    return trl.DPOTrainer._compute_loss(trainer, model, inputs, False)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_loss_and_gradients_of_dpo_equal_those_of_trl(beta, tmp_path):
+    """Prompts and responses of different lengths, and a reference that is not the policy."""
+    peers = [peer_model("gpt2", seed=seed) for seed in (0, 1)]
+    ours = [load_from_peer(peer, tmp_path) for peer in peers]
+    prompts = random_sequences([4, 1, 10, 6], seed=4)
+    chosen = random_sequences([12, 3, 8, 20], seed=2)
+    rejected = random_sequences([5, 9, 7, 2], seed=3)
+    groups = [
+        PreferenceGroup(tuple(p), (tuple(c), tuple(r)), ((0, 1, 0.0, 1.0),))
+        for p, c, r in zip(prompts, chosen, rejected)
+    ]
+    config = PolicyConfig(algorithm="dpo", dpo_beta=beta)
+    loss, _ = dpo_loss(*ours, groups, 0, config, total_weight=4.0)
+    loss.backward()
+    responses = chosen + rejected
+    ids, mask = pad_right([p + r for p, r in zip(prompts * 2, responses)], 0)
+    column = torch.arange(ids.shape[1])
+    in_response = column >= torch.tensor([len(p) for p in prompts * 2])[:, None]
+    inputs = dict(
+        input_ids=ids, attention_mask=mask.long(), completion_mask=(in_response & mask).long()
+    )
+    theirs = trl_dpo_loss(*map(LogProbs, peers), inputs, beta)
+    theirs.backward()
+    assert abs(loss.item() - theirs.item()) < 1e-5 and loss.item() > 0.1
+    trunk = peers[0].transformer
+    for actual, expected in (
+        (ours[0].wpe.weight.grad, trunk.wpe.weight.grad),
+        (ours[0].wte.weight.grad[:VOCAB], trunk.wte.weight.grad),
+        (ours[0].blocks[0].attention_in.weight.grad, trunk.h[0].attn.c_attn.weight.grad.T),
     ):
         assert expected.norm() > 0
         assert (actual - expected).norm() < 1e-5 * expected.norm()

@@ -1,6 +1,7 @@
 """From preference pairs to padded batches: encode, drop and count, batch, pad."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -191,3 +192,14 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
         batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
     batches = [batches[i] for i in torch.randperm(len(batches), generator=random)]
     return batches + [order[full:]] if order[full:] else batches
+
+
+def batch_schedule(lengths: list[int], batch_size: int, seed: int) -> Callable[[int], list[int]]:
+    """A function from a step to the indices of its batch.
+
+    It has no state, so a resumed run needs only the number of the step.
+    """
+    per_epoch = -(-len(lengths) // batch_size)
+    batches_of = functools.lru_cache(maxsize=1)(
+        lambda epoch: epoch_batches(lengths, batch_size, seed, epoch))
+    return lambda step: batches_of(step // per_epoch)[step % per_epoch]

@@ -22,8 +22,8 @@ class EvalResult(NamedTuple):
     """One decoding method of one model on N prompts, one number for each."""
 
     responses: list[str]
-    score: np.ndarray
-    gold: np.ndarray | None
+    score: np.ndarray | None  # None without a reward model
+    gold: np.ndarray | None  # None if the task does not know it
     # nats, summed over the response: KL from the base model at the temperature of evaluation,
     # before top-k and top-p
     kl: np.ndarray
@@ -31,7 +31,7 @@ class EvalResult(NamedTuple):
     finished: np.ndarray
 
     @property
-    def utility(self) -> np.ndarray:
+    def utility(self) -> np.ndarray | None:
         """What responses are compared by: gold if the task has it, otherwise the score."""
         return self.score if self.gold is None else self.gold
 
@@ -46,22 +46,25 @@ def evaluate_decoding(model: Transformer, task: Task, prompts: Prompts, greedy: 
         samples = sample_responses(decoder, prompts.rows(rows), task.evaluation, purpose,
                                    rows=None if greedy else rows)
         responses += samples.responses
-        score += score_responses(task.reward, samples).tolist()
+        if task.reward.source is not None:
+            score += score_responses(task.reward, samples).tolist()
         gold += gold_utility(samples, task.ground_truth) or []
         kl += sequence_kl(model, task.base, samples, task.evaluation.temperature).tolist()
         length += samples.response_mask.sum(1).tolist()
         finished += samples.finished
-    return EvalResult(responses, np.array(score), np.array(gold) if gold else None,
+    return EvalResult(responses, np.array(score) if score else None,
+                      np.array(gold) if gold else None,
                       np.array(kl), np.array(length), np.array(finished))
 
 
 def summarize(result: EvalResult, base: EvalResult) -> dict[str, float]:
     """Means over prompts, and the win rate against the base model with the same decoding."""
-    wins = np.where(result.utility == base.utility, 0.5, result.utility > base.utility)
-    win_rate, low, high = bootstrap_interval(wins)
-    row = dict(score=result.score.mean(), score_se=standard_error(result.score),
-               kl=result.kl.mean(), length=result.length.mean(), eos_rate=result.finished.mean(),
-               win_rate=win_rate, win_low=low, win_high=high)
+    row = dict(kl=result.kl.mean(), length=result.length.mean(), eos_rate=result.finished.mean())
+    if result.score is not None:
+        row |= dict(score=result.score.mean(), score_se=standard_error(result.score))
+    if result.utility is not None:
+        wins = np.where(result.utility == base.utility, 0.5, result.utility > base.utility)
+        row |= dict(zip(("win_rate", "win_low", "win_high"), bootstrap_interval(wins)))
     if result.gold is not None:
         row |= dict(gold=result.gold.mean(), gold_se=standard_error(result.gold))
     return {key: float(value) for key, value in row.items()}
@@ -129,7 +132,9 @@ def final_evaluation(task: Task, policy: Transformer, best_of: int) -> tuple[dic
     metrics = {f"base_{key}": value for key, value in base_row.items()}
     metrics |= evaluator.metrics(results)
     metrics |= gap_closed(task, metrics)
-    of_n = best_of_n(task, task.test.first(best_of), (1, 4, 16)) if best_of else []
+    of_n = []
+    if best_of and task.reward.source is not None:
+        of_n = best_of_n(task, task.test.first(best_of), (1, 4, 16))
     for row in of_n:
         metrics |= {f"best_of_{row['n']}_{key}": row[key] for key in row if key != "n"}
     page = samples_page(task.test.texts, evaluator.base["sampled"], results["sampled"])
@@ -172,9 +177,11 @@ def format_table(metrics: dict, of_n: list[dict], prompts: int) -> str:
         if f"{decoding}_gap_closed" in metrics:
             closed = metrics[f"{decoding}_gap_closed"]
             lines.append(f"gap from base to best possible closed, {decoding}: {closed:.0%}")
-    has_gold = "sampled_gold" in metrics
-    by = "gold utility" if has_gold else "the score of the reward it was trained on"
-    head = f"{prompts} test prompts; wins against the base model at the same decoding, by {by}"
+    by = "gold utility" if "sampled_gold" in metrics else "score (the task has no gold utility)"
+    wins = "no reward model and no gold utility, so nothing to compare responses by"
+    if "sampled_win_rate" in metrics:
+        wins = f"wins against the base model at the same decoding, by {by}"
+    head = f"{prompts} test prompts; {wins}"
     return "\n".join([head, *lines])
 
 
@@ -193,9 +200,11 @@ def samples_page(prompts: list[str], before: EvalResult, after: EvalResult, coun
     for i in range(min(count, len(prompts))):
         parts.append(f"## {i + 1}\n\n{fenced(prompts[i])}\n")
         for name, result in (("before", before), ("after", after)):
-            gold = "" if result.gold is None else f", gold {result.gold[i]:+.1f}"
+            numbers = [] if result.score is None else [f"score {result.score[i]:+.2f}"]
+            numbers += [] if result.gold is None else [f"gold {result.gold[i]:+.1f}"]
+            shown = f" ({', '.join(numbers)})" if numbers else ""
             response = fenced(result.responses[i].strip())
-            parts.append(f"**{name}** (score {result.score[i]:+.2f}{gold})\n\n{response}\n")
+            parts.append(f"**{name}**{shown}\n\n{response}\n")
     return "\n".join(parts)
 
 

@@ -98,10 +98,12 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def pick_algorithm(config: PolicyConfig) -> Algorithm:
-    """The row of --algorithm; users can add rows to ALGORITHMS. Raises UserError."""
+def pick_algorithm(config: PolicyConfig) -> Algorithm | None:
+    """The row of --algorithm, None for dpo. Users can add rows to ALGORITHMS. Raises UserError."""
+    if config.algorithm == "dpo":
+        return None
     if config.algorithm not in ALGORITHMS:
-        known = suggest(config.algorithm, ALGORITHMS)
+        known = suggest(config.algorithm, [*ALGORITHMS, "dpo"])
         raise UserError(f"--algorithm {config.algorithm!r} is not known{known}")
     algorithm = ALGORITHMS[config.algorithm]
     if algorithm.grouped and config.batch_size % config.group_size:

@@ -15,10 +15,13 @@ from torch import Tensor
 
 
 class Reward(NamedTuple):
-    """What gives scores: a reward model, or function(prompts, responses) -> one number each."""
+    """What gives scores: a reward model, or function(prompts, responses) -> one number each.
+
+    A run of dpo can do without: then source is None, and evaluations have no scores.
+    """
 
     name: str
-    source: Transformer | Callable
+    source: Transformer | Callable | None
     missing_eos_penalty: float  # subtracted if a response was cut by length
 
 
@@ -48,6 +51,7 @@ def score_responses(reward: Reward, samples: Samples) -> Tensor:
 
 def call_function(reward: Reward, samples: Samples) -> Tensor:
     """[B] what the user's function returns, checked. Raises UserError."""
+    assert reward.source is not None
     name = f"the reward function {reward.name}"
     try:
         result = reward.source(list(samples.prompts), list(samples.responses))

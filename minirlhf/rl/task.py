@@ -6,10 +6,17 @@ from types import ModuleType
 from typing import NamedTuple
 
 from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data.batches import PreferenceGroup, describe_counts, encode_preferences
 from minirlhf.data.chat_templates import read_chat_template
-from minirlhf.data.preference_files import read_prompts
+from minirlhf.data.preference_files import read_prompts, read_records
 from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
-from minirlhf.data.splits import file_hashes, load_function, load_ground_truth, load_splits
+from minirlhf.data.splits import (
+    Splits,
+    file_hashes,
+    load_function,
+    load_ground_truth,
+    load_splits,
+)
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer
 from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model
@@ -17,7 +24,9 @@ from minirlhf.rl.reward import Reward
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config
+from minirlhf.run.terminal import echo
 
+import tiktoken
 import torch
 
 
@@ -32,6 +41,7 @@ class Task(NamedTuple):
     reward: Reward
     ground_truth: ModuleType | None
     train: Prompts
+    pairs: list[PreferenceGroup]  # what dpo learns from; empty for the other algorithms
     heldout: Prompts  # for choices
     test: Prompts  # for the final table
 
@@ -47,14 +57,15 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
     base, _ = load_model(folder / "base.pt", "base", fingerprint(encoding))
     response_length = config.max_response_length or reward_config.max_response_length
     check_context(base, reward_config.max_prompt_length, response_length)
-    reward, inputs = load_reward(config, reward_function, fingerprint(encoding))
+    reward, inputs = load_reward(config, reward_config, reward_function, fingerprint(encoding))
+    pairs = load_pairs(config, reward_config, splits, encoding)
     for model in (base, reward.source):
         if isinstance(model, Transformer):
             model.to(device).requires_grad_(False)
             model.bf16 = config.bf16
     if isinstance(reward.source, Transformer):
         reward.source.freeze_matrices()
-    inputs.append(folder / "base.pt")
+    inputs += [folder / "base.pt", *map(Path, config.data)]
     texts = unique_prompts(splits.train)
     if config.prompts:
         texts = read_prompts(config.prompts,
@@ -72,6 +83,7 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
         reward=reward,
         ground_truth=ground_truth,
         train=encode_prompts(texts, encoding, length),
+        pairs=pairs,
         heldout=encode_prompts(unique_prompts(splits.heldout), encoding, length),
         test=encode_prompts(unique_prompts(splits.test), encoding, length))
 
@@ -85,16 +97,45 @@ def check_context(base: Transformer, prompt_length: int, response_length: int) -
                         f"the maximum is {context - prompt_length}")
 
 
-def load_reward(config: PolicyConfig, reward_function: Callable | None,
+def load_pairs(config: PolicyConfig, reward_config: RewardConfig, splits: Splits,
+               encoding: tiktoken.Encoding) -> list[PreferenceGroup]:
+    """The pairs that dpo learns from: those of --data, or the reward run's. Raises UserError."""
+    if config.algorithm != "dpo":
+        if config.data:
+            raise UserError("--data: only --algorithm dpo learns from pairs; leave it out, or name "
+                            "prompts with --prompts")
+        return []
+    pairs = splits.train
+    if config.data:
+        pairs, _ = read_records(config.data, reward_config.skip_bad_lines,
+                                read_chat_template(reward_config.tokenizer))
+    groups, counts = encode_preferences(pairs, encoding, reward_config.max_prompt_length,
+                                        reward_config.max_response_length)
+    echo(f"pairs: {describe_counts(counts)}")
+    return groups
+
+
+def load_reward(config: PolicyConfig, reward_config: RewardConfig, reward_function: Callable | None,
                 tokenizer: str) -> tuple[Reward, list[Path]]:
-    """(the reward, the files it depends on): the user's function, or the run's reward model."""
+    """(the reward, the files it depends on): the user's function, or the run's reward model.
+
+    Raises UserError, also if there is neither, except for dpo.
+    """
     function = reward_function
     if function is None and config.reward:
         function = load_function(config.reward, "--reward")
     if function is not None:
+        if config.algorithm == "dpo":
+            raise UserError("--algorithm dpo learns from preference pairs, not from a reward "
+                            "function; leave out --reward, or use online-dpo")
         name = getattr(function, "__name__", type(function).__name__)
         return Reward(name, function, config.missing_eos_penalty), []
     path = Path(config.reward_run) / "reward.pt"
+    if not reward_config.epochs:
+        if config.algorithm == "dpo":
+            return Reward("none", None, config.missing_eos_penalty), []
+        raise UserError(f"{path.parent}: has no reward model (--epochs 0), which only --algorithm "
+                        "dpo can do without; resume it with --epochs 1, or use --reward")
     model, _ = load_model(path, "reward", tokenizer)
     return Reward(str(path), model, config.missing_eos_penalty), [path]
 
