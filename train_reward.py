@@ -10,6 +10,7 @@
 
 import copy
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -42,6 +43,7 @@ from minirlhf.rl.sampling import SamplingSettings, sample_responses
 from minirlhf.run.command_line import run_script
 from minirlhf.run.device import check_processes, pick_device, prepare_training
 from minirlhf.run.errors import UserError, check_finite
+from minirlhf.run.folder import module_flags
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
@@ -117,7 +119,8 @@ def main(config: RewardConfig) -> dict:
             metrics["probes"] = probe(reward_model, splits, encoding, ground_truth, config)
         run.metrics.write(dict(stage="test", step=1) | metrics)
         echo(format_metrics(metrics))
-        echo(f"saved {path}; next: python train_policy.py --reward-run {run.folder}")
+        flags = ["--reward-run", str(run.folder), *module_flags(config)]
+        echo(f"saved {path}; next: python train_policy.py {shlex.join(flags)}")
         return metrics
 
 

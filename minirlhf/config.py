@@ -10,6 +10,8 @@ from minirlhf.run.errors import UserError
 DATA = Path(__file__).resolve().parent.parent / "data"
 MAX_SIZE = 2**16  # of a batch, a text or a layer; more is a mistake and would fill the memory
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TASK_AGAIN = ("the reward run's --task, if it is a module of your own: code that only a file names "
+              "is not run; none: without ground truth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ class PolicyConfig(RunConfig):
 
     reward_run: str = setting(
         "", "folder of a run of train_reward.py; empty: the newest finished one under runs/")
+    task: str = setting("", TASK_AGAIN)
     prompts: str = setting("", "file of prompts; empty: the prompts of the reward run's data")
     algorithm: str = setting(
         "ppo", "reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, dpo, or your own")

@@ -109,7 +109,7 @@ def new_run(which, out: str):
 
 
 def resume(which, out: str):
-    return script(which, ["--out", out, "--resume"])
+    return script(which, ["--out", out, "--resume", *tiny.MODULES])
 
 
 def resume_or_restart(which, out: str, folder: Path):

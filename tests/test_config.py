@@ -463,6 +463,7 @@ REWARD_CHANGES = {
 POLICY_CHANGES = {
     "bf16": ({}, False, True),
     "reward_run": ({}, "{reward_run}", "other"),
+    "task": ({}, "tiny", "none"),
     "prompts": ({}, ..., "more.jsonl"),
     "algorithm": ({}, "ppo", "gae"),
     "data": (dict(algorithm="dpo"), ..., ("more.jsonl",)),

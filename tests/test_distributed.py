@@ -369,7 +369,7 @@ def test_a_stopped_run_resumes_with_another_number_of_processes(
     folder = tmp_path / "sharded"
     # the command names the script that was started, which may define the algorithm
     launcher = "torchrun --standalone --nproc-per-node 2"
-    command = f"{launcher} {SIDE_BY_SIDE} --out {folder} --resume"
+    command = f"{launcher} {SIDE_BY_SIDE} --out {folder} --resume --task tiny"
     assert process.returncode != 0
     assert own_lines(errors) == [f"error: stopped; resume with: {command}"], errors
     assert errors.count("stopping after this step") == 1 and "Warning" not in errors

@@ -15,6 +15,7 @@ from minirlhf.run.folder import MAX_CONFIG, read_config
 from minirlhf.tools import chat, label, report
 
 import pytest
+import tiny
 from tiny import as_flags, policy_config, refused, reward_config
 
 
@@ -51,9 +52,9 @@ PIPES = [
     ("reward/base.pt", POLICY, []),
     ("reward/reward.pt", POLICY, []),
     ("prompts.jsonl", POLICY, ["--prompts", "prompts.jsonl"]),
-    ("policy/config.json", POLICY, ["--out", "policy", "--resume"]),
-    ("policy/.lock", POLICY, ["--out", "policy", "--resume"]),
-    ("policy/policy_metrics.jsonl", POLICY, ["--out", "policy", "--resume"]),
+    ("policy/config.json", POLICY, ["--out", "policy", "--resume", *tiny.MODULES]),
+    ("policy/.lock", POLICY, ["--out", "policy", "--resume", *tiny.MODULES]),
+    ("policy/policy_metrics.jsonl", POLICY, ["--out", "policy", "--resume", *tiny.MODULES]),
     ("policy/policy.pt", CHAT, []),
     ("policy/samples.md", CHAT, []),
     ("policy/labels.jsonl", LABEL, []),
@@ -82,7 +83,7 @@ def test_a_pipe_in_place_of_a_file_is_one_line(path, program, flags, copies, rew
     first_flags = {
         REWARD: reward_flags(copies / "inputs", "new"),
         POLICY: as_flags(policy_config("reward", "new")),
-        CHAT: ["--run", "policy", "--prompt", "a 1:"],
+        CHAT: ["--run", "policy", "--prompt", "a 1:", *tiny.MODULES],
         LABEL: ["--run", "policy", "--judge", "tiny:preference_probability", "--count", "1"],
     }[program]
     if "policy" in flags:
@@ -160,5 +161,5 @@ def test_a_git_lfs_pointer_in_place_of_a_model_is_named(name, inputs, tmp_path, 
 
 def test_samples_that_are_not_utf8_do_not_stop_the_chat(copies):
     (copies / "policy" / "samples.md").write_bytes(b"\xfa Human: \xff")
-    config = chat.ChatConfig(run="policy", prompt="a 1:", device="cpu")
+    config = chat.ChatConfig(run="policy", prompt="a 1:", task="tiny", device="cpu")
     assert len(chat.main(config)) == 1

@@ -169,7 +169,7 @@ def test_a_run_with_an_exploded_kl_resumes_before_it_with_a_larger_max_kl(
     message = refused(capsys, train_policy.main, PolicyConfig, flags)
     step = int(re.search(r"iteration (\d): the KL", message)[1])
     assert_last_checkpoint(tmp_path / "run", "policy", step - 1)
-    flags = ["--out", str(tmp_path / "run"), "--resume", "--max-kl", "1000"]
+    flags = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES, "--max-kl", "1000"]
     assert tiny.ending(train_policy.main, PolicyConfig, flags) == 0
     expected = tmp_path / "expected"
     train_policy.main(policy_config(reward_run, expected, iterations=4, lr=0.3, max_kl=1000.0))

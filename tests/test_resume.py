@@ -101,7 +101,7 @@ def start_policy_run(reward_run, folder, **changes):
 
 
 def resume(main, config_class, folder, *more):
-    return ending(main, config_class, ["--out", str(folder), "--resume", *more])
+    return ending(main, config_class, ["--out", str(folder), "--resume", *tiny.MODULES, *more])
 
 
 # ---- stopped -------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_a_reward_run_stopped_after_any_step_resumes_exactly(
     """
     after_row(monkeypatch, step, tiny.write_and_signal(signal.SIGINT))
     assert start_reward_run(inputs, tmp_path / "run") == 130
-    command = f"python train_reward.py --out {tmp_path / 'run'} --resume"
+    command = f"python train_reward.py --out {tmp_path / 'run'} --resume --task tiny"
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == f"error: stopped; resume with: {command}"
     assert len(rows(tmp_path / "run" / "reward_metrics.jsonl")) == step  # it completed its step
@@ -135,7 +135,7 @@ def test_a_policy_run_stopped_after_any_step_resumes_exactly(
     assert len(set(coefficients)) == POLICY_STEPS  # otherwise the test could not detect its loss
     after_row(monkeypatch, step + 1, tiny.write_and_signal(signal.SIGTERM))
     assert start_policy_run(reward_run, tmp_path / "run") == 143
-    command = f"python train_policy.py --out {tmp_path / 'run'} --resume"
+    command = f"python train_policy.py --out {tmp_path / 'run'} --resume --task tiny"
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == f"error: stopped; resume with: {command}"
     steps = [row["step"] for row in rows(tmp_path / "run" / "policy_metrics.jsonl")]
@@ -180,7 +180,7 @@ def test_a_folder_with_spaces_is_quoted_in_the_resume_command(
     after_row(monkeypatch, 2, tiny.write_and_signal())
     assert start_policy_run(reward_run, folder) == 130
     command = capsys.readouterr().err.splitlines()[-1].partition("resume with: ")[2]
-    assert shlex.split(command)[2:] == ["--out", str(folder), "--resume"]
+    assert shlex.split(command)[2:] == ["--out", str(folder), "--resume", *tiny.MODULES]
 
 
 def test_a_second_signal_stops_at_once():
@@ -260,7 +260,7 @@ def test_a_signal_between_the_stages_stops_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(script, where, interrupted)
         assert start(source, tmp_path / "run") == status
-    command = f"python {script.__name__}.py --out {tmp_path / 'run'} --resume"
+    command = f"python {script.__name__}.py --out {tmp_path / 'run'} --resume --task tiny"
     assert capsys.readouterr().err == f"error: stopped; resume with: {command}\n"
     assert resume(script.main, config_class, tmp_path / "run") == 0
     if script is train_policy:
@@ -439,12 +439,13 @@ def test_real_processes_that_are_killed_and_stopped_resume_exactly(
     script = str(tiny.ROOT / "train_policy.py")
     first = python(script, *flags)
     assert first.returncode == 9, first.stderr
-    second = python(script, "--out", "run", "--resume")
+    modules = ["--task", "tiny", "--reward", "interrupting:score"]
+    second = python(script, "--out", "run", "--resume", *modules)
     assert second.returncode == 143, second.stderr
     assert second.stderr.splitlines() == [
         "",
         "stopping after this step (again: stop at once)",
-        f"error: stopped; resume with: python {script} --out run --resume",
+        f"error: stopped; resume with: python {script} --out run --resume {' '.join(modules)}",
     ]
     flags = shlex.split(second.stderr.splitlines()[-1].partition("train_policy.py ")[2])
     third = python(script, *flags)
@@ -718,7 +719,10 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(reward_run, tmp_path, monkey
     ):
         checkpoint.save_checkpoint(path, "policy", meta, broken)
         assert "does not fit" in refused(
-            capsys, train_policy.main, PolicyConfig, ["--out", str(tmp_path / "run"), "--resume"]
+            capsys,
+            train_policy.main,
+            PolicyConfig,
+            ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES],
         )
 
 
@@ -815,7 +819,7 @@ def test_a_reward_run_can_be_extended(inputs, tmp_path, capsys):
 def test_a_changed_setting_is_refused(flags, uninterrupted_policy_run, capsys):
     """A run with two learning rates could not be repeated; the folder stays as it was."""
     before = contents(uninterrupted_policy_run)
-    arguments = ["--out", str(uninterrupted_policy_run), "--resume", *flags]
+    arguments = ["--out", str(uninterrupted_policy_run), "--resume", *tiny.MODULES, *flags]
     message = refused(capsys, train_policy.main, PolicyConfig, arguments)
     name = flags[0].strip("-").replace("-", "_").removeprefix("no_")
     assert name in message or flags[0] == "--prompts"
@@ -849,7 +853,7 @@ def test_changed_inputs_are_refused(inputs, reward_run, tmp_path, monkeypatch, c
     assert start_reward_run(tmp_path, tmp_path / "reward") == 0
     after_row(monkeypatch, 2, tiny.write_and_signal())
     assert start_policy_run(tmp_path / "reward", tmp_path / "run", prompts=str(prompts)) == 130
-    arguments = ["--out", str(tmp_path / "run"), "--resume"]
+    arguments = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
     for path in (prompts, tmp_path / "pairs.jsonl", tmp_path / "reward" / "reward.pt"):
         content = path.read_bytes()
         if path.name == "reward.pt":  # an intact one, with another seed
@@ -870,7 +874,7 @@ def test_a_changed_initial_model_is_refused(
     init.write_bytes((reward_run / "base.pt").read_bytes())
     assert start_reward_run(inputs, tmp_path / "run", init=str(init)) == 0
     init.write_bytes((uninterrupted_reward_run / "base.pt").read_bytes())
-    arguments = ["--out", str(tmp_path / "run"), "--resume"]
+    arguments = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
     assert "changed" in refused(capsys, train_reward.main, RewardConfig, arguments)
 
 
@@ -899,7 +903,7 @@ def test_a_damaged_config_file_is_refused(name, request, tmp_path, capsys):
     path = folder / "config.json"
     content = path.read_bytes()
     before = contents(folder)
-    arguments = ["--out", str(folder), "--resume"]
+    arguments = ["--out", str(folder), "--resume", *tiny.MODULES]
     try:
         for old, new in (
             (b'"seed": 0', b'"seed": 1'),
@@ -925,7 +929,7 @@ def test_a_second_process_on_one_folder_is_refused(
 ):
     """Two processes that write the same metrics and checkpoints would damage both runs."""
     config = policy_settings(reward_run, tmp_path / "run")
-    resuming = ["--out", str(tmp_path / "run"), "--resume"]
+    resuming = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
     messages = []
 
     def score(prompts, responses):

@@ -376,7 +376,7 @@ def test_the_embedded_task_runs_with_its_own_files(tmp_path, monkeypatch):
 def test_other_data_needs_no_ground_truth(inputs, tmp_path, capsys):
     """Without a gold utility, responses are compared by their score, and the table says so."""
     train_reward.main(reward_config(inputs, tmp_path / "reward", task="none"))
-    train_policy.main(policy_config(tmp_path / "reward", tmp_path / "run", best_of_n=2))
+    train_policy.main(policy_config(tmp_path / "reward", tmp_path / "run", task="", best_of_n=2))
     output = capsys.readouterr().out
     assert "by score (the task has no gold utility)" in output
     assert "best possible" not in output
@@ -663,8 +663,8 @@ def test_an_incomplete_or_damaged_reward_run_is_one_line(
     [
         (["--reward-run", "nowhere"], "nowhere/config.json: no such file"),
         ([], "no finished reward run under runs/"),
-        (["--reward-run", "{reward_run}", "--prompts", "none.jsonl"], "none.jsonl: cannot be read"),
-        (["--reward-run", "{reward_run}", "--max-response-length", "6"], "--max-response-length 6"),
+        (["--prompts", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--max-response-length", "6"], "--max-response-length 6"),
     ],
 )
 def test_a_policy_run_with_missing_or_wrong_inputs_is_one_line(
@@ -672,7 +672,8 @@ def test_a_policy_run_with_missing_or_wrong_inputs_is_one_line(
 ):
     """A common mistake is to run the two commands of the README in the wrong order."""
     monkeypatch.chdir(tmp_path)
-    flags = [flag.format(reward_run=reward_run) for flag in flags]
+    if flags and flags[0] != "--reward-run":
+        flags = [*flags, "--reward-run", str(reward_run), *tiny.MODULES]
     assert words in refused(capsys, train_policy.main, PolicyConfig, flags)
     assert list(tmp_path.iterdir()) == []
 
@@ -790,7 +791,7 @@ def test_control_sequences_of_data_and_model_are_escaped(inputs, tmp_path, capsy
             epochs=2,
         )
     )
-    train_policy.main(policy_config(tmp_path / "reward", tmp_path / "run"))
+    train_policy.main(policy_config(tmp_path / "reward", tmp_path / "run", task=""))
     output = capsys.readouterr()
     page = (tmp_path / "run" / "samples.md").read_text()
     for text in (output.out, output.err, page):

@@ -29,7 +29,7 @@ PROMPT_SIGN = "\r\n> "
 
 
 def chat_main(policy_run, **settings):
-    return chat.main(ChatConfig(run=str(policy_run), device="cpu", **settings))
+    return chat.main(ChatConfig(run=str(policy_run), task="tiny", device="cpu", **settings))
 
 
 def printed_rows(capsys):
@@ -46,7 +46,7 @@ def set_stdin(monkeypatch, text):
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_streamed_response_equals_a_sampled_one(greedy, policy_run, capsys):
     """There are two decoding loops. If they differ, chat shows another policy than training."""
-    trained = load_trained(str(policy_run), CPU)
+    trained = load_trained(str(policy_run), CPU, "tiny")
     prompts = encode_prompts(["b 3:"], trained.encoding, 6)
     reward = Reward("reward model", trained.reward_model, trained.config.missing_eos_penalty)
     for seed in range(5):
@@ -107,7 +107,7 @@ def test_seed_temperature_length_and_turn_have_their_effect(policy_run, capsys, 
 
 def test_without_flags_sampling_is_as_in_training(policy_run):
     """The policy's temperature and length are used; the reward run may have another length."""
-    trained = load_trained(str(policy_run), CPU)
+    trained = load_trained(str(policy_run), CPU, "tiny")
     config = dataclasses.replace(trained.config, temperature=0.7, max_response_length=3)
     changed = trained._replace(config=config)
 
@@ -130,14 +130,15 @@ def test_a_cut_response_is_marked(policy_run, capsys):
 
 def test_scores_are_those_of_the_training_reward(policy_run, monkeypatch):
     """A run with a reward function must not show the reward model's scores."""
-    trained = load_trained(str(policy_run), CPU)
+    trained = load_trained(str(policy_run), CPU, "tiny")
     config = dataclasses.replace(
         trained.config, reward="tiny:letters_right", missing_eos_penalty=3.0
     )
     changed = trained._replace(config=config)
     monkeypatch.setattr(chat, "load_trained", lambda *arguments: changed)
     for length in (1, 5):
-        (row,) = chat_main("x", prompt="b 3:", max_response_length=length)
+        reward = "tiny:letters_right"
+        (row,) = chat_main("x", prompt="b 3:", reward=reward, max_response_length=length)
         for answer in (row["base"], row["policy"]):
             penalty = 3.0 * (not answer["finished"])
             assert answer["score"] == tiny.gold("b 3:", answer["response"]) - penalty
@@ -146,7 +147,7 @@ def test_scores_are_those_of_the_training_reward(policy_run, monkeypatch):
 def test_answers_are_identified_by_the_reward_model(policy_run, reward_run):
     content = (reward_run / "reward.pt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    assert identity(load_trained(str(policy_run), CPU))["reward"] == digest
+    assert identity(load_trained(str(policy_run), CPU, "tiny"))["reward"] == digest
 
 
 def test_ctrl_c_ends_a_pipe_with_status_130(policy_run, monkeypatch):
@@ -157,7 +158,7 @@ def test_ctrl_c_ends_a_pipe_with_status_130(policy_run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "answer", interrupted)
-    assert tiny.ending(chat.main, ChatConfig, ["--run", str(policy_run)]) == 130
+    assert tiny.ending(chat.main, ChatConfig, ["--run", str(policy_run), *tiny.MODULES]) == 130
 
 
 def test_columns_show_both_responses_with_their_scores(policy_run, capsys):
@@ -186,7 +187,7 @@ def test_a_message_gets_the_template_and_a_prompt_does_not_get_it_twice(text, te
 
 def test_the_template_fits_the_task_or_the_data(policy_run, tmp_path):
     """A run on dialogues is recognized by its samples."""
-    trained = load_trained(str(policy_run), CPU)
+    trained = load_trained(str(policy_run), CPU, "tiny")
     assert pick_template(trained) == "raw"
     assert pick_template(trained._replace(ground_truth=helpdesk)) == "helpdesk"
     (tmp_path / "samples.md").write_text("## 1\n\n```text\n\n\nHuman: Hi\n\nAssistant:\n```\n")
@@ -204,7 +205,7 @@ def test_a_raw_line_may_contain_line_breaks(policy_run, capsys, monkeypatch):
 
 def test_a_terminal_shows_tokens_one_by_one_and_an_empty_line_repeats(policy_run, open_terminal):
     """Each token redraws the columns; score and gold are shown once, at the end."""
-    flags = ["--run", str(policy_run), "--device", "cpu"]
+    flags = ["--run", str(policy_run), *tiny.MODULES, "--device", "cpu"]
     terminal = open_terminal(run_script, chat.main, ChatConfig, flags)
     assert "template raw" in terminal.read(PROMPT_SIGN)
     output = terminal.press("b 3:\n", PROMPT_SIGN)
@@ -232,7 +233,9 @@ def test_a_terminal_that_cannot_redraw_shows_each_answer_once(
     policy_run, open_terminal, monkeypatch
 ):
     monkeypatch.setattr(chat, "can_redraw", lambda: False)
-    terminal = open_terminal(run_script, chat.main, ChatConfig, ["--run", str(policy_run)])
+    terminal = open_terminal(
+        run_script, chat.main, ChatConfig, ["--run", str(policy_run), *tiny.MODULES]
+    )
     terminal.read("> ")
     shown = terminal.press("b 3:\n", "> ")
     assert "\x1b" not in shown
@@ -281,7 +284,7 @@ def test_invalid_utf8_does_not_end_the_program(policy_run, monkeypatch):
 )
 def test_bad_input_gives_one_error_line(flags, words, policy_run, reward_run, tmp_path, capsys):
     fill = dict(tmp=tmp_path, run=policy_run, reward_run=reward_run)
-    arguments = [text.format(**fill) for text in flags] + ["--seed", "0"]
+    arguments = [text.format(**fill) for text in flags] + tiny.MODULES
     assert words in refused(capsys, chat.main, ChatConfig, arguments)
 
 
@@ -290,7 +293,7 @@ def test_an_empty_or_closed_pipe_is_an_error(stdin, policy_run, monkeypatch, cap
     """Without output and with status 0 it would look like an empty response."""
     monkeypatch.setattr("sys.stdin", stdin)
     assert "there is no prompt" in refused(
-        capsys, chat.main, ChatConfig, ["--run", str(policy_run)]
+        capsys, chat.main, ChatConfig, ["--run", str(policy_run), *tiny.MODULES]
     )
 
 

@@ -269,7 +269,7 @@ def test_uncertain_picks_the_pair_whose_probability_is_closest_to_a_half(
     label_with_program(
         policy_run, out, judge=ANNOTATOR, count=20, pick="uncertain", candidates=candidates
     )
-    trained = load_trained(str(policy_run), torch.device("cpu"))
+    trained = load_trained(str(policy_run), torch.device("cpu"), "none")
     reward = Reward("reward model", trained.reward_model, 0.0)
     scale = float(trained.reward_model.score_scale)
     for row in rows(out):
@@ -316,7 +316,7 @@ def test_the_probability_uses_the_reward_models_raw_scores(policy_run, tmp_path)
     """A difference of normalized scores is not the log-odds of a preference."""
     out = tmp_path / "l.jsonl"
     label_with_program(policy_run, out, judge=ANNOTATOR, count=60)
-    trained = load_trained(str(policy_run), torch.device("cpu"))
+    trained = load_trained(str(policy_run), torch.device("cpu"), "none")
     encode = trained.encoding.encode_ordinary
     model = trained.reward_model
     checked = Counter()
@@ -339,7 +339,7 @@ def test_the_probability_uses_the_reward_models_raw_scores(policy_run, tmp_path)
 
 def test_pairs_use_the_prompts_that_the_policy_was_trained_on(policy_run, tmp_path):
     """The prompts of its --prompts, or of the reward run's training pairs."""
-    trained = load_trained(str(policy_run), torch.device("cpu"))
+    trained = load_trained(str(policy_run), torch.device("cpu"), "none")
     train_prompts = {pair.prompt for pair in load_splits(trained.reward_config).train}
     assert set(label.training_prompts(trained).texts) == train_prompts
     path = tmp_path / "p.jsonl"
@@ -392,7 +392,7 @@ def test_pairs_use_the_prompts_that_the_policy_was_trained_on(policy_run, tmp_pa
 )
 def test_the_next_command_repeats_the_settings_of_the_task(settings, flags, policy_run):
     """Without them, training uses another tokenizer, or tests on the labels themselves."""
-    trained = load_trained(str(policy_run), torch.device("cpu"))
+    trained = load_trained(str(policy_run), torch.device("cpu"), "none")
     trained = trained._replace(reward_config=RewardConfig(**settings))
     start = [
         "python",

@@ -64,7 +64,8 @@ def test_all_commands_of_the_section_run(page, reward_run, tmp_path):
         assert (out / "policy.pt").exists()
         assert len((out / "policy_metrics.jsonl").read_text().splitlines()) == 3
     (out / "policy.pt").unlink()
-    done = run_steps(tmp_path, "--out", out.name, "--resume")
+    modules = [*tiny.MODULES, "--reward", "steps:short_and_sorry"]
+    done = run_steps(tmp_path, "--out", out.name, "--resume", *modules)
     assert done.returncode == 0 and (out / "policy.pt").exists(), done.stderr
 
 

@@ -22,7 +22,7 @@ from tiny import assert_same_weights, refused
 
 @pytest.fixture
 def first(policy_run):
-    return load_trained(str(policy_run), torch.device("cpu"))
+    return load_trained(str(policy_run), torch.device("cpu"), "tiny")
 
 
 def test_a_second_round_runs_and_resumes(policy_run, reward_run, tmp_path, capsys, monkeypatch):
@@ -39,7 +39,9 @@ def test_a_second_round_runs_and_resumes(policy_run, reward_run, tmp_path, capsy
 
     monkeypatch.setattr(second_round, "own_test_pairs", recording)
     out = tmp_path / "two"
-    config = RoundConfig(run=str(policy_run), out=str(out), quick=True, labels=30, device="cpu")
+    config = RoundConfig(
+        task="tiny", run=str(policy_run), out=str(out), quick=True, labels=30, device="cpu"
+    )
     results = second_round.main(config)
     assert list(results) == ["round 1", *(f"30 {arm}" for arm in ARMS)]
     for arm in ARMS:
@@ -75,7 +77,7 @@ def test_a_second_round_runs_and_resumes(policy_run, reward_run, tmp_path, capsy
 
 def test_each_arm_samples_from_the_right_model(first, policy_run, tmp_path):
     """The control must use the base model's samples, not the policy's."""
-    config = RoundConfig(run=str(policy_run), labels=6)
+    config = RoundConfig(task="tiny", run=str(policy_run), labels=6)
     for arm, model in (("base pairs", first.base), ("own pairs", first.policy)):
         path = second_round.write_labels(first, arm, tmp_path / f"{arm}.jsonl", config)
         for row in map(json.loads, path.read_text().splitlines()):
@@ -96,7 +98,7 @@ def test_the_policys_own_pairs_are_labeled_with_the_annotators_probability(
 ):
     """Labels are drawn. The more probable label each time would be another annotator."""
     prompts = unique_prompts(load_splits(first.reward_config).test)
-    config = RoundConfig(run=str(policy_run), test_pairs=60)
+    config = RoundConfig(task="tiny", run=str(policy_run), test_pairs=60)
     labeled = {}
     for probability in (0.0, 0.5, 1.0):
         monkeypatch.setattr(tiny, "preference_probability", lambda prompt, a, b, p=probability: p)
@@ -115,7 +117,7 @@ def test_replay_uses_random_prompts_with_all_their_pairs_unchanged(tmp_path):
     ]
     chosen = {}
     for seed in (0, 1):
-        config = RoundConfig(labels=10, replay=4, seed=seed)
+        config = RoundConfig(task="tiny", labels=10, replay=4, seed=seed)
         second_round.write_replay(tmp_path / "r.jsonl", pairs, config)
         replayed = read_preferences(str(tmp_path / "r.jsonl"))
         assert len(replayed) == 42
@@ -127,7 +129,7 @@ def test_replay_uses_random_prompts_with_all_their_pairs_unchanged(tmp_path):
 
 def test_settings_of_the_second_round_differ_from_the_first_only_as_stated(first, policy_run):
     """The reward model starts from the first one; the policy starts from the base model again."""
-    config = RoundConfig(run=str(policy_run), lr=0.25, epochs=5)
+    config = RoundConfig(task="tiny", run=str(policy_run), lr=0.25, epochs=5)
     reward = second_round.second_reward(first, ("own.jsonl", "replay.jsonl"), Path("r"), config)
     assert changes(first.reward_config, reward) == dict(
         data=("own.jsonl", "replay.jsonl"),
@@ -165,6 +167,6 @@ def test_bad_input_is_one_line(flags, message, policy_run, tmp_path, capsys):
 
 def test_a_task_without_an_annotator_is_refused(policy_run, tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(tiny, "preference_probability")
-    flags = ["--run", str(policy_run), "--out", str(tmp_path / "x")]
+    flags = ["--run", str(policy_run), "--out", str(tmp_path / "x"), *tiny.MODULES]
     line = refused(capsys, second_round.main, RoundConfig, flags)
     assert "no annotator (preference_probability)" in line

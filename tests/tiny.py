@@ -51,7 +51,8 @@ def preference_probability(prompt: str, a: str, b: str) -> float:
     return 1 / (1 + math.exp(gold(prompt, b) - gold(prompt, a)))
 
 
-MODULES = []
+# A command must name the modules of the user that a config.json names.
+MODULES = ["--task", "tiny"]
 
 
 def letters_right(prompts: list[str], responses: list[str]) -> list[float]:
@@ -106,6 +107,7 @@ def policy_config(reward_run: Path, out: Path | str, **changes) -> PolicyConfig:
     """2 iterations of 8 responses."""
     settings = dict(
         reward_run=str(reward_run),
+        task="tiny",
         iterations=2,
         batch_size=8,
         minibatch_size=4,

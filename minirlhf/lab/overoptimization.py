@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.config import TASK_AGAIN, PolicyConfig, RewardConfig
 from minirlhf.data.prompts import Prompts
 from minirlhf.data.splits import HELPDESK_FILES, file_hashes
 from minirlhf.data.tokenizer import fingerprint
@@ -77,6 +77,7 @@ class OveroptimizationConfig:
     reward_run: str = setting(
         "", "folder of a finished run of train_reward.py: the shared base.pt, and one more "
             "reward.pt")
+    task: str = setting("", TASK_AGAIN)
     out: str = setting("runs/overoptimization", "folder of all runs, overoptimization.md, pictures")
     scale: str = setting(
         "full", "full: under 40 minutes on 2 cores; quick: under 3 minutes; tiny: seconds, only "
@@ -162,8 +163,9 @@ def policy_jobs(reward_runs: dict[str, str], config: OveroptimizationConfig,
     jobs = {}
     for name, kl_coef in runs:
         settings = PolicyConfig(
-            reward_run=reward_runs[name], algorithm="ppo", iterations=scale.iterations,
-            batch_size=scale.batch_size, minibatch_size=scale.batch_size // 2, lr=LR,
+            reward_run=reward_runs[name], task=config.task, algorithm="ppo",
+            iterations=scale.iterations, batch_size=scale.batch_size,
+            minibatch_size=scale.batch_size // 2, lr=LR,
             lr_decay=False, kl_coef=kl_coef, max_kl=1e9, eval_every=scale.iterations,
             eval_prompts=16, test_prompts=16, best_of_n=0, seed=config.seed,
             out=str(Path(config.out) / f"ppo-{name}-kl-{kl_coef:g}"))
@@ -226,7 +228,7 @@ def main(config: OveroptimizationConfig) -> str:
     inputs = file_hashes(Path(config.reward_run) / name for name in ("base.pt", "reward.pt"))
     about = dict(scale=scale._asdict(), seed=config.seed, inputs=list(inputs.values()))
     rows = Rows(out / "rows.jsonl", about)
-    settings = PolicyConfig(reward_run=config.reward_run, seed=config.seed)
+    settings = PolicyConfig(reward_run=config.reward_run, task=config.task, seed=config.seed)
     task = load_task(settings, None, torch.device("cpu"))
 
     rewards = reward_jobs(config)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import train_policy
 import train_reward
-from minirlhf.config import DEVICES, PolicyConfig, RewardConfig
+from minirlhf.config import DEVICES, TASK_AGAIN, PolicyConfig, RewardConfig
 from minirlhf.data.batches import encode_preferences
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.prompts import encode_prompts, unique_prompts
@@ -50,6 +50,7 @@ class RoundConfig:
     """A second round of labels by the task's annotator, reward model and policy, with a control."""
 
     run: str = setting("", "folder of the first round's policy")
+    task: str = setting("", TASK_AGAIN)
     out: str = setting("runs/second-round", "folder of all results")
     labels: int = setting(
         4000, "new labels in each arm; a person gives a few hundred in an hour", 1)
@@ -72,7 +73,7 @@ def main(config: RoundConfig) -> dict:
     if config.quick:
         config = dataclasses.replace(config, labels=min(config.labels, 40),
                                      test_pairs=min(config.test_pairs, 40))
-    first = load_trained(config.run, pick_device(config.device))
+    first = load_trained(config.run, pick_device(config.device), config.task)
     if not hasattr(first.ground_truth, "preference_probability"):
         raise UserError(f"{config.run}: its task has no annotator (preference_probability); "
                         "label by hand: python -m minirlhf.tools.label")
@@ -172,7 +173,7 @@ def second_reward(first: Trained, data: tuple[str, ...], out: Path,
     earlier = Path(first.config.reward_run) / "reward.pt"
     files = first_data(first) | dict(data=data)
     return dataclasses.replace(first.reward_config, **files, init="", init_reward=str(earlier),
-                               task=first.ground_truth.__name__, out=str(out),
+                               task=config.task or first.ground_truth.__name__, out=str(out),
                                epochs=config.epochs, lr=config.lr, device=config.device)
 
 
@@ -181,7 +182,8 @@ def second_policy(first: Trained, reward_run: Path, out: Path,
     """The first round's settings, with the new reward model and the same prompts."""
     prompts = first.config.prompts or first_data(first)["data"][0]
     policy = dataclasses.replace(first.config, reward_run=str(reward_run), prompts=prompts,
-                                 out=str(out), device=config.device, resume=False)
+                                 task=config.task, reward="", out=str(out), device=config.device,
+                                 resume=False)
     if config.quick:
         policy = dataclasses.replace(policy, iterations=2, eval_prompts=16, test_prompts=16,
                                      best_of_n=0)

@@ -45,6 +45,7 @@ from minirlhf.rl.algorithms import ALGORITHMS
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
 from minirlhf.run.files import write_atomically
+from minirlhf.run.folder import is_users_module
 from minirlhf.run.terminal import echo
 
 OWN_FIELDS = ("algorithm", "out", "resume", "reward_run", "seed")  # the sweep sets these
@@ -205,8 +206,9 @@ def jobs_of(config: SweepConfig, chosen: Setting, seed: int) -> tuple[Job, Job]:
     reward_out = str(folder / folder_name("reward", chosen.reward, seed))
     policy_out = str(folder / folder_name(chosen.algorithm, chosen.policy | chosen.reward, seed))
     reward = dataclasses.replace(reward, **chosen.reward, seed=seed, out=reward_out)
+    users_task = reward.task if is_users_module(reward.task) else ""
     policy = dataclasses.replace(policy, **chosen.policy, algorithm=chosen.algorithm, seed=seed,
-                                 reward_run=reward_out, out=policy_out)
+                                 task=users_task, reward_run=reward_out, out=policy_out)
     script = config.script
     if script != "train_policy.py":
         script = str(Path(script).resolve())

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.config import PolicyConfig
+from minirlhf.config import TASK_AGAIN, PolicyConfig
 from minirlhf.data.prompts import prompts_of_step
 from minirlhf.data.splits import file_hashes
 from minirlhf.data.tokenizer import decode, fingerprint
@@ -52,6 +52,7 @@ class VarianceConfig:
     """Norm, bias, variance and signal-to-noise ratio of each algorithm's gradient."""
 
     reward_run: str = setting("", "folder of a finished run of train_reward.py")
+    task: str = setting("", TASK_AGAIN)
     policy_run: str = setting(
         "", "folder of a half-trained policy (train_policy.py --iterations 20); empty: the base "
             "model only")
@@ -91,7 +92,7 @@ class VarianceConfig:
                                 "name the reward run that it was trained from")
 
     def policy_config(self) -> PolicyConfig:
-        return PolicyConfig(reward_run=self.reward_run, batch_size=self.batch_size,
+        return PolicyConfig(reward_run=self.reward_run, task=self.task, batch_size=self.batch_size,
                             group_size=self.group_size, kl_coef=self.kl_coef, lam=self.lam,
                             vf_coef=0.0, ent_coef=0.0, whiten="off", seed=self.seed)
 

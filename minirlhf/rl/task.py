@@ -1,5 +1,6 @@
 """Everything a policy run is given: prompts, reward, base model, and the ground truth if known."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from minirlhf.model.loading import load_model
 from minirlhf.rl.reward import Reward
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
-from minirlhf.run.folder import read_config
+from minirlhf.run.folder import read_config, trusted_module
 from minirlhf.run.terminal import echo
 
 import tiktoken
@@ -52,7 +53,8 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
     folder = Path(config.reward_run)
     reward_config = read_config(RewardConfig, folder / "config.json")
     encoding = load_tokenizer(reward_config.tokenizer)
-    ground_truth = load_ground_truth(reward_config)
+    name = trusted_module(reward_config.task, config.task, "--task", folder / "config.json")
+    ground_truth = load_ground_truth(dataclasses.replace(reward_config, task=name))
     splits = load_splits(reward_config)
     base, _ = load_model(folder / "base.pt", "base", fingerprint(encoding))
     response_length = config.max_response_length or reward_config.max_response_length

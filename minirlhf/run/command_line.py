@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minirlhf.run.errors import KINDS, UserError, suggest
-from minirlhf.run.folder import read_config, with_tuples
+from minirlhf.run.folder import MODULES, read_config, trusted_module, with_tuples
 from minirlhf.run.parallel import (
     claim_error_report,
     exit_process,
@@ -147,8 +147,10 @@ def configure(config_class, arguments: list[str]):
     if given.get("resume"):
         if not given.get("out"):
             raise UserError("--resume needs --out: the folder of the run to resume")
-        stored = read_config(config_class, Path(given["out"]) / "config.json")
-        settings = dataclasses.asdict(stored)
+        path = Path(given["out"]) / "config.json"
+        settings = dataclasses.asdict(read_config(config_class, path))
+        for name in settings.keys() & MODULES:
+            trusted_module(settings[name], given.get(name, ""), flag(name), path)
     return config_class(**{**settings, **given})
 
 

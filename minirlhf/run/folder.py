@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -15,6 +16,7 @@ from minirlhf.run.parallel import broadcast, is_main
 from minirlhf.run.terminal import echo, printable
 
 MAX_CONFIG = 2**20  # bytes of a config.json; one has about 3,000
+MODULES = ("task", "reward")  # settings that may name a module
 SCHEDULE = ("iterations", "epochs")  # a resumed run may be extended
 # These settings do not affect results.
 NO_EFFECT = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl",
@@ -130,6 +132,35 @@ def read_config(config_class, path: Path):
     if not intact:
         raise UserError(f"{path}: was changed or damaged since the run started; start a new run")
     return config
+
+
+def is_users_module(name: str) -> bool:
+    """Whether --task or --reward names code that is not part of this project.
+
+    >>> [is_users_module(name) for name in ("auto", "minirlhf.data.helpdesk", "mine", "mine.py:f")]
+    [False, False, True, True]
+    """
+    is_own = name.startswith("minirlhf.") and ".py" not in name
+    return name not in ("", "auto", "none") and not is_own
+
+
+def trusted_module(stored: str, given: str, flag: str, path: Path) -> str:
+    """The module to import: the one on the command line, otherwise the one in a config.json.
+
+    stored, path: the name in that file, and the file.  given: the value of the flag, or "".
+    Raises UserError if only the file names a user's module: it may come from another person, and
+    importing a module runs its code.
+    """
+    if not given and is_users_module(stored):
+        raise UserError(f"{path}: names the module {stored}, which is not part of minirlhf; "
+                        f"if you trust its code, add {shlex.join([flag, stored])}")
+    return given or stored
+
+
+def module_flags(config) -> list[str]:
+    """The flags that name a user's modules. A later command has to repeat them."""
+    names = {f"--{field}": getattr(config, field, "") for field in MODULES}
+    return [word for item in names.items() if is_users_module(item[1]) for word in item]
 
 
 def sealed(settings: dict, facts: dict) -> dict:

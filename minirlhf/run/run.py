@@ -9,7 +9,7 @@ from typing import IO
 from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import write_atomically
-from minirlhf.run.folder import open_folder
+from minirlhf.run.folder import module_flags, open_folder
 from minirlhf.run.metrics import Metrics
 from minirlhf.run.parallel import process_rank
 from minirlhf.run.signals import StopSignal
@@ -60,7 +60,8 @@ class Run:
         opened = open_folder(self.config, name, facts)
         self.lock = opened.lock
         self.id = opened.id
-        self.folder = self.stop.folder = opened.path
+        self.folder = opened.path
+        self.stop.flags = ["--out", str(self.folder), "--resume", *module_flags(self.config)]
         self.stages = stages
         self.checkpoints: dict[str, tuple[dict, dict]] = {}
         for stage, total in stages.items():

@@ -7,7 +7,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from minirlhf.run.command_line import fail
@@ -36,7 +35,7 @@ class StopSignal:
         self.number = 0  # the signal that this process received
         self.agreed = 0  # the signal that all processes know of
         self.in_steps = False
-        self.folder: Path | None = None  # the run folder, once there is one
+        self.flags: list[str] = []  # that resume the run, once there is a folder
         # A user's own script may define the algorithm, so it must be the one that resumes.
         is_script = sys.argv[0].endswith(".py") and sys.modules["__main__"].__spec__ is None
         self.script = shlex.quote(sys.argv[0]) if is_script else script
@@ -84,9 +83,8 @@ class StopSignal:
         if process_count() > 1:
             launcher = f"torchrun --standalone --nproc-per-node {process_count()}"
         message = "stopped; nothing was started"
-        if self.folder:
-            folder = shlex.quote(str(self.folder))
-            message = f"stopped; resume with: {launcher} {self.script} --out {folder} --resume"
+        if self.flags:
+            message = f"stopped; resume with: {launcher} {self.script} {shlex.join(self.flags)}"
         exit_process(fail(message, 128 + (self.agreed or self.number)))
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 
-from minirlhf.config import DEVICES
+from minirlhf.config import DEVICES, TASK_AGAIN
 from minirlhf.data.chat_templates import DIALOGUE, read_chat_template
 from minirlhf.data.preference_files import render_prompt
 from minirlhf.data.prompts import encode_prompt, without_marks
@@ -24,6 +24,7 @@ from minirlhf.run.command_line import check_ranges, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
+from minirlhf.run.folder import trusted_module
 from minirlhf.run.metrics import rounded
 from minirlhf.run.seeding import row_uniforms
 from minirlhf.run.terminal import echo
@@ -46,6 +47,8 @@ class ChatConfig:
     """Write to a trained policy. Shows its response and its base model's, with their scores."""
 
     run: str = setting("", "folder of a finished policy run")
+    task: str = setting("", TASK_AGAIN)
+    reward: str = setting("", "the policy run's --reward, if it has one")
     prompt: str = setting(
         "", "answer this prompt and stop; empty: read prompts from the terminal, or one per line "
             "from a pipe")
@@ -63,8 +66,8 @@ class ChatConfig:
 def main(config: ChatConfig) -> list[dict]:
     """Answer all prompts; returns what --json prints. Raises UserError."""
     check_ranges(config)
-    trained = load_trained(config.run, pick_device(config.device))
-    reward = training_reward(trained)
+    trained = load_trained(config.run, pick_device(config.device), config.task)
+    reward = training_reward(trained, config)
     template = pick_template(trained) if config.template == "auto" else config.template
     interactive = is_interactive() and not config.prompt and not config.json
     if interactive:
@@ -89,10 +92,11 @@ def main(config: ChatConfig) -> list[dict]:
     return answers
 
 
-def training_reward(trained: Trained) -> Reward:
+def training_reward(trained: Trained, config: ChatConfig) -> Reward:
     """The reward that the policy was trained with: its --reward function, or the reward model."""
-    name = trained.config.reward
-    source = load_function(name, "the run's --reward") if name else trained.reward_model
+    name = trusted_module(trained.config.reward, config.reward, "--reward",
+                          trained.folder / "config.json")
+    source = load_function(name, "--reward") if name else trained.reward_model
     return Reward(name or "reward model", source, trained.config.missing_eos_penalty)
 
 

@@ -85,7 +85,7 @@ def main(config: LabelConfig) -> dict:
     if not function and not is_interactive():
         raise UserError("labeling needs a terminal; start this program in one "
                         "(over ssh: ssh -t), or let a program answer with --judge")
-    trained = load_trained(config.run, pick_device(config.device))
+    trained = load_trained(config.run, pick_device(config.device), task="none")
     path = Path(config.out) if config.out else trained.folder / "labels.jsonl"
     labels = LabelFile(path, identity(trained), config.run)
     if labels.repaired:

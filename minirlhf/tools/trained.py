@@ -1,5 +1,6 @@
 """A finished policy run, loaded for use: its policy, base model, reward model and ground truth."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from minirlhf.model.loading import load_model
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
-from minirlhf.run.folder import read_config
+from minirlhf.run.folder import read_config, trusted_module
 
 import tiktoken
 import torch
@@ -46,8 +47,11 @@ class Trained(NamedTuple):
         return SamplingSettings(self.encoding, length, temperature or self.config.temperature, seed)
 
 
-def load_trained(run: str, device: torch.device) -> Trained:
-    """Load everything except the data. Raises UserError that names the file and the fix."""
+def load_trained(run: str, device: torch.device, task: str) -> Trained:
+    """Load everything except the data. Raises UserError that names the file and the fix.
+
+    task: the program's --task; "none": without the ground truth.
+    """
     if not run:
         raise UserError("--run is missing: name the folder of a finished policy run, "
                         "as train_policy.py printed it")
@@ -58,6 +62,7 @@ def load_trained(run: str, device: torch.device) -> Trained:
         raise UserError(f"{folder / 'config.json'}: its reward run {reward_run} does not exist "
                         "here; start this program in the folder where the policy was trained")
     reward_config = read_config(RewardConfig, reward_run / "config.json")
+    name = trusted_module(reward_config.task, task, "--task", reward_run / "config.json")
     encoding = load_tokenizer(reward_config.tokenizer)
     files = (("base", reward_run / "base.pt"), ("reward", reward_run / "reward.pt"),
              ("policy", folder / "policy.pt"))
@@ -65,7 +70,7 @@ def load_trained(run: str, device: torch.device) -> Trained:
     for kind, path in files:
         model, _ = load_model(path, kind, fingerprint(encoding))
         models.append(model.to(device).requires_grad_(False))
-    ground_truth = load_ground_truth(reward_config)
+    ground_truth = load_ground_truth(dataclasses.replace(reward_config, task=name))
     return Trained(folder, config, reward_config, encoding, ground_truth, *models, device)
 
 

@@ -1,0 +1,130 @@
+"""Code that only a file names is not run: a run folder may come from another person."""
+
+import doctest
+import json
+import sys
+from pathlib import Path
+
+import train_policy
+import train_reward
+from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.lab import second_round
+from minirlhf.run import folder
+from minirlhf.run.folder import is_users_module, sealed
+from minirlhf.tools import chat, label, report
+
+import pytest
+import tiny
+from tiny import as_flags, policy_config, refused, reward_config, rows
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+from tiny import *
+"""
+
+
+@pytest.fixture
+def strangers_runs(reward_run, policy_run, tmp_path, monkeypatch):
+    """Copies of a reward and a policy run whose settings name the module "evil"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (tmp_path / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "mark")))
+    for name, source in (("reward", reward_run), ("policy", policy_run)):
+        content = json.loads((source / "config.json").read_text())
+        changes = dict(task="evil", out=name)
+        if name == "policy":
+            changes |= dict(reward_run="reward", reward="evil:letters_right")
+        content = sealed(content["settings"] | changes, content["facts"])
+        for file in source.glob("*.*"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    yield tmp_path
+    sys.modules.pop("evil", None)
+
+
+CHAT = ["--run", "policy", "--prompt", "b 3:", "--device", "cpu"]
+ROUND = ["--run", "policy", "--out", "round"]
+NEW = as_flags(policy_config(Path("reward"), "new", task=""))
+
+
+@pytest.mark.parametrize(
+    "main, config_class, flags, file, advice",
+    [
+        (train_reward.main, RewardConfig, ["--out", "reward", "--resume"], "reward", "--task evil"),
+        (train_policy.main, PolicyConfig, ["--out", "policy", "--resume"], "policy", "--"),
+        (train_policy.main, PolicyConfig, NEW, "reward", "--task evil"),
+        (chat.main, chat.ChatConfig, CHAT, "reward", "--task evil"),
+        (
+            chat.main,
+            chat.ChatConfig,
+            [*CHAT, "--task", "none"],
+            "policy",
+            "--reward evil:letters_right",
+        ),
+        (second_round.main, second_round.RoundConfig, ROUND, "reward", "--task evil"),
+    ],
+    ids=["resume-reward", "resume-policy", "policy", "chat", "chat-reward", "second-round"],
+)
+def test_a_module_that_only_a_file_names_is_not_imported(
+    main, config_class, flags, file, advice, strangers_runs, capsys
+):
+    line = refused(capsys, main, config_class, flags)
+    assert line.startswith(f"error: {file}/config.json: names the module evil")
+    assert f"if you trust its code, add {advice}" in line
+    assert not (strangers_runs / "mark").exists()
+
+
+def test_the_report_and_labels_import_nothing(strangers_runs, capsys):
+    report.main(["reward"])
+    report.main(["policy"])
+    flags = ["--run", "policy", "--judge", "tiny:preference_probability", "--count", "1"]
+    assert tiny.ending(label.main, label.LabelConfig, flags) == 0
+    assert not (strangers_runs / "mark").exists()
+
+
+def test_the_command_line_may_name_the_module_or_do_without_it(strangers_runs):
+    policy = policy_config(Path("reward"), "without", task="none")
+    train_policy.main(policy)
+    assert not (strangers_runs / "mark").exists()
+    assert "gold" not in rows(strangers_runs / "without" / "policy_metrics.jsonl")[-1]
+    flags = [*CHAT, "--task", "evil", "--reward", "evil:letters_right"]
+    assert tiny.ending(chat.main, chat.ChatConfig, flags) == 0
+    assert (strangers_runs / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "name, is_theirs",
+    [
+        ("minirlhf.data.helpdesk", False),
+        ("minirlhf.data.helpdesk:gold", False),
+        ("minirlhf", True),
+        ("minirlhfx.task", True),
+        ("minirlhf.task.py", True),  # a file in the working directory
+        ("minirlhf.x/../../task.py:f", True),
+        ("./minirlhf.py", True),
+    ],
+)
+def test_only_modules_of_the_package_are_trusted(name, is_theirs):
+    assert is_users_module(name) == is_theirs
+
+
+def test_examples_are_true():
+    assert doctest.testmod(folder).failed == 0
+
+
+def test_the_next_command_names_the_module_and_is_quoted(inputs, tmp_path, capsys):
+    train_reward.main(reward_config(inputs, tmp_path / "my run"))
+    expected = f"python train_policy.py --reward-run '{tmp_path}/my run' --task tiny\n"
+    assert capsys.readouterr().out.endswith(f"next: {expected}")
+
+
+def test_the_modules_belong_to_the_settings_of_a_run(reward_run, tmp_path, capsys):
+    """A run must not get another task when it is resumed."""
+    out = str(tmp_path / "run")
+    train_policy.main(policy_config(reward_run, out))
+    flags = ["--out", out, "--resume", "--task", "test_trust"]
+    assert "--resume with task = 'test_trust'" in refused(
+        capsys, train_policy.main, PolicyConfig, flags
+    )
