@@ -92,9 +92,10 @@ def main(config: RewardConfig) -> dict:
             save_model(run.folder / "base.pt", "base", base, facts)
         echo(f"saved {run.folder / 'base.pt'}")
 
+        flags = shlex.join(["--reward-run", str(run.folder), *module_flags(config)])
         if not config.epochs:
             echo("no reward model, because of --epochs 0; next: python train_policy.py "
-                 f"--algorithm dpo --reward-run {run.folder}")
+                 f"--algorithm dpo {flags}")
             return {}
 
         # 2. The reward model starts from the base model, or from an earlier reward model.
@@ -119,8 +120,7 @@ def main(config: RewardConfig) -> dict:
             metrics["probes"] = probe(reward_model, splits, encoding, ground_truth, config)
         run.metrics.write(dict(stage="test", step=1) | metrics)
         echo(format_metrics(metrics))
-        flags = ["--reward-run", str(run.folder), *module_flags(config)]
-        echo(f"saved {path}; next: python train_policy.py {shlex.join(flags)}")
+        echo(f"saved {path}; next: python train_policy.py {flags}")
         return metrics
 
 

@@ -374,7 +374,7 @@ def test_a_reward_run_of_0_epochs_suffices(task, base_only, inputs, tmp_path, ca
         train_reward.main(reward_config(inputs, reward, epochs=0, task="none"))
     assert not (reward / "reward.pt").exists()
     capsys.readouterr()
-    result = train_policy.main(dpo_config(reward, tmp_path / "run", best_of_n=2))
+    result = train_policy.main(dpo_config(reward, tmp_path / "run", task=task, best_of_n=2))
     row = rows(tmp_path / "run" / "policy_metrics.jsonl")[-1]
     assert not any("score" in key or "best_of" in key for key in {**row, **result})
     assert ("sampled_gold" in result) == ("sampled_win_rate" in result) == (task == "tiny")
@@ -392,7 +392,7 @@ def test_a_reward_model_can_be_added_later(base_only, reward_run, inputs, tmp_pa
     """--resume --epochs 3 continues such a run."""
     folder = tmp_path / "reward"
     train_reward.main(reward_config(inputs, folder, **SAME_BASE, epochs=0))
-    arguments = ["--out", str(folder), "--resume", "--epochs", "3"]
+    arguments = ["--out", str(folder), "--resume", *tiny.MODULES, "--epochs", "3"]
     assert tiny.ending(train_reward.main, RewardConfig, arguments) == 0
     tiny.assert_same_weights(folder / "reward.pt", reward_run / "reward.pt", "reward")
 
