@@ -18,7 +18,7 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.splits import HELPDESK_FILES
 from minirlhf.run.command_line import flag, run_script
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import write_atomically
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import NO_EFFECT, read_config
 from minirlhf.run.metrics import rounded
 from minirlhf.run.signals import install_handler, restore_handlers
@@ -190,7 +190,7 @@ def need_files(folder: Path, names: Sequence[str], command: str) -> None:
 def read_rows(path: Path) -> list[dict]:
     """The complete rows of a jsonl file. Half a row, left by a crash, is skipped."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_file(path).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows

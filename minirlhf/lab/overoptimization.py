@@ -37,7 +37,7 @@ from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import Task, load_task
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import write_atomically
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import read_config
 from minirlhf.run.terminal import Progress, echo
 from train_reward import normalize_scores
@@ -138,7 +138,7 @@ def reward_run_for_ppo(name: str, job: Job, task: Task, config: Overoptimization
     if not (folder / "reward.pt").exists():
         folder.mkdir(exist_ok=True)
         for file in ("base.pt", "config.json"):
-            write_atomically(folder / file, (Path(config.reward_run) / file).read_bytes())
+            write_atomically(folder / file, read_file(Path(config.reward_run) / file))
         reward_model, _ = load_model(job.folder / "reward.pt", "reward", tokenizer)
         reward_model.score_shift.zero_()
         reward_model.score_scale.fill_(1.0)

@@ -31,7 +31,7 @@ from minirlhf.model.loading import load_model
 from minirlhf.run.command_line import check_ranges, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import write_atomically
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.metrics import rounded
 from minirlhf.run.seeding import derive_seed
 from minirlhf.run.terminal import echo
@@ -222,7 +222,7 @@ def evaluate(reward_run: Path, policy_run: Path, first: Trained, splits: Splits,
         shares = evaluate_probes(model, prompts, first.encoding, first.ground_truth,
                                  response_length)
         probes = {name: share for name, (share, _) in shares.items()}
-    result = json.loads((policy_run / "result.json").read_text(encoding="utf-8"))
+    result = json.loads(read_file(policy_run / "result.json"))
     policy = {key: result[key] for key in POLICY_METRICS if key in result}
     files = file_hashes([reward_run / "reward.pt", policy_run / "policy.pt"])
     return dict(reward=rounded(reward), probes=rounded(probes), policy=policy, files=files)

@@ -44,7 +44,7 @@ from minirlhf.lab.common import (
 from minirlhf.rl.algorithms import ALGORITHMS
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
-from minirlhf.run.files import write_atomically
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import is_users_module
 from minirlhf.run.terminal import echo
 
@@ -235,7 +235,7 @@ def describe_run(job: Job, chosen: Setting) -> dict:
                        if key.startswith("eval_")}
             curve.append(dict(samples=samples, seconds=seconds) | metrics)
     heldout = {f"heldout_{key}": value for key, value in curve[-1].items()}
-    final = json.loads(path.read_text(encoding="utf-8"))
+    final = json.loads(read_file(path))
     command = shlex.join(["python", Path(job.script).name, *flags_of(job.config)])
     return dict(algorithm=chosen.algorithm, settings=chosen.policy | chosen.reward,
                 seed=job.config.seed, command=command, curve=curve,

@@ -37,7 +37,7 @@ from minirlhf.rl.sampling import Samples, gold_utility, sample_responses
 from minirlhf.rl.task import Task, load_task
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import write_atomically
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.seeding import derive_seed
 from minirlhf.run.terminal import Progress, echo
@@ -85,7 +85,7 @@ class VarianceConfig:
             need_files(policy_folder, ("config.json", "policy.pt"),
                        f"python train_policy.py --reward-run {folder} --iterations 20 "
                        f"--out {policy_folder}")
-            text = (policy_folder / "config.json").read_text(encoding="utf-8")
+            text = read_file(policy_folder / "config.json")
             base_hash = file_hashes([folder / "base.pt"])[str(folder / "base.pt")]
             if base_hash not in json.loads(text)["facts"]["data"].values():
                 raise UserError(f"{policy_folder}: was not trained from {folder / 'base.pt'}; "
