@@ -52,7 +52,7 @@ class RewardConfig(RunConfig):
         "auto", "helpdesk (shipped), a .tiktoken file, a model's folder, or a tiktoken encoding's "
                 "name (gpt2); auto: that of --init, or helpdesk")
     init: str = setting(
-        "", "start from a base.pt, or the folder of a pretrained model (GPT-2, Llama, SmolLM2, "
+        "", "start from a base.pt, or the folder of a pretrained model (GPT-2, Llama 3, SmolLM2, "
             "Qwen 2.5 or 3), without supervised fine-tuning")
     sft_init: bool = setting(
         False, "fine-tune the model of --init too: GPT-2 has not learned to end a response")

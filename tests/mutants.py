@@ -351,7 +351,7 @@ MUTANTS = [
         "minirlhf/run/device.py",
         'name.endswith("_head")',
         'name in ("reward_head", "value_head")',
-        "distributed::several_processes_train_the_reward_model_of_one[2-mixed_reward]",
+        "model::heads_that_the_loss_does_not_use_are_frozen",
     ),
     Mutant(
         'function-with-gradients',

@@ -2,7 +2,7 @@
 
 import math
 
-from minirlhf.config import PolicyConfig
+from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import PreferenceGroup, collate_preferences, pad_left, pad_right
 from minirlhf.model.cache import KVCache
 from minirlhf.model.generate import generate
@@ -17,7 +17,7 @@ from minirlhf.model.transformer import (
 from minirlhf.rl.losses import preference_loss
 from minirlhf.rl.rollout import action_states, evaluate_actions, measure, sequence_kl
 from minirlhf.rl.sampling import Samples
-from minirlhf.run.device import pick_device
+from minirlhf.run.device import pick_device, prepare_training
 from minirlhf.run.errors import UserError
 
 import pytest
@@ -442,6 +442,15 @@ def test_the_first_preference_loss_is_exactly_ln_2(centering):
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
     loss = preference_loss(chosen, rejected, batch.margin, centering, batch.weight)
     assert loss.item() == torch.tensor(2.0).log().item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_heads_that_the_loss_does_not_use_are_frozen(form):
+    """Several processes wait for the gradient of every weight that is not frozen."""
+    model = random_model().requires_grad_(True)
+    prepare_training(model, RewardConfig(), torch.device("cpu"), ["reward_head"])
+    names = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    untied = [] if model.config.tied else ["lm_head.weight"]
+    assert sorted(names) == [*untied, "value_head.bias", "value_head.weight"]
 
 
 def test_one_row_of_one_token_works_everywhere():

@@ -404,7 +404,7 @@ def test_the_dialogue_preset_runs_with_a_smaller_model(inputs, tmp_path):
         (dict(tokenizer="auto"), "contains no tokenizer.json and no tokenizer.model"),
         (dict(n_layer=3), "--n-layer 3: the sizes are those of --init; leave it out"),
         (dict(d_model=64), "--d-model 64: the sizes are those of --init"),
-        (dict(init="nowhere"), "nowhere: No such file or directory"),
+        (dict(init="nowhere"), "--init nowhere: no such file or folder; download a model first"),
         (dict(init="nowhere/model.safetensors"), "nowhere: contains neither model.safetensors nor"),
         (dict(init="pairs.jsonl"), "pairs.jsonl: incomplete, or not a checkpoint of this program"),
         (dict(init="."), "contains neither model.safetensors nor model.safetensors.index.json"),

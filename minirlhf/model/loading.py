@@ -68,6 +68,9 @@ def start_files(config: RewardConfig) -> list[Path]:
     if folder := pretrained_folder(config):
         return [folder / "config.json", *weight_files(folder)]
     path = Path(config.init)
+    if not path.exists():
+        raise UserError(f"--init {path}: no such file or folder; download a model first, as in "
+                        "minirlhf/model/README.md")
     return [path / "base.pt" if path.is_dir() else path] if config.init else []
 
 
