@@ -25,6 +25,7 @@ from minirlhf.rl.algorithms import (
     explained_variance,
     minibatch_loss,
     pick_algorithm,
+    responses_per_prompt,
 )
 from minirlhf.rl.dpo import train_dpo
 from minirlhf.rl.losses import kl_k1, masked_mean
@@ -133,8 +134,8 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
 def next_prompts(prompts: Prompts, algorithm: Algorithm, config: PolicyConfig,
                  step: int) -> Prompts:
-    """The prompts of one iteration; grouped algorithms get each prompt group_size times."""
-    copies = config.group_size if algorithm.grouped else 1
+    """The prompts of one iteration; grouped algorithms get each prompt several times."""
+    copies = responses_per_prompt(algorithm, config)
     return prompts_of_step(prompts, config.batch_size // copies, copies, config.seed, step)
 
 

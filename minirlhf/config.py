@@ -147,12 +147,13 @@ class PolicyConfig(RunConfig):
     task: str = setting("", TASK_AGAIN)
     prompts: str = setting("", "file of prompts; empty: the prompts of the reward run's data")
     algorithm: str = setting(
-        "ppo", "reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, dpo, or your own")
+        "ppo", "reinforce, reward-to-go, baseline, gae, ppo, rloo, grpo, online-dpo, dpo, or your "
+               "own")
     data: tuple[str, ...] = setting(
         (), "preference files that dpo learns from; empty: the reward run's")
     dpo_beta: float = setting(
-        0.5, "price of a nat of KL in units of utility (dpo); smaller ones left the base model's "
-             "language", 1e-6)
+        0.5, "price of a nat of KL in units of utility (dpo, online-dpo); at 0.1 dpo left the "
+             "base model's language", 1e-6)
     reward: str = setting(
         "", "instead of the reward model: module:function or path/to/file.py:function, called with "
         "(prompts, responses); it returns the scores")

@@ -1,4 +1,4 @@
-"""RLHF in one file: supervised fine-tuning, a reward model and seven policy-gradient algorithms.
+"""RLHF in one file: supervised fine-tuning, a reward model and policy-gradient algorithms.
 
 Run `python -m minirlhf.plain` (about a minute on two CPU cores; --algorithm NAME, --seed N).
 It contains the main algorithms of the project, without evaluation, checkpoints and optimizations:
@@ -30,7 +30,6 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -38,7 +37,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 # Settings of the policy training
 ITERATIONS = 20
 BATCH_SIZE = 64  # responses per iteration
-GROUP_SIZE = 4  # responses to each prompt (rloo, grpo)
+GROUP_SIZE = 4  # responses to each prompt (rloo, grpo, online-dpo)
 EPOCHS = 2  # passes over each rollout (ppo, grpo)
 MINIBATCH_SIZE = 32  # responses per optimizer step (ppo, grpo)
 LEARNING_RATE = 7e-4  # of the first iteration; falls linearly to 0
@@ -47,6 +46,7 @@ MISSING_EOS_PENALTY = 1.0  # subtracted from the score of a response without EOS
 KL_COEF = 0.05  # penalty for each nat of KL from the reference model
 GAMMA = 1.0  # discount
 LAMBDA = 0.95  # of GAE
+DPO_BETA = 0.5  # penalty for each nat of KL, in units of utility (online-dpo)
 CLIP_RANGE = 0.2  # of the importance ratio, and of the change of a value
 VALUE_COEF = 0.1  # weight of the value loss
 
@@ -111,9 +111,8 @@ class Transformer(nn.Module):
         attends to it.
         """
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        length = ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        itself = torch.eye(length, dtype=torch.bool)
+        itself = torch.eye(ids.shape[1], dtype=torch.bool)
+        causal = torch.ones_like(itself).tril()
         visible = causal & (mask[:, None, :] | itself)
         x = self.wte(ids) + self.wpe(positions)
         for block in self.blocks:
@@ -331,6 +330,18 @@ def group_normalized(rollout: Rollout) -> Tensor:
     return (centered / (scores.std(1, keepdim=True) + 1e-4)).view(-1, 1) * rollout.mask
 
 
+def online_dpo(rollout: Rollout) -> Tensor:
+    """beta sigmoid(-beta d) for the better of two consecutive responses to a prompt, else minus it.
+
+    d is log(pi / pi_ref) of the better response minus that of the worse one. The policy gradient
+    with these weights is the gradient of -log sigmoid(beta d) (Guo et al. 2024).
+    """
+    better = (rollout.scores.view(-1, 2) - rollout.scores.view(-1, 2).flip(1)).sign()
+    log_ratio = (rollout.logprobs - rollout.ref_logprobs).sum(1).view(-1, 2)
+    d = better * (log_ratio - log_ratio.flip(1))
+    return (DPO_BETA * better * torch.sigmoid(-DPO_BETA * d)).view(-1, 1) * rollout.mask
+
+
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over the real tokens."""
     real = advantages[mask]
@@ -398,6 +409,7 @@ ALGORITHMS = {
     "rloo": Algorithm(leave_one_out, policy_gradient_loss, grouped=True),
     "grpo": Algorithm(group_normalized, grpo_loss, reuses_rollout=True, grouped=True,
                       kl_in_reward=False),
+    "online-dpo": Algorithm(online_dpo, policy_gradient_loss, grouped=True, kl_in_reward=False),
 }
 
 
@@ -439,9 +451,8 @@ def train_policy(policy: Transformer, reference: Transformer, reward_model: Tran
             logprobs, values = measure(policy, ids, ids_mask)
             ref_logprobs, _ = measure(reference, ids, ids_mask)
         mask = ids_mask[:, -MAX_RESPONSE_LENGTH:]
-        kl_coef = KL_COEF if algorithm.kl_in_reward else 0.0
         kl = logprobs - ref_logprobs
-        rewards = token_rewards(scores, kl, mask, kl_coef)
+        rewards = token_rewards(scores, kl, mask, KL_COEF if algorithm.kl_in_reward else 0.0)
         rollout = Rollout(ids, ids_mask, mask, logprobs, ref_logprobs, values, scores, rewards)
 
         # 3. Estimate the advantage of each action.
@@ -476,8 +487,8 @@ def pad(sequences: list[list[int]], pad_id: int, side: str) -> tuple[Tensor, Ten
 
     The sequences must not contain pad_id.
     """
-    tensors = [torch.tensor(sequence) for sequence in sequences]
-    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
     return ids, ids != pad_id
 
 
@@ -509,8 +520,7 @@ def draw(prompt_ids: Tensor, prompt_mask: Tensor, algorithm: Algorithm) -> tuple
     copies = GROUP_SIZE if algorithm.grouped else 1
     chosen = torch.randperm(len(prompt_ids))[: BATCH_SIZE // copies].repeat_interleave(copies)
     uniforms = torch.rand(BATCH_SIZE, MAX_RESPONSE_LENGTH)
-    epochs = EPOCHS if algorithm.reuses_rollout else 1
-    size = MINIBATCH_SIZE if algorithm.reuses_rollout else BATCH_SIZE
+    epochs, size = (EPOCHS, MINIBATCH_SIZE) if algorithm.reuses_rollout else (1, BATCH_SIZE)
     order = torch.cat([torch.randperm(BATCH_SIZE) for _ in range(epochs)])
     return prompt_ids[chosen], prompt_mask[chosen], uniforms, order.split(size)
 

@@ -1,11 +1,14 @@
 """Advantages: values by hand, independence of padding, and general properties."""
 
+import math
+
 from minirlhf.config import PolicyConfig
 from minirlhf.rl.advantages import (
     full_return,
     gae,
     group_normalized,
     leave_one_out,
+    preference_weights,
     reward_to_go,
     reward_to_go_minus_value,
     whiten,
@@ -192,6 +195,18 @@ def test_padding_affects_no_advantage(name, padding):
     """Values after the last token have no effect, not even NaN."""
     dirty = [torch.where(MASK, tensor, padding) for tensor in (REWARDS, VALUES)]
     assert torch.equal(FUNCTIONS[name](*dirty, MASK), FUNCTIONS[name](REWARDS, VALUES, MASK))
+
+
+def test_preference_weights_by_hand():
+    """d is 3 - 1 = 2 and then -1 - 1 = -2, for the better response minus the worse; then a tie."""
+    log_ratios = torch.tensor([[1, 2], [1, 9], [0.5, 0.5], [-1, 9], [1, 1], [2, 2]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+    scores = torch.tensor([0.3, -0.5, 1.0, 4.0, 2.0, 2.0])
+    weights = preference_weights(scores, log_ratios, mask, 0.5)
+    first = 0.5 / (1 + math.exp(1.0))
+    second = 0.5 / (1 + math.exp(-1.0))
+    expected = torch.tensor([first, -first, -second, second, 0.0, 0.0])[:, None] * mask
+    torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.parametrize("padding", [float("nan"), 1e6, float("inf")])

@@ -45,6 +45,7 @@ POLICIES = dict(
     mixed=dict(iterations=3, minibatch_size=6, micro_batch_size=2, kl_target=4.5),
     sharded_mixed=dict(iterations=3, minibatch_size=6, shard=True, kl_target=4.5),
     ranking=dict(algorithm="rloo", reward="side_by_side:rank_in_batch", kl_target=1.5),
+    online_dpo=dict(algorithm="online-dpo", micro_batch_size=3, kl_target=1.5),
     dpo=dict(algorithm="dpo", minibatch_size=4, micro_batch_size=1, iterations=3),
     sharded_dpo=dict(algorithm="dpo", minibatch_size=4, iterations=3, shard=True),
 )

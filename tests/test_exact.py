@@ -201,6 +201,28 @@ def test_grpo_equals_its_own_exact_value():
     assert relative_error(actual, gradient(expected, c.model)) < EXACT
 
 
+def test_online_dpo_has_the_gradient_of_the_dpo_loss_of_its_pairs():
+    """The exact mean of -log sigmoid(beta d) over all pairs, whose distribution is held constant.
+
+    Catches a swapped pair, a factor of 2 and a weight for ties.
+    """
+    c = case(3)
+    scores = c.scores.round(decimals=0)  # so that some pairs of different responses are ties
+    c = c._replace(scores=scores)
+    log_ratio = response_logprobs(c.policy, c.mdp) - response_logprobs(c.ref_policy, c.mdp).detach()
+    expected = torch.zeros(())
+    ties = 0
+    for i, j in all_pairs(c.mdp).tolist():
+        weight = c.probabilities[i] * c.probabilities[j] * len(c.mdp.prompts)
+        ties += i != j and bool(scores[i] == scores[j])
+        if scores[i] > scores[j]:  # (i, j) and (j, i) are both pairs
+            d = log_ratio[i] - log_ratio[j]
+            expected = expected - 2 * weight * F.logsigmoid(0.7 * d)
+    actual = 2 * c.mdp.limit * expected_gradient(c, settings("online-dpo", dpo_beta=0.7))
+    assert ties > 5
+    assert relative_error(actual, gradient(expected, c.model)) < EXACT
+
+
 @pytest.mark.parametrize("clip_range", [0.2, 0.05])
 def test_ppo_off_policy_equals_its_own_exact_value(clip_range):
     """Catches clipping on the wrong side or by the wrong advantage.

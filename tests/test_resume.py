@@ -161,7 +161,7 @@ def test_a_model_of_another_form_resumes_exactly(
     assert_same_policy_run(tmp_path / "run", tmp_path / "policy")
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "grpo", "dpo"])
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "grpo", "dpo", "online-dpo"])
 def test_other_algorithms_resume_exactly(algorithm, reward_run, tmp_path, monkeypatch):
     """Grouped prompts and algorithms without minibatches take other paths; dpo has another loop."""
     changes = dict(algorithm=algorithm, best_of_n=0)

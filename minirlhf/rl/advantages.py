@@ -72,6 +72,22 @@ def group_normalized(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
     return (centered / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask
 
 
+def preference_weights(scores: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Online DPO: beta sigmoid(-beta d) for the response with the higher score, and minus that for
+    the other one (Guo et al. 2024).
+
+    Rows 2i and 2i + 1 answer the same prompt. log_ratios [B, R]: log pi -
+    log pi_ref of each token, in nats. d: their sum over the better response minus that over the
+    worse one. The weights are minus the derivatives of -log sigmoid(beta d) with respect to the
+    log-probs, so the policy gradient with them is that of the DPO loss. A tie gives 0.
+    """
+    pairs = scores.view(-1, 2)
+    better = (pairs - pairs.flip(1)).sign()  # +1, -1, or 0 for both
+    sums = torch.where(mask, log_ratios, 0.0).sum(1).view(-1, 2)
+    d = better * (sums - sums.flip(1))  # the same number for both
+    return (better * beta * torch.sigmoid(-beta * d)).view(-1, 1) * mask
+
+
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over all tokens of the rollout.
 

@@ -14,11 +14,12 @@ from minirlhf.rl.advantages import (
     gae,
     group_normalized,
     leave_one_out,
+    preference_weights,
     reward_to_go,
     reward_to_go_minus_value,
     whiten,
 )
-from minirlhf.rl.losses import kl_k3, policy_gradient_loss, ppo_loss, value_loss
+from minirlhf.rl.losses import kl_k1, kl_k3, policy_gradient_loss, ppo_loss, value_loss
 from minirlhf.rl.rollout import Rollout, evaluate_actions
 from minirlhf.run.errors import UserError, suggest
 
@@ -35,6 +36,7 @@ class Algorithm(NamedTuple):
     reuses_rollout: bool = False  # several epochs of minibatches; otherwise one optimizer step
     whitens: bool = False  # whitens advantages, unless --whiten says otherwise
     grouped: bool = False  # several responses to each prompt, in consecutive rows
+    in_pairs: bool = False  # two of them, whatever --group-size
     kl_in_reward: bool = True  # otherwise the KL penalty is a term of the loss
 
 
@@ -63,6 +65,11 @@ def use_leave_one_out(rollout: Rollout, config: PolicyConfig) -> Tensor:
 
 def use_group_normalized(rollout: Rollout, config: PolicyConfig) -> Tensor:
     return group_normalized(rollout.scores, rollout.mask, config.group_size)
+
+
+def use_preference_weights(rollout: Rollout, config: PolicyConfig) -> Tensor:
+    log_ratios = kl_k1(rollout.logprobs, rollout.ref_logprobs)
+    return preference_weights(rollout.scores, log_ratios, rollout.mask, config.dpo_beta)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -95,6 +102,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": Algorithm(use_leave_one_out, on_policy, grouped=True),
     "grpo": Algorithm(use_group_normalized, clipped_with_kl, grouped=True, reuses_rollout=True,
                       kl_in_reward=False),
+    "online-dpo": Algorithm(use_preference_weights, on_policy, grouped=True, in_pairs=True,
+                            kl_in_reward=False),
 }
 
 
@@ -106,10 +115,18 @@ def pick_algorithm(config: PolicyConfig) -> Algorithm | None:
         known = suggest(config.algorithm, [*ALGORITHMS, "dpo"])
         raise UserError(f"--algorithm {config.algorithm!r} is not known{known}")
     algorithm = ALGORITHMS[config.algorithm]
-    if algorithm.grouped and config.batch_size % config.group_size:
+    size = responses_per_prompt(algorithm, config)
+    if config.batch_size % size:
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
-                        f"--group-size {config.group_size}")
+                        + ("2" if algorithm.in_pairs else f"--group-size {size}"))
     return algorithm
+
+
+def responses_per_prompt(algorithm: Algorithm, config: PolicyConfig) -> int:
+    """How many consecutive rows of a rollout answer the same prompt."""
+    if not algorithm.grouped:
+        return 1
+    return 2 if algorithm.in_pairs else config.group_size
 
 
 def estimate_advantages(algorithm: Algorithm, rollout: Rollout, config: PolicyConfig) -> Rollout:
