@@ -26,6 +26,7 @@ ADVANTAGES = "minirlhf/rl/advantages.py"
 ALGORITHMS = "minirlhf/rl/algorithms.py"
 LOSSES = "minirlhf/rl/losses.py"
 ROLLOUT = "minirlhf/rl/rollout.py"
+DPO = "minirlhf/rl/dpo.py"
 SCORE = "minirlhf/rl/reward.py"
 TRANSFORMER = "minirlhf/model/transformer.py"
 GENERATE = "minirlhf/model/generate.py"
@@ -294,6 +295,77 @@ MUTANTS = [
         '(weight * loss).sum() / weight.sum()',
         'loss.mean()',
         "plain::reward_model_training_is_equal_after_each_step",
+    ),
+    # Direct preference optimization.
+    Mutant(
+        'dpo-without-beta',
+        DPO,
+        'config.dpo_beta * (logprobs - ref_logprobs)',
+        '(logprobs - ref_logprobs)',
+        "dpo::loss_and_gradient_of_a_padded_batch_equal_the_formula",
+    ),
+    Mutant(
+        'dpo-without-reference',
+        DPO,
+        'config.dpo_beta * (logprobs - ref_logprobs)',
+        'config.dpo_beta * logprobs',
+        "dpo::the_optimum_of_the_penalized_objective_minimizes_the_loss",
+    ),
+    Mutant(
+        'dpo-with-the-prompt',
+        DPO,
+        'batch.attention_mask[:, 1:] & in_response.to(hidden.device)',
+        'batch.attention_mask[:, 1:]',
+        "dpo::response_logprobs_leave_out_the_prompt",
+    ),
+    Mutant(
+        'dpo-first-token-missing',
+        DPO,
+        '>= prompt_lengths[:, None]',
+        '> prompt_lengths[:, None]',
+        "dpo::response_logprobs_leave_out_the_prompt",
+    ),
+    Mutant(
+        'dpo-at-temperature-1',
+        DPO,
+        '                              temperature, vocab_size',
+        '                              1.0, vocab_size',
+        "dpo::response_logprobs_leave_out_the_prompt",
+    ),
+    Mutant(
+        'dpo-repeats-an-iteration',
+        DPO,
+        'batch_of(step)]',
+        'batch_of(step % steps)]',
+        "dpo::each_iteration_has_the_next_pairs",
+    ),
+    Mutant(
+        'dpo-micro-batches-count-equally',
+        "minirlhf/rl/preferences.py",
+        'share = batch.weight.sum() / total_weight',
+        'share = len(batch.weight) / total_weight',
+        "dpo::micro_batches_add_up[2]",
+    ),
+    Mutant(
+        'online-dpo-prefers-the-worse',
+        ADVANTAGES,
+        '(pairs - pairs.flip(1)).sign()',
+        '(pairs.flip(1) - pairs).sign()',
+        "advantages::preference_weights_by_hand",
+    ),
+    Mutant(
+        'online-dpo-gap-unsigned',
+        ADVANTAGES,
+        'd = better * (sums - sums.flip(1))',
+        'd = sums - sums.flip(1)',
+        "exact::online_dpo_has_the_gradient_of_the_dpo_loss_of_its_pairs",
+    ),
+    Mutant(
+        'explained-variance-of-targets',
+        POLICY,
+        'explained_variance(rollout.values, received, mask)',
+        'explained_variance(rollout.values, rollout.returns, mask)',
+        "rollout::a_useless_value_explains_nothing_although_it_predicts_its_own_targets",
     ),
     # Sampling and scoring.
     Mutant(

@@ -342,6 +342,21 @@ def test_the_learning_rate_rises_and_falls_over_all_steps(reward_run, tmp_path):
     assert logged == pytest.approx([0.75, 0.55, 0.35, 0.15])
 
 
+def test_each_iteration_has_the_next_pairs(reward_run, tmp_path, monkeypatch):
+    """14 prompts: after 8 steps of 4, 4, 4 and 2 prompts, each was there twice."""
+    seen = []
+    loss = dpo.dpo_loss
+
+    def recording_loss(policy, reference, groups, *rest):
+        seen.extend(groups)
+        return loss(policy, reference, groups, *rest)
+
+    monkeypatch.setattr(dpo, "dpo_loss", recording_loss)
+    train_policy.main(dpo_config(reward_run, tmp_path / "run"))
+    counts = [seen.count(group) for group in set(seen)]
+    assert counts == [2] * 14
+
+
 def test_other_pairs_can_be_named(reward_run, inputs, tmp_path):
     """Pairs with the labels exchanged give a loss below ln 2 on themselves alone."""
     records = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text().splitlines()]

@@ -109,6 +109,7 @@ COMMANDS = {
     "train_reward.py --seed 2": Run(EMBEDDED, REWARD_MADE.format("helpdesk", 2)),
     "python train_policy.py": Run(POLICY, POLICY_MADE.format("ppo", 0)),
     "python train_policy.py --algorithm reinforce": Run(POLICY, POLICY_MADE.format("reinforce", 0)),
+    "python train_policy.py --algorithm dpo": Run(POLICY, POLICY_MADE.format("dpo", 0)),
     "python train_policy.py --algorithm rloo": Run(POLICY, POLICY_MADE.format("rloo", 0)),
     "python train_policy.py --algorithm grpo --seed 2": Run(POLICY, POLICY_MADE.format("grpo", 2)),
     "python train_policy.py --kl-target 6": Run(POLICY, POLICY_MADE.format("ppo", 0)),
