@@ -89,9 +89,10 @@ class SweepConfig:
             raise UserError(f"--out {self.out}: is a file; name a folder")
         if not Path(self.script).is_file() and self.script != "train_policy.py":
             raise UserError(f"--script {self.script}: no such file")
+        known = [*ALGORITHMS, "dpo"]
         for name in self.algorithms.split(","):
-            if name not in ALGORITHMS and self.script == "train_policy.py":
-                raise UserError(f"--algorithms: {name!r} is not known{suggest(name, ALGORITHMS)}; "
+            if name not in known and self.script == "train_policy.py":
+                raise UserError(f"--algorithms: {name!r} is not known{suggest(name, known)}; "
                                 "an algorithm of your own needs --script")
 
 

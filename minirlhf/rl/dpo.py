@@ -51,8 +51,10 @@ def train_dpo(run: Run, policy: Transformer, learner, optimizer: torch.optim.Opt
             row["grad_norm"] = step_optimizer(policy, optimizer, row["lr"], config.max_grad_norm)
             rows.append(row)
         metrics = {key: sum(row[key] for row in rows) / steps for key in rows[0]}
+        run.timed("update")
         if run.due(config.eval_every):
             metrics |= evaluate()
+            run.timed("evaluate")
         run.log(metrics, f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.0%}")
         run.save(policy, optimizer, {})
 
