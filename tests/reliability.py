@@ -1,6 +1,8 @@
 """Reliability tests: kill processes, damage files, let writes fail, and compare the results.
 
-    python -m tests.reliability kill|corrupt|fault|tmpfs|fuzz|soak|cost|brief [--count N] [--seed N]
+    python -m tests.reliability NAME [--count N] [--seed N]
+
+NAME: kill, stop, corrupt, fault, tmpfs, fuzz, soak, cost, or brief for a few cases of most.
 
 The processes are forks of this one. They need not import torch again, so a start takes
 milliseconds. All random choices are functions of the seed and the number of the case.
@@ -16,8 +18,10 @@ import io
 import itertools
 import json
 import os
+import pty
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -43,8 +47,12 @@ import tiny  # noqa: E402
 import torch._dynamo  # noqa: E402  (otherwise each fork would import it, which takes a second)
 from test_data import byte_tokenizer, mutated_file, outcome_of_file  # noqa: E402
 
-FULL = dict(kill=200, corrupt=1000, fault=200, tmpfs=20, fuzz=10_000, soak=20_000, cost=20)
-BRIEF = dict(kill=16, corrupt=60, fault=16, tmpfs=3, fuzz=300, soak=600)  # short enough for CI
+FULL = dict(
+    kill=200, stop=200, corrupt=1000, fault=200, tmpfs=20, fuzz=10_000, soak=20_000, cost=20
+)
+BRIEF = dict(
+    kill=16, stop=10, corrupt=60, fault=16, tmpfs=3, fuzz=300, soak=600
+)  # short enough for CI
 MACOS = sys.platform == "darwin"  # its ru_maxrss is in bytes, not in units of 1024 bytes
 WAIT = 300  # seconds after which a process counts as hanging
 
@@ -60,10 +68,16 @@ class Ending(NamedTuple):
     err: str
 
 
-def fork(action, folder: Path, kill_after: float | None = None, wait: int = WAIT) -> Ending:
+def fork(
+    action,
+    folder: Path,
+    kill_after: float | None = None,
+    wait: int = WAIT,
+    signals=(signal.SIGKILL,),
+) -> Ending:
     """Call action() in a forked process that works in `folder`. Returns how the process ended.
 
-    kill_after: seconds until SIGKILL, None for none.  wait: seconds until SIGALRM.
+    kill_after: seconds until the signals, None for none.  wait: seconds until SIGALRM.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
@@ -85,7 +99,9 @@ def fork(action, folder: Path, kill_after: float | None = None, wait: int = WAIT
                 os._exit(status)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
+            for number in signals:
+                os.kill(pid, number)
+                time.sleep(0.1 * (number == signal.SIGSTOP))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         texts = []
         for file in (out, err):
@@ -226,18 +242,24 @@ def same_content(ours: Path, theirs: Path, rows_lost: bool) -> bool:
     return ours.read_bytes() == theirs.read_bytes()
 
 
+def durations(home: Path) -> dict:
+    """script -> seconds of an undisturbed run."""
+    seconds = {}
+    for which, name in SCRIPTS:
+        start = time.monotonic()
+        check(fork(new_run(which, "timed"), home).status == 0, f"timing the {name} run")
+        seconds[which] = time.monotonic() - start
+        shutil.rmtree(home / "timed")
+    return seconds
+
+
 # ---- kill ----------------------------------------------------------------------------------------
 
 
 def kill(count: int, seed: int, home: Path) -> str:
     """Kill a run at random times and resume it until it is complete; compare it."""
     undisturbed_runs(home)
-    duration = {}
-    for which, name in SCRIPTS:
-        start = time.monotonic()
-        check(fork(new_run(which, "timed"), home).status == 0, f"timing the {name} run")
-        duration[which] = time.monotonic() - start
-        shutil.rmtree(home / "timed")
+    duration = durations(home)
     kills = Counter()
     during_save = 0
     complete = 0
@@ -267,6 +289,83 @@ def kill(count: int, seed: int, home: Path) -> str:
         f"{kills.total()} kills ({kills['reward']} of train_reward.py, {kills['policy']} of "
         f"train_policy.py; {during_save} during a save); "
         f"all {complete} runs ended bit-identical to the undisturbed one"
+    )
+
+
+# ---- signals that end a run in order -------------------------------------------------------------
+
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGSTOP and SIGCONT", "closed terminal")
+
+
+def in_terminal(action, folder: Path, close_after: float) -> int:
+    """Call action() in a process with a terminal of its own, which closes after some seconds.
+
+    Returns the exit status.
+    """
+    pid, terminal = pty.fork()
+    if pid == 0:
+        status = 70
+        try:
+            sys.stdout = open(1, "w", buffering=1, closefd=False)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            os.chdir(folder)
+            signal.alarm(WAIT)
+            status = action() or 0
+        except BaseException:
+            Path(folder / "traceback").write_text(traceback.format_exc())
+        finally:
+            os._exit(status)
+    end = time.monotonic() + close_after
+    while (left := end - time.monotonic()) > 0:  # read, or the process would wait
+        if select.select([terminal], [], [], left)[0]:
+            try:
+                os.read(terminal, 65536)
+            except OSError:  # the process has ended
+                break
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def stop(count: int, seed: int, home: Path) -> str:
+    """Stop a run at a random time by a signal or a closed terminal, and resume it.
+
+    It must end with one line and the right status, and the resumed run must be bit-identical to
+    the undisturbed one. Times include evaluations and the last saves.
+    """
+    undisturbed_runs(home)
+    # as in a program of the project, see minirlhf/__init__.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    endings = Counter()
+    duration = durations(home)
+    for number in range(count):
+        which, name = SCRIPTS[number % 2]
+        how = STOPS[number % len(STOPS)]
+        rng = random.Random(f"{seed} {number}")
+        delay = rng.uniform(0.02, 1.0) * duration[which]
+        case = f"case {number}: {name}, {how} after {delay:.2f} s"
+        if how == "closed terminal":
+            status = in_terminal(new_run(which, "run"), home, delay)
+            check(status in (0, -signal.SIGHUP, 128 + signal.SIGHUP), case, status)
+            check(not (home / "traceback").exists(), case)
+        else:
+            signals = [getattr(signal, word) for word in how.split(" and ")]
+            ending = fork(new_run(which, "run"), home, delay, signals=signals)
+            status = ending.status
+            allowed = (0,) if len(signals) > 1 else (0, -signals[0], 128 + signals[0])
+            check(status in allowed and "Traceback" not in ending.out + ending.err, case, *ending)
+            lines = [line for line in ending.err.splitlines() if "stopping after" not in line]
+            expected = "error: stopped; " if status > 0 else ""
+            check("".join(lines).startswith(expected) and len(lines) <= 2, case, *ending)
+        endings["complete" if status == 0 else "in order" if status > 0 else "at once"] += 1
+        ending = fork(resume_or_restart(which, "run", home), home)
+        check(ending.status == 0, case, "resumed", *ending)
+        differs = difference(home / "run", home / name)
+        check(not differs, case, f"ended with another {differs}")
+        shutil.rmtree(home / "run")
+    counts = ", ".join(f"{n} {ending}" for ending, n in endings.items())
+    return (
+        f"{count} runs stopped by {len(STOPS)} kinds of signals: they ended {counts}; all resumed "
+        "runs ended bit-identical to the undisturbed one"
     )
 
 
@@ -784,7 +883,9 @@ def cost(count: int, seed: int, home: Path) -> str:
     )
 
 
-TESTS = dict(kill=kill, corrupt=corrupt, fault=fault, tmpfs=tmpfs, fuzz=fuzz, soak=soak, cost=cost)
+TESTS = dict(
+    kill=kill, stop=stop, corrupt=corrupt, fault=fault, tmpfs=tmpfs, fuzz=fuzz, soak=soak, cost=cost
+)
 
 
 def run_test(name: str, count: int, seed: int = 0) -> str:
