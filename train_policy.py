@@ -32,7 +32,7 @@ from minirlhf.rl.losses import kl_k1, masked_mean
 from minirlhf.rl.reward import score
 from minirlhf.rl.rollout import Rollout, adapt_kl_coef, measure, token_rewards
 from minirlhf.rl.sampling import gold_utility, sample
-from minirlhf.rl.task import Task, load_task, newest_reward_run
+from minirlhf.rl.task import Task, load_task, pick_reward_run
 from minirlhf.run.command_line import run_script
 from minirlhf.run.device import check_processes, pick_device, prepare_training
 from minirlhf.run.errors import UserError, check_finite
@@ -59,9 +59,9 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
     smallest = min(map(len, minibatches(config, 0))) if algorithm else config.minibatch_size
     check_processes(config, device, smallest, "the smallest minibatch")
     with Run(config, "train_policy.py") as run:
-        if not config.reward_run:  # store the choice, so that a resumed run uses the same one
-            newest = newest_reward_run(Path("runs"))
-            run.config = config = dataclasses.replace(config, reward_run=str(newest))
+        # store the choice, so that a resumed run uses the same one
+        reward_run = str(pick_reward_run(config))
+        run.config = config = dataclasses.replace(config, reward_run=reward_run)
         task = load_task(config, reward_function, device)
         name = f"{config.algorithm}-{task.name}-seed{config.seed}"
         run.open(name, task.facts, {"policy": config.iterations})

@@ -11,8 +11,8 @@
 import copy
 import dataclasses
 import shlex
+import time
 from collections.abc import Sequence
-from types import ModuleType
 
 from minirlhf.config import RewardConfig
 from minirlhf.data.batches import (
@@ -24,7 +24,7 @@ from minirlhf.data.batches import (
     pad_right,
 )
 from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
-from minirlhf.data.splits import Splits, file_hashes, load_ground_truth, load_splits
+from minirlhf.data.splits import Splits, file_facts, load_ground_truth, load_splits
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer, pad_id
 from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_model
 from minirlhf.kernels import token_logprobs
@@ -65,8 +65,11 @@ def main(config: RewardConfig) -> dict:
     config = dataclasses.replace(config, tokenizer=tokenizer_name(config))
     with Run(config, "train_reward.py") as run:
         encoding = load_tokenizer(config.tokenizer)
-        ground_truth = load_ground_truth(config)
         splits = load_splits(config)
+        ground_truth = load_ground_truth(config.task, splits)
+        task_name = ground_truth.__name__ if ground_truth else "none"
+        if config.task == "auto":  # store the choice for programs that do not read the data
+            run.config = config = dataclasses.replace(config, task=task_name)
         train, test = encode_splits(splits, encoding, config)
         normalization_texts = unique_prompts(splits.train)[: config.normalize_prompts]
         if len(normalization_texts) < 2:
@@ -74,11 +77,12 @@ def main(config: RewardConfig) -> dict:
                             "scores are normalized on responses to several prompts")
         base = initial_base_model(config, encoding).to(device)
         earlier = earlier_reward_model(config, encoding)
-        task_name = ground_truth.__name__.split(".")[-1] if ground_truth else "data"
+        meta = dict(tokenizer=fingerprint(encoding))
+        facts = splits.facts | file_facts({"initial model": start_files(config)})
+        facts["tokenizer"] = f"{meta['tokenizer']}  {config.tokenizer}"
         stages = {"sft": sft_steps(config), "reward": reward_steps(train, config)}
-        facts = splits.hashes | file_hashes(start_files(config))
-        facts["tokenizer"] = fingerprint(encoding)
-        run.open(f"reward-{task_name}-seed{config.seed}", facts, stages)
+        name = task_name.split(".")[-1] if ground_truth else "data"
+        run.open(f"reward-{name}-seed{config.seed}", facts, stages)
         echo(f"run folder: {run.folder}   device: {device}")
 
         # 1. The base language model: fine-tuned here, or taken from a file.
@@ -87,9 +91,8 @@ def main(config: RewardConfig) -> dict:
             echo("supervised fine-tuning of the base language model on the task's texts")
             finetune(base, train, pad_id(encoding), config, run)
         base = unsharded(base)
-        facts = dict(tokenizer=fingerprint(encoding))
         if is_main():
-            save_model(run.folder / "base.pt", "base", base, facts)
+            save_model(run.folder / "base.pt", "base", base, meta)
         echo(f"saved {run.folder / 'base.pt'}")
 
         flags = shlex.join(["--reward-run", str(run.folder), *module_flags(config)])
@@ -112,13 +115,15 @@ def main(config: RewardConfig) -> dict:
         normalize_scores(reward_model, base, prompts, settings)
 
         path = run.folder / "reward.pt"
-        save_model(path, "reward", reward_model, facts)  # an error in the evaluation loses nothing
+        save_model(path, "reward", reward_model, meta)  # an error in the evaluation loses nothing
 
         # 4. Evaluation.
         metrics = evaluate_reward_model(reward_model, test, encoding, ground_truth)
-        if ground_truth and hasattr(ground_truth, "probes"):
-            metrics["probes"] = probe(reward_model, splits, encoding, ground_truth, config)
-        run.metrics.write(dict(stage="test", step=1) | metrics)
+        probes = evaluate_probes(reward_model, unique_prompts(splits.test)[:256], encoding,
+                                 ground_truth, config.max_prompt_length,
+                                 config.max_response_length)
+        metrics |= dict(probes=probes) if probes else {}
+        run.metrics.write(dict(stage="test", step=1, finished=time.time_ns()) | metrics)
         echo(format_metrics(metrics))
         echo(f"saved {path}; next: python train_policy.py {flags}")
         return metrics
@@ -277,15 +282,6 @@ def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prom
 # ---- 4. evaluation -------------------------------------------------------------------------------
 
 
-def probe(reward_model: Transformer, splits: Splits, encoding: tiktoken.Encoding,
-          ground_truth: ModuleType, config: RewardConfig) -> dict[str, tuple[float, int]]:
-    """Which single defects the reward model detects, on test prompts."""
-    texts = unique_prompts(splits.test)[:256]
-    prompts = encode_prompts(texts, encoding, config.max_prompt_length)
-    return evaluate_probes(reward_model, prompts, encoding, ground_truth,
-                           config.max_response_length)
-
-
 def format_metrics(metrics: dict) -> str:
     """The test metrics as text."""
     lines = [f"test accuracy {metrics['accuracy']:.3f} "
@@ -293,8 +289,9 @@ def format_metrics(metrics: dict) -> str:
              f"{metrics['pairs']} pairs of {metrics['prompts']} prompts, "
              f"calibration error {metrics['calibration_error']:.3f}"]
     if "ceiling" in metrics:
-        lines.append(f"a perfect annotator would reach {metrics['ceiling']:.3f}; "
-                     f"correlation with gold utility {metrics['gold_correlation']:.3f}")
+        lines.append(f"a perfect annotator would reach {metrics['ceiling']:.3f}")
+    if "gold_correlation" in metrics:
+        lines.append(f"correlation with gold utility {metrics['gold_correlation']:.3f}")
     if "probes" in metrics:
         lines.append("probes: the best response is ranked above the same response with one defect")
         lines += [f"  {name:<20} {share:6.1%}  of {count}"

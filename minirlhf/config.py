@@ -96,8 +96,8 @@ class RewardConfig(RunConfig):
     normalize_prompts: int = setting(
         512, "base-model samples on which scores are scaled to mean 0, standard deviation 1", 2)
     task: str = setting(
-        "auto", "module with the task's ground truth (gold, probes); auto: the help desk's for its "
-                "own files")
+        "auto", "module with the task's ground truth (gold, probes); auto: the help desk's if all "
+                "prompts are of its form")
     save_every: int = setting(200, "steps between checkpoints", 1)
 
     # --preset NAME: flags override these; all other settings keep their defaults

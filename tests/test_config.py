@@ -309,7 +309,7 @@ def test_the_debug_preset_runs_both_scripts_and_resumes_with_recorded_settings(t
     assert {name: settings[name] for name in expected} == expected
     assert "sampled_gold" in json.loads((policy / "result.json").read_text())
     assert "probes" in rows(reward / "reward_metrics.jsonl")[-1]
-    assert resolved(PolicyConfig, [*arguments[:-2], "--resume"]).iterations == 2
+    assert resolved(PolicyConfig, [*arguments[2:-2], "--resume"]).iterations == 2
 
 
 # ---- config.json ---------------------------------------------------------------------------------

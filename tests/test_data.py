@@ -719,8 +719,10 @@ def test_each_split_is_read_from_the_files_named_for_it(tmp_path):
     splits = load_splits(config)
     both = train | {f"more {i}" for i in range(4)}
     assert prompts(splits.train, splits.heldout, splits.test) == [both, heldout, test]
-    assert list(splits.hashes) == list(files.values())
-    assert len(set(splits.hashes.values())) == 4
+    names = ["data 1", "data 2", "heldout_data 1", "test_data 1"]
+    assert [fact[66:] for fact in splits.facts.values()] == list(files.values())
+    assert list(splits.facts) == names
+    assert len({fact[:64] for fact in splits.facts.values()}) == 4
     without_test = load_splits(dataclasses.replace(config, test_data=()))
     assert prompts(without_test.heldout, without_test.test) == [heldout, heldout]
     splits = load_splits(

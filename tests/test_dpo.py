@@ -368,7 +368,7 @@ def test_other_pairs_can_be_named(reward_run, inputs, tmp_path):
     config = dpo_config(reward_run, tmp_path / "run", iterations=20, data=(str(swapped),))
     train_policy.main(config)
     facts = json.loads((tmp_path / "run" / "config.json").read_text())["facts"]
-    assert str(swapped) in facts["data"]
+    assert facts["pairs 1"].endswith(f"  {swapped}")
     encoding = load_tokenizer(str(inputs / "bytes.tiktoken"))
     policy, _ = load_model(tmp_path / "run" / "policy.pt", "policy", fingerprint(encoding))
     base, _ = load_model(reward_run / "base.pt", "base", fingerprint(encoding))

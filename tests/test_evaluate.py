@@ -224,8 +224,8 @@ def test_ceiling_and_correlation_come_from_the_ground_truth(encoding, score_by_l
 
 def test_probes_count_the_detected_defects(encoding, score_by_last_letter):
     """By last letter the best response " bb" beats neither " b" (a tie is a miss) nor " zz"."""
-    prompts = encode_prompts(["b 3:", "c 3:"], encoding, 6)
-    shares = evaluate_probes(fresh_model(), prompts, encoding, tiny, 5)
+    texts = ["b 3:", "c 3:"]
+    shares = evaluate_probes(fresh_model(), texts, encoding, tiny, 6, 5)
     assert shares == {"once": (0.0, 2), "wrong letter": (0.0, 2)}
 
     class OtherTruth:
@@ -234,7 +234,7 @@ def test_probes_count_the_detected_defects(encoding, score_by_last_letter):
             lambda prompt: {"low": " a", "high": " zz"} if prompt == "b 3:" else {"low": " b"}
         )
 
-    shares = evaluate_probes(fresh_model(), prompts, encoding, OtherTruth, 5)
+    shares = evaluate_probes(fresh_model(), texts, encoding, OtherTruth, 6, 5)
     assert shares == {"high": (0.0, 1), "low": (1.0, 2)}
 
 
@@ -245,8 +245,7 @@ def test_probes_longer_than_the_maximum_are_cut(encoding):
         best_response = staticmethod(lambda prompt: prompt[0] * 20)
         probes = staticmethod(lambda prompt: {"at the end": prompt[0] * 19 + "x"})
 
-    prompts = encode_prompts(["b 3:" * 10, "c 3:"], encoding, 6)
-    shares = evaluate_probes(fresh_model(), prompts, encoding, LongTruth, 5)
+    shares = evaluate_probes(fresh_model(), ["b 3:" * 10, "c 3:"], encoding, LongTruth, 6, 5)
     assert shares == {"at the end": (0.0, 2)}
 
 

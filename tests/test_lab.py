@@ -11,6 +11,7 @@ from pathlib import Path
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data import helpdesk
 from minirlhf.lab import common, overoptimization, sweep, variance
 from minirlhf.lab import overoptimization_fit as fits
 from minirlhf.lab.overoptimization_page import neighbors
@@ -319,7 +320,7 @@ def test_dense_rewards_are_paid_where_sentences_end_and_sum_to_gold(helpdesk_run
     torch.testing.assert_close(rewards.sum(1), gold, rtol=0, atol=1e-5)
     assert not rewards[~samples.response_mask].any()
     paid = rewards[0].nonzero().squeeze(1).tolist()
-    parts = [utility for _, utility in task.ground_truth.gold_parts(task.test.texts[0], best)]
+    parts = [utility for _, utility in helpdesk.gold_parts(task.test.texts[0], best)]
     assert [encoding.decode([ids[t]])[-1] for t in paid] == ["."] * len(parts)
     torch.testing.assert_close(rewards[0][paid], torch.tensor(parts), rtol=0, atol=1e-5)
 
@@ -366,7 +367,7 @@ def test_the_variance_lab_resumes_where_it_was_stopped(
 def test_the_variance_lab_refuses_a_policy_of_another_base_model(helpdesk_runs, tmp_path, capsys):
     shutil.copytree(helpdesk_runs / "reinforce-seed0", tmp_path / "policy")
     config = json.loads((tmp_path / "policy" / "config.json").read_text())
-    config["facts"]["data"] = {}
+    del config["facts"]["base model 1"]
     (tmp_path / "policy" / "config.json").write_text(json.dumps(config))
     flags = ["--reward-run", str(helpdesk_runs / "reward-seed0")]
     flags += ["--policy-run", str(tmp_path / "policy")]

@@ -16,10 +16,12 @@ import sys
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data.splits import in_this_checkout
+from minirlhf.rl.task import pick_reward_run
 from minirlhf.run import checkpoint, signals
 from minirlhf.run.command_line import run_script
 from minirlhf.run.errors import UserError
-from minirlhf.run.folder import lock_folder, open_folder
+from minirlhf.run.folder import lock_folder, open_folder, read_config
 from minirlhf.run.signals import StopSignal
 
 import pytest
@@ -845,37 +847,231 @@ def test_settings_that_affect_no_result_may_change(
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
-def test_changed_inputs_are_refused(inputs, reward_run, tmp_path, monkeypatch, capsys):
-    """If prompts, data or reward model are replaced, the rest of the run would be another run."""
+def change(path):
+    """Another content of the same kind: of a model, a tokenizer or a file of records."""
+    if path.suffix == ".pt":
+        kind = "reward" if path.stem == "reward" else "base"
+        meta, states = checkpoint.load_checkpoint(path, kind)
+        states["model"]["wte.weight"][0, 0] += 1
+        checkpoint.save_checkpoint(path, kind, meta, states)
+    elif path.suffix == ".tiktoken":
+        first, second, *rest = path.read_text().splitlines()
+        lines = [second.split()[0] + " 0", first.split()[0] + " 1", *rest]
+        path.write_text("\n".join(lines))
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content + content.splitlines(keepends=True)[0])
+
+
+def assert_refused_if_changed(path, capsys, *script):
+    content = path.read_bytes()
+    change(path)
+    message = refused(capsys, *script)
+    assert message.startswith(f"error: {path}: ") and "changed" in message
+    path.write_bytes(content)
+
+
+def test_changed_inputs_are_refused(tmp_path, monkeypatch, capsys):
+    """If one of its files is replaced, the rest of the run would be another run."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a 1:"}\n{"prompt": "b 1:"}\n')
     tiny.write_inputs(tmp_path)
-    assert start_reward_run(tmp_path, tmp_path / "reward") == 0
+    reward = tmp_path / "reward"
+    assert start_reward_run(tmp_path, reward) == 0
     after_row(monkeypatch, 2, tiny.write_and_signal())
-    assert start_policy_run(tmp_path / "reward", tmp_path / "run", prompts=str(prompts)) == 130
-    arguments = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
-    for path in (prompts, tmp_path / "pairs.jsonl", tmp_path / "reward" / "reward.pt"):
-        content = path.read_bytes()
-        if path.name == "reward.pt":  # an intact one, with another seed
-            assert start_reward_run(tmp_path, tmp_path / "other", seed=1) == 0
-            path.write_bytes((tmp_path / "other" / "reward.pt").read_bytes())
-        else:
-            path.write_bytes(content + content.splitlines(keepends=True)[0])
-        assert "changed" in refused(capsys, train_policy.main, PolicyConfig, arguments), path
-        path.write_bytes(content)
-    assert ending(train_policy.main, PolicyConfig, arguments) == 0
+    assert start_policy_run(reward, tmp_path / "run", prompts=str(prompts)) == 130
+    script = (
+        train_policy.main,
+        PolicyConfig,
+        ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES],
+    )
+    data = tmp_path / "pairs.jsonl", tmp_path / "bytes.tiktoken"
+    for path in (prompts, *data, reward / "reward.pt", reward / "base.pt"):
+        assert_refused_if_changed(path, capsys, *script)
+    assert ending(*script) == 0
 
 
-def test_a_changed_initial_model_is_refused(
-    inputs, reward_run, uninterrupted_reward_run, tmp_path, capsys
+@pytest.mark.parametrize("name", ["init", "init_reward"])
+def test_changed_inputs_of_a_reward_run_are_refused(
+    name, reward_run, tmp_path, monkeypatch, capsys
 ):
-    """--init names another run's base.pt now: the reward model did not start from that one."""
-    init = tmp_path / "base.pt"
-    init.write_bytes((reward_run / "base.pt").read_bytes())
-    assert start_reward_run(inputs, tmp_path / "run", init=str(init)) == 0
-    init.write_bytes((uninterrupted_reward_run / "base.pt").read_bytes())
-    arguments = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
-    assert "changed" in refused(capsys, train_reward.main, RewardConfig, arguments)
+    """Also the files of the model that it started from, and the tokenizer."""
+    tiny.write_inputs(tmp_path)
+    shutil.copytree(reward_run, tmp_path / "first")
+    start = tmp_path / "first" / ("base.pt" if name == "init" else "reward.pt")
+    after_row(monkeypatch, 2, tiny.write_and_signal())
+    assert start_reward_run(tmp_path, tmp_path / "run", **{name: str(start)}) == 130
+    script = (
+        train_reward.main,
+        RewardConfig,
+        ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES],
+    )
+    for path in (tmp_path / "pairs.jsonl", start, tmp_path / "first" / "base.pt"):
+        assert_refused_if_changed(path, capsys, *script)
+    (tmp_path / "more.jsonl").write_text('{"prompt": "a 9:", "chosen": "aa", "rejected": "b"}\n')
+    message = refused(
+        capsys, *script[:2], [*script[2], "--test-data", str(tmp_path / "more.jsonl")]
+    )
+    assert "more.jsonl: not the file" in message
+    assert ending(*script) == 0
+
+
+def test_a_changed_tokenizer_of_a_reward_run_is_refused(tmp_path, monkeypatch, capsys):
+    """The texts would get other ids from the stop on."""
+    tiny.write_inputs(tmp_path)
+    after_row(monkeypatch, 2, tiny.write_and_signal())
+    assert start_reward_run(tmp_path, tmp_path / "run") == 130
+    script = (
+        train_reward.main,
+        RewardConfig,
+        ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES],
+    )
+    assert_refused_if_changed(tmp_path / "bytes.tiktoken", capsys, *script)
+    assert ending(*script) == 0
+
+
+def test_a_policy_run_refuses_files_that_changed_after_the_reward_run(tmp_path, capsys):
+    """Otherwise test prompts could be among those that the reward model was trained on."""
+    tiny.write_inputs(tmp_path)
+    assert start_reward_run(tmp_path, tmp_path / "reward") == 0
+    flags = as_flags(policy_settings(tmp_path / "reward", tmp_path / "run"))
+    for name in ("pairs.jsonl", "bytes.tiktoken"):
+        assert_refused_if_changed(tmp_path / name, capsys, train_policy.main, PolicyConfig, flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_run_resumes_with_moved_files(
+    uninterrupted_reward_run, tmp_path, monkeypatch, capsys
+):
+    """A file is known by its content: it may get another name, and so may the run folder."""
+    tiny.write_inputs(tmp_path)
+    after_row(monkeypatch, 5, tiny.write_and_signal())
+    assert start_reward_run(tmp_path, tmp_path / "runs" / "reward") == 130
+    (tmp_path / "runs").rename(tmp_path / "archive")
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "renamed.jsonl")
+    (tmp_path / "bytes.tiktoken").rename(tmp_path / "renamed.tiktoken")
+    flags = ["--data", str(tmp_path / "renamed.jsonl")]
+    flags += ["--tokenizer", str(tmp_path / "renamed.tiktoken")]
+    folder = tmp_path / "archive" / "reward"
+    assert resume(train_reward.main, RewardConfig, folder, *flags) == 0
+    assert "resuming after step" in capsys.readouterr().out
+    assert_same_reward_run(folder, uninterrupted_reward_run)
+    assert resume(train_reward.main, RewardConfig, folder) == 0  # the new names are recorded
+
+
+@pytest.mark.parametrize("flags", [[], ["--reward-run", "./archive/reward"]])
+def test_a_policy_run_resumes_in_a_renamed_folder_of_runs(
+    flags, reward_run, uninterrupted_policy_run, tmp_path, monkeypatch, capsys
+):
+    """The reward run has moved too, and lies next to the policy run as before."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reward_run, "runs/reward")
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert start_policy_run("runs/reward", "runs/policy") == 130
+    os.rename("runs", "archive")
+    assert resume(train_policy.main, PolicyConfig, "archive/policy", *flags) == 0
+    assert "resuming after step" in capsys.readouterr().out
+    assert_same_policy_run(tmp_path / "archive" / "policy", uninterrupted_policy_run)
+    assert_refused_if_changed(
+        tmp_path / "archive" / "reward" / "reward.pt",
+        capsys,
+        train_policy.main,
+        PolicyConfig,
+        ["--out", str(tmp_path / "archive/policy"), "--resume", *tiny.MODULES]
+        + ["--reward-run", str(tmp_path / "archive/reward")],
+    )
+
+
+def test_another_reward_run_with_the_same_base_model_is_refused(
+    reward_run, tmp_path, monkeypatch, capsys
+):
+    """With a reward function only base.pt is read, but the settings count too: here the test task.
+
+    The same folder under another name is accepted.
+    """
+    shutil.copytree(reward_run, tmp_path / "copy")
+    after_row(monkeypatch, 2, tiny.write_and_signal())
+    reward = dict(reward="tiny:letters_right")
+    assert start_policy_run(reward_run, tmp_path / "run", **reward) == 130
+    stored = read_config(RewardConfig, reward_run / "config.json")
+    sizes = {name: getattr(RewardConfig, name) for name in ("n_layer", "n_head", "d_model")}
+    start = dict(init=str(reward_run / "base.pt"), **sizes)
+    other = dataclasses.replace(stored, max_prompt_length=5, **start)
+    train_reward.main(dataclasses.replace(other, out=str(tmp_path / "other")))
+    flags = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
+    flags += ["--reward", "tiny:letters_right", "--reward-run", str(tmp_path / "other")]
+    assert "other: not the file" in refused(capsys, train_policy.main, PolicyConfig, flags)
+    flags[-1] = str(tmp_path / "copy")
+    assert ending(train_policy.main, PolicyConfig, flags) == 0
+
+
+def test_a_users_module_may_move(reward_run, uninterrupted_policy_run, tmp_path, monkeypatch):
+    """It must be named again, and then its folder does not matter, but its name does."""
+    shutil.copy(tiny.__file__, tmp_path / "mine.py")
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert start_policy_run(reward_run, tmp_path / "run", task=str(tmp_path / "mine.py")) == 130
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "moved" / "mine.py")
+    flags = ["--out", str(tmp_path / "run"), "--resume", "--task"]
+    assert ending(train_policy.main, PolicyConfig, [*flags, "tiny"]) == 2
+    file = str(tmp_path / "moved" / "mine.py")
+    assert ending(train_policy.main, PolicyConfig, [*flags, file]) == 0
+    assert_same_policy_run(tmp_path / "run", uninterrupted_policy_run)
+
+
+def test_shipped_files_are_found_after_the_checkout_has_moved(tmp_path):
+    """A run of --preset debug records their paths."""
+    path = "/old/checkout/data/helpdesk-validation.jsonl"
+    assert in_this_checkout(path) == str(tiny.ROOT / "data" / "helpdesk-validation.jsonl")
+    for other in ("/old/checkout/data/mine.jsonl", "/old/helpdesk-validation.jsonl"):
+        assert in_this_checkout(other) == other
+
+
+def test_another_torch_or_number_of_threads_is_reported(
+    reward_run, uninterrupted_policy_run, tmp_path, monkeypatch, capsys
+):
+    """Sums in another order have other last digits, so the result may differ."""
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    assert start_policy_run(reward_run, tmp_path / "run") == 130
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    version = torch.__version__
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    torch.set_num_threads(2)
+    capsys.readouterr()
+    try:
+        assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
+    finally:
+        torch.set_num_threads(1)
+    (warning,) = [line for line in capsys.readouterr().out.split("\n") if "warning" in line]
+    assert f"saved with torch {version}, 1 threads" in warning
+    assert "resumed with torch 9.9, 2 threads" in warning
+    monkeypatch.setattr(torch, "__version__", version)
+    assert resume(train_policy.main, PolicyConfig, tmp_path / "same") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert_same_policy_run(tmp_path / "same", uninterrupted_policy_run)
+
+
+def test_a_preset_cannot_change_a_resumed_run(uninterrupted_policy_run, capsys):
+    """It was ignored, although its settings are others than those of the run."""
+    before = contents(uninterrupted_policy_run)
+    arguments = ["--out", str(uninterrupted_policy_run), "--resume", "--preset", "debug"]
+    assert "no --preset" in refused(capsys, train_policy.main, PolicyConfig, arguments)
+    assert contents(uninterrupted_policy_run) == before
+
+
+def test_the_newest_reward_run_is_the_one_that_ended_last(inputs, tmp_path, monkeypatch):
+    """A copy of an older run has new files, but the time that the run recorded."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished reward run under runs/"):
+        pick_reward_run(PolicyConfig())
+    for name in ("z-first", "second"):
+        assert start_reward_run(inputs, f"runs/{name}") == 0
+    for name in ("z-copy", "a-copy"):
+        shutil.copytree("runs/z-first", f"runs/{name}", copy_function=shutil.copyfile)
+    shutil.copytree("runs/second", "runs/unfinished")
+    path = tmp_path / "runs" / "unfinished" / "reward_metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert str(pick_reward_run(PolicyConfig())) == "runs/second"
 
 
 def test_a_resumed_run_keeps_its_reward_model(
@@ -960,8 +1156,10 @@ def test_the_settings_in_the_folder_are_those_of_the_run(uninterrupted_policy_ru
     stored = json.loads((uninterrupted_policy_run / "config.json").read_text())
     expected = dataclasses.asdict(policy_settings(reward_run, uninterrupted_policy_run))
     assert stored["settings"] == json.loads(json.dumps(expected))  # lists for tuples
-    assert {name.rpartition("/")[2] for name in stored["facts"]["data"]} >= {
-        "pairs.jsonl",
-        "base.pt",
-        "reward.pt",
+    assert {name: fact.rpartition("/")[2] for name, fact in stored["facts"].items()} == {
+        "data 1": "pairs.jsonl",
+        "tokenizer": "bytes.tiktoken",
+        "base model 1": "base.pt",
+        "reward model 1": "reward.pt",
+        "reward run": "reward",
     }

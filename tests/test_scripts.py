@@ -229,7 +229,7 @@ def test_each_stage_of_an_iteration_gets_the_result_of_the_one_before(
         reward_run, tmp_path / "run", temperature=0.3, kl_target=0.01, kl_horizon=10
     )
     train_policy.main(config)
-    ((_, task),) = calls["load_task"]
+    (((config, *_), task),) = calls["load_task"]
     counts = {name: len(calls[name]) for name in (*stages, "describe")}
     assert counts == {name: 4 if name == "measure" else 2 for name in counts}
     logged = rows(tmp_path / "run" / "policy_metrics.jsonl")[1:]
@@ -338,10 +338,10 @@ def test_the_embedded_task_runs_with_its_own_files(tmp_path, monkeypatch):
     Probes are longer than the context of this small model.
     """
     records = (tiny.ROOT / "data" / "helpdesk-test.jsonl").read_text().splitlines(keepends=True)
-    for number, split in enumerate(("train", "heldout", "test")):
+    for number, split in enumerate(("data", "heldout_data", "test_data")):
         path = tmp_path / f"{split}.jsonl"
         path.write_text("".join(records[number * 20 : number * 20 + 20]))
-        monkeypatch.setitem(splits.HELPDESK_FILES, split, str(path))
+        monkeypatch.setitem(splits.HELPDESK_FILES, split, (str(path),))
     shared = dict(device="cpu", seed=1)
     result = train_reward.main(
         RewardConfig(

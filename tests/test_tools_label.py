@@ -353,17 +353,17 @@ def test_pairs_use_the_prompts_that_the_policy_was_trained_on(policy_run, tmp_pa
     "settings, flags",
     [
         (
-            {},
+            dict(task="minirlhf.data.helpdesk"),
             [
                 "--heldout-data",
-                HELPDESK_FILES["heldout"],
+                *HELPDESK_FILES["heldout_data"],
                 "--test-data",
-                HELPDESK_FILES["test"],
+                *HELPDESK_FILES["test_data"],
                 "--task",
                 "minirlhf.data.helpdesk",
             ],
         ),
-        (dict(data=("d.jsonl",)), []),
+        (dict(data=("d.jsonl",), task="none"), []),
         (
             dict(
                 data=("d.jsonl",),

@@ -138,6 +138,10 @@ def test_settings_of_the_second_round_differ_from_the_first_only_as_stated(first
         lr=0.25,
         epochs=5,
         device="auto",
+        # the model's own, so the flags keep their defaults
+        n_layer=RewardConfig.n_layer,
+        n_head=RewardConfig.n_head,
+        d_model=RewardConfig.d_model,
     )
     first = first._replace(config=dataclasses.replace(first.config, prompts="prompts.txt"))
     policy = second_round.second_policy(first, Path("r"), Path("p"), config)

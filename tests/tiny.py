@@ -17,7 +17,7 @@ from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.rl.sampling import Samples
 from minirlhf.run.checkpoint import load_checkpoint
 from minirlhf.run.command_line import run_script
-from minirlhf.run.metrics import Metrics
+from minirlhf.run.metrics import WALL_CLOCK, Metrics
 
 import torch
 
@@ -205,11 +205,7 @@ def rows(path: Path) -> list[dict]:
     lines = path.read_text().split("\n")
     assert lines.pop() == ""
     return [
-        {
-            key: value
-            for key, value in json.loads(line).items()
-            if not key.startswith("seconds") and key != "tokens_per_second"
-        }
+        {key: value for key, value in json.loads(line).items() if not key.startswith(WALL_CLOCK)}
         for line in lines
     ]
 

@@ -7,6 +7,7 @@ from minirlhf.data.chat_templates import MARKED
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.tokenizer import CHUNK, Ids
 from minirlhf.run.seeding import generator
+from minirlhf.run.terminal import echo
 
 import tiktoken
 import torch
@@ -30,6 +31,17 @@ class Prompts(NamedTuple):
 def unique_prompts(pairs: list[PreferencePair]) -> list[str]:
     """The distinct prompts in order of first appearance."""
     return list(dict.fromkeys(pair.prompt for pair in pairs))
+
+
+def warn_of_shared_prompts(train: list[str], heldout: list[str], test: list[str]) -> None:
+    """Print how many prompts of the evaluations are also trained on.
+
+    This is not an error: whether a model can learn its training data by heart is a useful test.
+    """
+    for name, prompts in (("held-out", heldout), ("test", test)):
+        if shared := len(set(prompts) & set(train)):
+            echo(f"warning: {shared} of {len(set(prompts))} {name} prompts are also trained on, "
+                 f"so {name} results do not show how the model does on new prompts")
 
 
 def encode_prompts(texts: list[str], encoding: tiktoken.Encoding,

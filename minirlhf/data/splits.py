@@ -1,6 +1,6 @@
 """The training, held-out and test pairs of a run, and the module with their ground truth.
 
-A ground truth is a module with any of these functions:
+A ground truth is a module with any of these functions, called with positional arguments:
 
     gold(prompt, response, finished) -> float        utility; finished is False if cut by length
     best_response(prompt) -> str
@@ -10,26 +10,30 @@ A ground truth is a module with any of these functions:
 The embedded one is minirlhf.data.helpdesk. Other data has none, and training never needs one.
 """
 
+import contextlib
+import functools
 import hashlib
 import importlib.machinery
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minirlhf.config import DATA, RewardConfig
+from minirlhf.data import helpdesk
 from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import PreferencePair, read_records
-from minirlhf.data.prompts import unique_prompts
+from minirlhf.data.prompts import unique_prompts, warn_of_shared_prompts
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
 from minirlhf.run.seeding import derive_seed
 
-HELPDESK_FILES = dict(train=str(DATA / "helpdesk-train.jsonl.gz"),
-                      heldout=str(DATA / "helpdesk-validation.jsonl"),
-                      test=str(DATA / "helpdesk-test.jsonl"))
+HELPDESK_FILES = dict(data=(str(DATA / "helpdesk-train.jsonl.gz"),),
+                      heldout_data=(str(DATA / "helpdesk-validation.jsonl"),),
+                      test_data=(str(DATA / "helpdesk-test.jsonl"),))
 
 
 class Splits(NamedTuple):
@@ -39,22 +43,30 @@ class Splits(NamedTuple):
     heldout: list[PreferencePair]  # for choosing settings
     test: list[PreferencePair]  # for final numbers; the held-out pairs again without another file
     bad_lines: int  # skipped
-    hashes: dict[str, str]  # file -> SHA-256
+    facts: dict[str, str]  # the files, for the run folder
 
 
 def load_splits(config: RewardConfig) -> Splits:
     """Read the files of a reward run's settings. Raises UserError for the first problem."""
-    files: list[tuple[str, ...]] = [config.data, config.heldout_data, config.test_data]
-    if not config.data:
-        shipped = HELPDESK_FILES.values()
-        files = [named or (default,) for named, default in zip(files, shipped)]
+    shipped = {} if config.data else HELPDESK_FILES
+    files = {name: tuple(map(in_this_checkout, getattr(config, name) or shipped.get(name, ())))
+             for name in HELPDESK_FILES}
     template = read_chat_template(config.tokenizer)
-    records = [read_records(paths, config.skip_bad_lines, template) for paths in files]
+    records = [read_records(paths, config.skip_bad_lines, template) for paths in files.values()]
     train, heldout, test = (pairs for pairs, _ in records)
     if not heldout:
         train, heldout = split_holdout(train, config.holdout, config.seed)
     bad_lines = sum(bad for _, bad in records)
-    return Splits(train, heldout, test or heldout, bad_lines, file_hashes(chain(*files)))
+    test = test or heldout
+    warn_of_shared_prompts(*map(unique_prompts, (train, heldout, test)))
+    return Splits(train, heldout, test, bad_lines, file_facts(files))
+
+
+def in_this_checkout(path: str) -> str:
+    """The path, or that of the shipped file if the checkout that it names has moved."""
+    shipped = DATA / Path(path).name
+    is_moved = Path(path).parent.name == DATA.name and not Path(path).exists()
+    return str(shipped) if is_moved and shipped.exists() else path
 
 
 def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int,
@@ -78,20 +90,64 @@ def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int,
 
 
 def file_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
-    """path -> SHA-256 of the content, so that a resumed run notices changed inputs."""
+    """path -> SHA-256 of the content."""
     return {str(path): hashlib.sha256(read_file(path)).hexdigest() for path in paths}
+
+
+def file_facts(files: Mapping[str, Sequence[str | Path]]) -> dict[str, str]:
+    """"SETTING NUMBER" -> "SHA-256  PATH", so that a resumed run notices changed inputs."""
+    return {f"{name} {number}": f"{file_hashes([path])[str(path)]}  {path}"
+            for name, paths in files.items() for number, path in enumerate(paths, start=1)}
 
 
 # ---- the user's modules --------------------------------------------------------------------------
 
 
-def load_ground_truth(config: RewardConfig) -> ModuleType | None:
-    """The module of --task, or None. Raises UserError."""
-    name = config.task
-    if name == "auto":
-        is_helpdesk = all(Path(path).resolve().parent == DATA for path in config.data)
-        name = "minirlhf.data.helpdesk" if is_helpdesk else "none"
-    return None if name == "none" else import_module(name, "--task")
+# function of a ground truth -> (what it must return, whether a value is that)
+RESULTS: dict[str, tuple[str, Callable]] = {
+    "gold": ("a finite number", math.isfinite),
+    "best_response": ("a string", lambda text: isinstance(text, str)),
+    "probes": ("a dictionary of strings",
+               lambda texts: all(isinstance(text, str) for text in chain(*texts.items()))),
+    "preference_probability": ("a number from 0 to 1", lambda number: bool(0 <= number <= 1))}
+
+
+def load_ground_truth(name: str, splits: Splits | None = None) -> ModuleType | None:
+    """The module of --task, with its functions checked by `ask`, or None. Raises UserError.
+
+    auto: the help desk's if it can parse every prompt of the splits.
+    Each function is called with the first pair of the splits, so most errors show before training.
+    """
+    if name == "auto" and splits:
+        prompts = {pair.prompt for pair in chain(splits.train, splits.heldout, splits.test)}
+        if all(None not in helpdesk.parse_prompt(prompt) for prompt in prompts):
+            name = helpdesk.__name__
+    if name in ("none", "auto"):
+        return None
+    module = import_module(name, "--task")
+    checked = ModuleType(module.__name__)
+    for function in filter(module.__dict__.get, RESULTS):
+        setattr(checked, function, functools.partial(ask, module, function))
+        if splits:
+            prompt, chosen, rejected, *_ = splits.train[0]
+            rest = dict(gold=(chosen, True), preference_probability=(chosen, rejected))
+            getattr(checked, function)(prompt, *rest.get(function, ()))
+    return checked
+
+
+def ask(module: ModuleType, function: str, prompt: str, *rest) -> Any:
+    """What a function of the user's module returns. Raises UserError if it fails."""
+    name = f"{function}() of --task {module.__name__}"
+    try:
+        result = getattr(module, function)(prompt, *rest)
+    except Exception as error:  # the user's function can raise anything
+        raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
+    description, is_valid = RESULTS[function]
+    with contextlib.suppress(Exception):  # is_valid raises if the type is wrong
+        if is_valid(result):
+            return result
+    raise UserError(f"{name} returned {result!r:.80} for {prompt[:60]!r}; "
+                    f"it must return {description}")
 
 
 def import_module(name: str, flag: str) -> ModuleType:

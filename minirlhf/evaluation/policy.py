@@ -146,7 +146,7 @@ def gap_closed(task: Task, metrics: dict) -> dict:
     truth = task.ground_truth
     if truth is None or not (hasattr(truth, "gold") and hasattr(truth, "best_response")):
         return {}
-    best = float(np.mean([truth.gold(prompt, truth.best_response(prompt))
+    best = float(np.mean([truth.gold(prompt, truth.best_response(prompt), True)
                           for prompt in task.test.texts]))
     row = dict(best_gold=best)
     for decoding in DECODINGS:

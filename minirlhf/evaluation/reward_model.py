@@ -3,7 +3,7 @@
 from types import ModuleType
 
 from minirlhf.data.batches import PreferenceGroup, pad_right
-from minirlhf.data.prompts import Prompts
+from minirlhf.data.prompts import encode_prompts
 from minirlhf.data.tokenizer import decode, pad_id
 from minirlhf.evaluation.statistics import bootstrap_interval
 from minirlhf.model import Transformer
@@ -71,8 +71,9 @@ def compare_to_ground_truth(groups: list[PreferenceGroup], scores: list[np.ndarr
         texts.append((decode(encoding, group.prompt), responses))
     metrics = {}
     if hasattr(ground_truth, "gold"):
-        gold = [ground_truth.gold(prompt, response)
-                for prompt, responses in texts for response in responses]
+        gold = [ground_truth.gold(prompt, response, ids[-1] == encoding.eot_token)
+                for (prompt, responses), group in zip(texts, groups)
+                for response, ids in zip(responses, group.responses)]
         flat = np.concatenate(scores)
         varies = np.ptp(flat) > 0 and np.ptp(gold) > 0
         metrics["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if varies else 0.0
@@ -103,14 +104,19 @@ def calibration_error(gaps: np.ndarray, correct: np.ndarray, weights: np.ndarray
     return float(total / weights.sum())
 
 
-def evaluate_probes(model: Transformer, prompts: Prompts, encoding: tiktoken.Encoding,
-                    ground_truth: ModuleType, max_response_length: int,
-                    ) -> dict[str, tuple[float, int]]:
-    """defect -> (share, number of prompts).
+def evaluate_probes(model: Transformer, texts: list[str], encoding: tiktoken.Encoding,
+                    ground_truth: ModuleType | None, max_prompt_length: int,
+                    max_response_length: int) -> dict[str, tuple[float, int]]:
+    """defect -> (share, number of prompts). texts: the prompts.
+
+    {} if the ground truth has no probes or no best responses.
 
     The share counts the prompts on which the best response has a higher score than the same
     response with the defect. A defect that the maximum lengths cut off counts as not detected.
     """
+    if ground_truth is None or not vars(ground_truth).keys() >= {"probes", "best_response"}:
+        return {}
+    prompts = encode_prompts(texts, encoding, max_prompt_length)
     groups, defects = [], []
     for prompt, prompt_ids in zip(prompts.texts, prompts.ids):
         probes = ground_truth.probes(prompt)

@@ -91,7 +91,8 @@ def finished(job: Job) -> bool:
     for field in dataclasses.fields(job.config):
         old = getattr(stored, field.name)
         new = getattr(job.config, field.name)
-        if old != new and field.name not in NO_EFFECT:
+        is_replaced = field.name in ("tokenizer", "task") and new == "auto"  # by what it stands for
+        if old != new and not is_replaced and field.name not in NO_EFFECT:
             raise UserError(f"{job.folder}: contains a run with {flag(field.name)} {old}, "
                             f"not {new}; use another folder, or delete it")
     if isinstance(job.config, PolicyConfig):
@@ -172,7 +173,7 @@ def train_subset(folder: Path, groups: int) -> str:
     """The path of a file in the folder with the first groups of the help desk's training data."""
     path = folder / f"preferences-{groups}.jsonl"
     if not path.exists():
-        with gzip.open(HELPDESK_FILES["train"], "rb") as file:
+        with gzip.open(HELPDESK_FILES["data"][0], "rb") as file:
             write_atomically(path, b"".join(itertools.islice(file, groups)))
     return str(path)
 

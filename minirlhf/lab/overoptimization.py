@@ -121,8 +121,8 @@ def reward_jobs(config: OveroptimizationConfig) -> dict[str, Job]:
             trains_base = base_run == largest and groups == scale.groups[-1]
             settings = dataclasses.replace(
                 given, data=(train_subset(out, groups),),
-                heldout_data=given.heldout_data or (HELPDESK_FILES["heldout"],),
-                test_data=given.test_data or (HELPDESK_FILES["test"],), task=HELPDESK,
+                heldout_data=given.heldout_data or HELPDESK_FILES["heldout_data"],
+                test_data=given.test_data or HELPDESK_FILES["test_data"], task=HELPDESK,
                 init="" if trains_base else str(Path(base_run) / "base.pt"), n_layer=layers,
                 d_model=width, sft_sequences=scale.sft_sequences, epochs=scale.epochs,
                 seed=config.seed, out=str(out / f"reward-{name}"), resume=False)

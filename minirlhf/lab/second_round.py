@@ -128,7 +128,7 @@ def write_labels(first: Trained, arm: str, path: Path, config: RoundConfig) -> P
     """The annotator's labels of one arm, added to those that the file has."""
     echo(f"\n=== {config.labels} labels on {ARMS[arm]}: {path}")
     annotator = first.ground_truth.preference_probability
-    settings = LabelConfig(judge=f"{first.ground_truth.__name__}:preference_probability",
+    settings = LabelConfig(judge=f"{first.reward_config.task}:preference_probability",
                            count=config.labels, seed=config.seed,
                            pick="uncertain" if arm == "unsure pairs" else "next")
     sampled = first._replace(policy=first.base) if arm == "base pairs" else first
@@ -163,8 +163,7 @@ def first_data(first: Trained) -> dict[str, tuple[str, ...]]:
     old = first.reward_config
     if old.data:
         return dict(data=old.data, heldout_data=old.heldout_data, test_data=old.test_data)
-    return dict(data=(HELPDESK_FILES["train"],), heldout_data=(HELPDESK_FILES["heldout"],),
-                test_data=(HELPDESK_FILES["test"],))
+    return HELPDESK_FILES
 
 
 def second_reward(first: Trained, data: tuple[str, ...], out: Path,
@@ -172,8 +171,11 @@ def second_reward(first: Trained, data: tuple[str, ...], out: Path,
     """The first round's settings, but starting from its reward model, on these data files."""
     earlier = Path(first.config.reward_run) / "reward.pt"
     files = first_data(first) | dict(data=data)
-    return dataclasses.replace(first.reward_config, **files, init="", init_reward=str(earlier),
-                               task=config.task or first.ground_truth.__name__, out=str(out),
+    # the sizes are those of the earlier model
+    sizes = {name: getattr(RewardConfig, name) for name in ("n_layer", "n_head", "d_model")}
+    return dataclasses.replace(first.reward_config, **files, **sizes, init="",
+                               init_reward=str(earlier), out=str(out),
+                               task=config.task or first.reward_config.task,
                                epochs=config.epochs, lr=config.lr, device=config.device)
 
 
@@ -215,13 +217,9 @@ def evaluate(reward_run: Path, policy_run: Path, first: Trained, splits: Splits,
         groups, _ = encode_preferences(pairs, first.encoding, prompt_length, response_length)
         metrics = evaluate_reward_model(model, groups, first.encoding, first.ground_truth)
         reward |= {prefix + key: value for key, value in metrics.items()}
-    probes = {}
-    if hasattr(first.ground_truth, "probes"):
-        texts = unique_prompts(splits.test)[:256]
-        prompts = encode_prompts(texts, first.encoding, prompt_length)
-        shares = evaluate_probes(model, prompts, first.encoding, first.ground_truth,
-                                 response_length)
-        probes = {name: share for name, (share, _) in shares.items()}
+    shares = evaluate_probes(model, unique_prompts(splits.test)[:256], first.encoding,
+                             first.ground_truth, prompt_length, response_length)
+    probes = {name: share for name, (share, _) in shares.items()}
     result = json.loads(read_file(policy_run / "result.json"))
     policy = {key: result[key] for key in POLICY_METRICS if key in result}
     files = file_hashes([reward_run / "reward.pt", policy_run / "policy.pt"])

@@ -87,7 +87,7 @@ class VarianceConfig:
                        f"--out {policy_folder}")
             text = read_file(policy_folder / "config.json")
             base_hash = file_hashes([folder / "base.pt"])[str(folder / "base.pt")]
-            if base_hash not in json.loads(text)["facts"]["data"].values():
+            if base_hash not in str(json.loads(text)["facts"]):
                 raise UserError(f"{policy_folder}: was not trained from {folder / 'base.pt'}; "
                                 "name the reward run that it was trained from")
 
@@ -113,7 +113,7 @@ def dense_rewards(samples: Samples, task: Task) -> Tensor:
         for t in range(len(ids) - 1):
             text = decode(task.sampling.encoding, ids[: t + 1])
             if text.endswith((".", "?", "!")):
-                rewards[row, t] = task.ground_truth.gold(prompt, text) - paid
+                rewards[row, t] = task.ground_truth.gold(prompt, text, True) - paid
                 paid += rewards[row, t].item()
         rewards[row, len(ids) - 1] = utility - paid
     return rewards.float()

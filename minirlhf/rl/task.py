@@ -1,6 +1,6 @@
 """Everything a policy run is given: prompts, reward, base model, and the ground truth if known."""
 
-import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,21 +10,16 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import PreferenceGroup, describe_counts, encode_preferences
 from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import read_prompts, read_records
-from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
-from minirlhf.data.splits import (
-    Splits,
-    file_hashes,
-    load_function,
-    load_ground_truth,
-    load_splits,
-)
+from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts, warn_of_shared_prompts
+from minirlhf.data.splits import Splits, file_facts, load_function, load_ground_truth, load_splits
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer
 from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model
 from minirlhf.rl.reward import Reward
 from minirlhf.rl.sampling import SamplingSettings
 from minirlhf.run.errors import UserError
-from minirlhf.run.folder import read_config, trusted_module
+from minirlhf.run.files import read_file
+from minirlhf.run.folder import check_inputs, read_run, run_id, trusted_module
 from minirlhf.run.terminal import echo
 
 import tiktoken
@@ -35,7 +30,7 @@ class Task(NamedTuple):
     """Does not change while the policy trains."""
 
     name: str
-    facts: dict  # recorded in the run folder: the reward run and the hashes of all files read
+    facts: dict[str, str]  # recorded in the run folder: all files read
     base: Transformer  # the reference model; the policy starts as a copy of it
     sampling: SamplingSettings  # of training
     evaluation: SamplingSettings
@@ -51,32 +46,37 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
               device: torch.device) -> Task:
     """The task that a reward run's folder describes. Raises UserError that names file and fix."""
     folder = Path(config.reward_run)
-    reward_config = read_config(RewardConfig, folder / "config.json")
+    reward_config, reward_facts = read_run(RewardConfig, folder / "config.json")
     encoding = load_tokenizer(reward_config.tokenizer)
-    name = trusted_module(reward_config.task, config.task, "--task", folder / "config.json")
-    ground_truth = load_ground_truth(dataclasses.replace(reward_config, task=name))
+    task = trusted_module(reward_config.task, config.task, "--task", folder / "config.json")
     splits = load_splits(reward_config)
+    facts = splits.facts | dict(tokenizer=f"{fingerprint(encoding)}  {reward_config.tokenizer}")
+    check_inputs(reward_facts, reward_facts | facts, f"the reward run {folder}")
+    facts["reward run"] = f"{run_id(vars(reward_config), reward_facts)}  {folder}"
+    ground_truth = load_ground_truth(task, splits)
     base, _ = load_model(folder / "base.pt", "base", fingerprint(encoding))
     response_length = config.max_response_length or reward_config.max_response_length
     check_context(base, reward_config.max_prompt_length, response_length)
-    reward, inputs = load_reward(config, reward_config, reward_function, fingerprint(encoding))
+    reward = load_reward(config, reward_config, reward_function, fingerprint(encoding))
     pairs = load_pairs(config, reward_config, splits, encoding)
     for model in (base, reward.source):
         if isinstance(model, Transformer):
             model.to(device).requires_grad_(False)
             model.bf16 = config.bf16
+    inputs = {"base model": [folder / "base.pt"], "pairs": [*map(Path, config.data)]}
     if isinstance(reward.source, Transformer):
         reward.source.freeze_matrices()
-    inputs += [folder / "base.pt", *map(Path, config.data)]
+        inputs["reward model"] = [folder / "reward.pt"]
     texts = unique_prompts(splits.train)
     if config.prompts:
         texts = read_prompts(config.prompts,
                              template=read_chat_template(reward_config.tokenizer))
-        inputs.append(Path(config.prompts))
+        warn_of_shared_prompts(texts, *map(unique_prompts, (splits.heldout, splits.test)))
+        inputs["prompts"] = [Path(config.prompts)]
     length = reward_config.max_prompt_length
     return Task(
         name=ground_truth.__name__.split(".")[-1] if ground_truth else "data",
-        facts=dict(reward_run=str(folder), data=splits.hashes | file_hashes(inputs)),
+        facts=facts | file_facts(inputs),
         base=base,
         sampling=SamplingSettings(encoding, response_length, config.temperature, config.seed),
         evaluation=SamplingSettings(encoding, response_length,
@@ -111,6 +111,7 @@ def load_pairs(config: PolicyConfig, reward_config: RewardConfig, splits: Splits
     if config.data:
         pairs, _ = read_records(config.data, reward_config.skip_bad_lines,
                                 read_chat_template(reward_config.tokenizer))
+        warn_of_shared_prompts(*map(unique_prompts, (pairs, splits.heldout, splits.test)))
     groups, counts = encode_preferences(pairs, encoding, reward_config.max_prompt_length,
                                         reward_config.max_response_length)
     echo(f"pairs: {describe_counts(counts)}")
@@ -118,8 +119,8 @@ def load_pairs(config: PolicyConfig, reward_config: RewardConfig, splits: Splits
 
 
 def load_reward(config: PolicyConfig, reward_config: RewardConfig, reward_function: Callable | None,
-                tokenizer: str) -> tuple[Reward, list[Path]]:
-    """(the reward, the files it depends on): the user's function, or the run's reward model.
+                tokenizer: str) -> Reward:
+    """The user's function, or the run's reward model.
 
     Raises UserError, also if there is neither, except for dpo.
     """
@@ -131,21 +132,37 @@ def load_reward(config: PolicyConfig, reward_config: RewardConfig, reward_functi
             raise UserError("--algorithm dpo learns from preference pairs, not from a reward "
                             "function; leave out --reward, or use online-dpo")
         name = getattr(function, "__name__", type(function).__name__)
-        return Reward(name, function, config.missing_eos_penalty), []
+        return Reward(name, function, config.missing_eos_penalty)
     path = Path(config.reward_run) / "reward.pt"
     if not reward_config.epochs:
         if config.algorithm == "dpo":
-            return Reward("none", None, config.missing_eos_penalty), []
+            return Reward("none", None, config.missing_eos_penalty)
         raise UserError(f"{path.parent}: has no reward model (--epochs 0), which only --algorithm "
                         "dpo can do without; resume it with --epochs 1, or use --reward")
     model, _ = load_model(path, "reward", tokenizer)
-    return Reward(str(path), model, config.missing_eos_penalty), [path]
+    return Reward(str(path), model, config.missing_eos_penalty)
 
 
-def newest_reward_run(runs: Path) -> Path:
-    """The folder of the newest finished reward run. Raises UserError if there is none."""
-    finished = sorted(runs.glob("*/reward.pt"), key=lambda path: path.stat().st_mtime)
+def pick_reward_run(config: PolicyConfig) -> Path:
+    """The folder of the reward run. Raises UserError if there is none.
+
+    Without --reward-run it is the newest one. When a run is resumed, both may have moved.
+    """
+    if config.resume:
+        return moved_reward_run(Path(config.out), config.reward_run)
+    if config.reward_run:
+        return Path(config.reward_run)
+    finished = {}  # as recorded: a copy of a run is not newer than the run
+    for path in Path("runs").glob("*/reward_metrics.jsonl"):
+        if time := re.search(rb'"finished": (\d+)', read_file(path)):
+            finished[path.parent] = int(time[1])
     if not finished:
-        raise UserError(f"no finished reward run under {runs}/; run train_reward.py first, "
+        raise UserError("no finished reward run under runs/; run train_reward.py first, "
                         "or name one with --reward-run")
-    return finished[-1].parent
+    return max(finished, key=finished.__getitem__)
+
+
+def moved_reward_run(run: Path, reward_run: str) -> Path:
+    """The reward run of a policy run. If it is missing: the folder of its name next to the run."""
+    neighbor = run.resolve().parent / Path(reward_run).name
+    return neighbor if neighbor.is_dir() and not Path(reward_run).is_dir() else Path(reward_run)

@@ -132,7 +132,7 @@ def is_valid_meta(meta: dict) -> bool:
     """Whether step, mark of the metrics and state have the types and sizes that a run writes."""
     mark = meta.get("metrics", [0, ""])
     is_mark = isinstance(mark, list) and [type(part) for part in mark] == [int, str]
-    numbers = [value for key, value in meta.items() if key not in ("run", "metrics")]
+    numbers = [value for key, value in meta.items() if key not in ("run", "metrics", "environment")]
     are_numbers = all(type(x) in (int, float) and abs(x) < 2**53 for x in numbers)
     return is_mark and are_numbers and type(meta.get("step")) is int and meta["step"] >= 0
 

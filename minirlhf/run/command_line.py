@@ -141,12 +141,14 @@ def configure(config_class, arguments: list[str]):
     Raises UserError.
     """
     given = parse_flags(config_class, arguments)
+    preset = given.pop("preset", "")
     settings = {}
     if hasattr(config_class, "presets"):
-        settings = config_class.presets[given.pop("preset", "helpdesk")]
+        settings = config_class.presets[preset or "helpdesk"]
     if given.get("resume"):
-        if not given.get("out"):
-            raise UserError("--resume needs --out: the folder of the run to resume")
+        if preset or not given.get("out"):
+            raise UserError("--resume needs --out, the folder of the run to resume, and no "
+                            "--preset: its settings are those in the folder")
         path = Path(given["out"]) / "config.json"
         settings = dataclasses.asdict(read_config(config_class, path))
         for name in settings.keys() & MODULES:

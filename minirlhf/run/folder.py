@@ -21,6 +21,10 @@ SCHEDULE = ("iterations", "epochs")  # a resumed run may be extended
 # These settings do not affect results.
 NO_EFFECT = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl",
              "shard")
+# These settings name files. The facts identify files by their content, so these paths may change.
+PATHS = ("data", "heldout_data", "test_data", "tokenizer", "init", "init_reward", "prompts",
+         "reward_run")
+DIGEST = 64  # characters of a SHA-256
 # What write_atomically leaves of a run's own files if the process is killed.
 PARTIAL = re.compile(r"\.(config\.json|result\.json|samples\.md|bad-batch-[a-z0-9-]+\.json|"
                      r"(base|sft|reward|policy)(-[0-9]{8})?\.pt)\.[0-9a-f]{16}\.partial")
@@ -31,14 +35,14 @@ class RunFolder(NamedTuple):
 
     path: Path
     lock: IO | None  # open in the main process: the lock ends with the process
-    id: str  # hash of the settings and inputs that affect results; stored in every checkpoint
+    id: str  # run_id: stored in every checkpoint
 
 
 def open_folder(config, name: str, facts: dict) -> RunFolder:
     """Claim the run folder and write config.json. An existing folder is refused unless resumed.
 
     name: of a new folder under runs/ if --out is empty.
-    facts: other facts to record, for example hashes of the data.
+    facts: {description: "SHA-256  PATH"} of the input files.
     """
     path, lock = claim_folder(config, name, facts) if is_main() else (None, None)
     path = broadcast(path)
@@ -46,19 +50,25 @@ def open_folder(config, name: str, facts: dict) -> RunFolder:
     if is_main():
         content = json.dumps(sealed(settings, facts), indent=1) + "\n"
         write_atomically(path / "config.json", content.encode())
-    affects_results = {key: value for key, value in settings.items()
-                       if key not in NO_EFFECT + SCHEDULE}
-    return RunFolder(path, lock, json_digest([affects_results, facts]))
+    return RunFolder(path, lock, run_id(settings, facts))
+
+
+def run_id(settings: dict, facts: dict[str, str]) -> str:
+    """Hash of the settings and input files that affect results."""
+    affects_results = {key: Path(value).name if key in MODULES else value
+                       for key, value in settings.items()
+                       if key not in NO_EFFECT + SCHEDULE + PATHS}
+    return json_digest([affects_results, {name: facts[name][:DIGEST] for name in facts}])
 
 
 def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
     """An empty folder, or that of a run that may be resumed; and its lock."""
     folder = Path(config.out) if config.out else unused_folder(name)
     if config.resume:
-        stored = read_config(type(config), folder / "config.json")
+        stored, stored_facts = read_run(type(config), folder / "config.json")
         lock = lock_folder(folder)
-        content = json.loads(read_file(folder / "config.json"))
-        check_same_run(config, stored, content["facts"], facts)
+        check_same_run(config, stored)
+        check_inputs(stored_facts, facts, "this run")
         for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
             if PARTIAL.fullmatch(path.name):  # from a write that was killed
                 path.unlink()
@@ -88,12 +98,14 @@ def lock_folder(folder: Path) -> IO:
                                        "wait for it to end, or use another --out")
 
 
-def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
-    """Raise UserError for any setting or input that would change the results of a resumed run."""
+def check_same_run(config, stored) -> None:
+    """Raise UserError for any setting that would change the results of a resumed run."""
     for field in dataclasses.fields(config):
         old = getattr(stored, field.name)
         new = getattr(config, field.name)
-        if old == new or field.name in NO_EFFECT:
+        if field.name in MODULES:  # the user's file may be in another folder now
+            old, new = Path(old).name, Path(new).name
+        if old == new or field.name in NO_EFFECT + PATHS:
             continue
         if field.name in SCHEDULE and new > old:
             echo(f"new schedule: {field.name} {old} -> {new}; "
@@ -101,9 +113,15 @@ def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
         else:
             raise UserError(f"--resume with {field.name} = {new!r}, but the run has {old!r}; "
                             "leave the flag out, or start a new run")
-    if stored_facts != json.loads(json.dumps(facts)):
-        raise UserError("--resume: the input files have changed since the run started; "
-                        "start a new run")
+
+
+def check_inputs(stored: dict[str, str], facts: dict[str, str], run: str) -> None:
+    """Raise UserError for the first input file whose content is not that of the stored facts."""
+    for name in stored | facts:
+        if stored.get(name, "")[:DIGEST] != facts.get(name, "")[:DIGEST]:
+            path = facts.get(name, stored.get(name, ""))[DIGEST + 2:]
+            raise UserError(f"{path}: not the file with which {run} started ({name}), or its "
+                            "content has changed; restore it, or start a new run")
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -111,6 +129,11 @@ def check_same_run(config, stored, stored_facts: dict, facts: dict) -> None:
 
 def read_config(config_class, path: Path):
     """The checked configuration of a run folder's config.json. Raises UserError naming the file."""
+    return read_run(config_class, path)[0]
+
+
+def read_run(config_class, path: Path):
+    """(configuration, facts) of a run folder's config.json. Raises UserError naming the file."""
     try:
         content = json.loads(read_file(path, MAX_CONFIG))
         version = content.get("version", "1.0")
@@ -120,6 +143,7 @@ def read_config(config_class, path: Path):
         config = config_class(**with_tuples(settings))
         config.check()
         intact = content == sealed(settings, facts)
+        facts = {name: str(value) for name, value in facts.items()}
     except NotADirectoryError:
         raise UserError(f"{path.parent}: is a file; "
                         f"name its folder {path.parent.parent}") from None
@@ -131,7 +155,7 @@ def read_config(config_class, path: Path):
                         "start a new run") from None
     if not intact:
         raise UserError(f"{path}: was changed or damaged since the run started; start a new run")
-    return config
+    return config, facts
 
 
 def is_users_module(name: str) -> bool:

@@ -14,7 +14,8 @@ from minirlhf.run.files import refuse_link, regular_only, unused_path
 from minirlhf.run.parallel import is_main
 from minirlhf.run.terminal import echo
 
-WALL_CLOCK = ("seconds", "tokens_per_second")  # prefixes of keys that differ between equal runs
+# prefixes of keys that differ between equal runs
+WALL_CLOCK = ("seconds", "tokens_per_second", "finished")
 
 
 def rounded(row: dict) -> dict:

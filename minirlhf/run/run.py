@@ -11,9 +11,9 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.files import write_atomically
 from minirlhf.run.folder import module_flags, open_folder
 from minirlhf.run.metrics import Metrics
-from minirlhf.run.parallel import process_rank
+from minirlhf.run.parallel import process_count, process_rank
 from minirlhf.run.signals import StopSignal
-from minirlhf.run.terminal import Progress
+from minirlhf.run.terminal import Progress, echo
 
 import torch
 
@@ -79,16 +79,18 @@ class Run:
         label: name on the progress line.
         plain_lines: about how many lines to print if the output is not a terminal.
         """
-        mark = None  # of the metrics (count and digest of rows) in the newest checkpoint
-        for meta, _ in self.checkpoints.values():
-            mark = meta.get("metrics")
+        newest = [{}, *(meta for meta, _ in self.checkpoints.values())][-1]
         checkpoint = self.checkpoints.pop(stage, None)
         self.stage = stage
         self.total = self.stages[stage]
         self.done = restore(checkpoint, model, optimizer)
         if not hasattr(self, "metrics"):
             path = self.folder / f"{list(self.stages)[-1]}_metrics.jsonl"
-            self.metrics = Metrics(path, mark, self.config.tensorboard)
+            self.metrics = Metrics(path, newest.get("metrics"), self.config.tensorboard)
+            saved_with = newest.get("environment", environment())
+            if saved_with != environment():
+                echo(f"warning: saved with {saved_with}, resumed with {environment()}: "
+                     "results may differ in the last digits")
         self.progress = Progress(label or stage, self.total, self.done, plain_lines)
         return checkpoint[0] if checkpoint else {}
 
@@ -135,7 +137,8 @@ class Run:
         """
         if not (self.stop.requested() or self.due(self.config.save_every)):
             return
-        meta = state | dict(step=self.step + 1, run=self.id, metrics=self.metrics.mark())
+        meta = state | dict(step=self.step + 1, run=self.id, metrics=self.metrics.mark(),
+                            environment=environment())
         states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
         folder = self.folder / "checkpoints"
         save_step(folder, self.stage, meta, states, self.config.keep_checkpoints)
@@ -148,6 +151,12 @@ class Run:
         write_atomically(path, content.encode())
         return UserError(f"{self.stage} step {self.step + 1}: {error}; the batch is in {path}; "
                          "the last checkpoint is not affected")
+
+
+def environment() -> str:
+    """What sums in another order, and so changes the last digits of results."""
+    return (f"torch {torch.__version__}, {torch.get_num_threads()} threads, {process_count()} "
+            f"processes, {torch.backends.cpu.get_cpu_capability()}")
 
 
 def flatten(batch: dict) -> dict:

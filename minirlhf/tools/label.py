@@ -263,12 +263,10 @@ def next_command(trained: Trained, path: Path) -> str:
         value = getattr(earlier, name)
         if value != getattr(default, name):
             words += [flag(name), str(value)]
-    for name, shipped in (("heldout_data", "heldout"), ("test_data", "test")):
-        files = getattr(earlier, name) or (() if earlier.data else (HELPDESK_FILES[shipped],))
+    for name in ("heldout_data", "test_data"):
+        files = getattr(earlier, name) or (() if earlier.data else HELPDESK_FILES[name])
         words += [flag(name), *files] if files else []
-    uses_helpdesk = earlier.task == "auto" and not earlier.data
-    task = "minirlhf.data.helpdesk" if uses_helpdesk else earlier.task
-    words += ["--task", task] if task not in ("auto", "none") else []
+    words += ["--task", earlier.task] if earlier.task != "none" else []
     return shlex.join(words)
 
 

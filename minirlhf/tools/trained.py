@@ -12,6 +12,7 @@ from minirlhf.data.tokenizer import fingerprint, load_tokenizer
 from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model
 from minirlhf.rl.sampling import SamplingSettings
+from minirlhf.rl.task import moved_reward_run
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
 from minirlhf.run.folder import read_config, trusted_module
@@ -57,7 +58,8 @@ def load_trained(run: str, device: torch.device, task: str) -> Trained:
                         "as train_policy.py printed it")
     folder = Path(run)
     config = read_config(PolicyConfig, folder / "config.json")
-    reward_run = Path(config.reward_run)
+    reward_run = moved_reward_run(folder, config.reward_run)
+    config = dataclasses.replace(config, reward_run=str(reward_run))
     if not reward_run.is_dir():
         raise UserError(f"{folder / 'config.json'}: its reward run {reward_run} does not exist "
                         "here; start this program in the folder where the policy was trained")
@@ -70,7 +72,7 @@ def load_trained(run: str, device: torch.device, task: str) -> Trained:
     for kind, path in files:
         model, _ = load_model(path, kind, fingerprint(encoding))
         models.append(model.to(device).requires_grad_(False))
-    ground_truth = load_ground_truth(dataclasses.replace(reward_config, task=name))
+    ground_truth = load_ground_truth(name)
     return Trained(folder, config, reward_config, encoding, ground_truth, *models, device)
 
 
