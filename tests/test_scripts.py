@@ -587,7 +587,7 @@ def test_bad_data_is_one_line_and_creates_no_folder(content, words, inputs, tmp_
         (dict(data=("{tmp}",)), "Is a directory"),
         (dict(tokenizer="{tmp}/none.tiktoken"), "No such file"),
         (dict(tokenizer="helpdesc"), "did you mean helpdesk"),
-        (dict(init="{tmp}/base.pt"), "No such file"),
+        (dict(init="{tmp}/base.pt"), "no such file or folder"),
         (dict(init="{inputs}/pairs.jsonl"), "not a checkpoint"),
         (dict(init="{reward_run}/reward.pt"), "contains a reward model, not a base model"),
         (
