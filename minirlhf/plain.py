@@ -37,7 +37,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 # Settings of the policy training
 ITERATIONS = 20
 BATCH_SIZE = 64  # responses per iteration
-GROUP_SIZE = 4  # responses to each prompt (rloo, grpo, online-dpo)
+GROUP_SIZE = 4  # responses to each prompt (rloo, grpo)
 EPOCHS = 2  # passes over each rollout (ppo, grpo)
 MINIBATCH_SIZE = 32  # responses per optimizer step (ppo, grpo)
 LEARNING_RATE = 7e-4  # of the first iteration; falls linearly to 0
@@ -46,7 +46,7 @@ MISSING_EOS_PENALTY = 1.0  # subtracted from the score of a response without EOS
 KL_COEF = 0.05  # penalty for each nat of KL from the reference model
 GAMMA = 1.0  # discount
 LAMBDA = 0.95  # of GAE
-DPO_BETA = 0.5  # penalty for each nat of KL, in units of utility (online-dpo)
+DPO_BETA = 0.5  # penalty for each nat of KL, in units of utility (dpo)
 CLIP_RANGE = 0.2  # of the importance ratio, and of the change of a value
 VALUE_COEF = 0.1  # weight of the value loss
 
@@ -112,8 +112,7 @@ class Transformer(nn.Module):
         """
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         itself = torch.eye(ids.shape[1], dtype=torch.bool)
-        causal = torch.ones_like(itself).tril()
-        visible = causal & (mask[:, None, :] | itself)
+        visible = torch.ones_like(itself).tril() & (mask[:, None, :] | itself)
         x = self.wte(ids) + self.wpe(positions)
         for block in self.blocks:
             x = block(x, visible)
@@ -178,15 +177,36 @@ def score(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
     return (model.reward_head(hidden).squeeze(1) - model.score_shift) / model.score_scale
 
 
-def preference_loss(model: Transformer, ids: Tensor, mask: Tensor, chosen: Tensor,
-                    rejected: Tensor, weight: Tensor) -> Tensor:
+def preference_loss(scores: Tensor, chosen: Tensor, rejected: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean of -log sigmoid(r_w - r_l) over M pairs of N texts (Bradley and Terry 1952).
 
     It is the negative log-likelihood of the model P(w is preferred to l) = sigmoid(r_w - r_l).
-    ids, mask [N, T]; chosen and rejected [M], indices of texts; weight [M].
+    scores [N]; chosen and rejected [M], indices of texts; weight [M].
     """
-    scores = score(model, ids, mask)
     return -(weight * F.logsigmoid(scores[chosen] - scores[rejected])).sum() / weight.sum()
+
+
+def reward_loss(model: Transformer, ids: Tensor, mask: Tensor, *pairs: Tensor) -> Tensor:
+    """The preference loss of the scores of N texts, ids and mask [N, T]."""
+    return preference_loss(score(model, ids, mask), *pairs)
+
+
+def response_logprobs(model: Transformer, ids: Tensor, mask: Tensor, is_response: Tensor) -> Tensor:
+    """log p(response | prompt) [N]. is_response: bool [N, T], True on response tokens and EOS."""
+    states = model(ids, mask)[:, :-1]
+    return token_logprobs(model, states, ids[:, 1:], is_response[:, 1:]).sum(1)
+
+
+def dpo_loss(policy: Transformer, ids: Tensor, mask: Tensor, is_response: Tensor,
+             ref_logprobs: Tensor, *pairs: Tensor) -> Tensor:
+    """The preference loss of u = beta (log pi(y | x) - log pi_ref(y | x)) (Rafailov et al. 2023).
+
+    The policy itself takes the place of a reward model, and no response is sampled. ref_logprobs
+    [N]: response_logprobs of the reference model. The function main has no stage for DPO; `python
+    train_policy.py --algorithm dpo` trains with this loss.
+    """
+    logprobs = response_logprobs(policy, ids, mask, is_response)
+    return preference_loss(DPO_BETA * (logprobs - ref_logprobs), *pairs)
 
 
 def train(model: Transformer, batches: list[tuple], loss_function: Callable, peak: float) -> None:
@@ -330,18 +350,6 @@ def group_normalized(rollout: Rollout) -> Tensor:
     return (centered / (scores.std(1, keepdim=True) + 1e-4)).view(-1, 1) * rollout.mask
 
 
-def online_dpo(rollout: Rollout) -> Tensor:
-    """beta sigmoid(-beta d) for the better of two consecutive responses to a prompt, else minus it.
-
-    d is log(pi / pi_ref) of the better response minus that of the worse one. The policy gradient
-    with these weights is the gradient of -log sigmoid(beta d) (Guo et al. 2024).
-    """
-    better = (rollout.scores.view(-1, 2) - rollout.scores.view(-1, 2).flip(1)).sign()
-    log_ratio = (rollout.logprobs - rollout.ref_logprobs).sum(1).view(-1, 2)
-    d = better * (log_ratio - log_ratio.flip(1))
-    return (DPO_BETA * better * torch.sigmoid(-DPO_BETA * d)).view(-1, 1) * rollout.mask
-
-
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over the real tokens."""
     real = advantages[mask]
@@ -409,7 +417,6 @@ ALGORITHMS = {
     "rloo": Algorithm(leave_one_out, policy_gradient_loss, grouped=True),
     "grpo": Algorithm(group_normalized, grpo_loss, reuses_rollout=True, grouped=True,
                       kl_in_reward=False),
-    "online-dpo": Algorithm(online_dpo, policy_gradient_loss, grouped=True, kl_in_reward=False),
 }
 
 
@@ -503,7 +510,7 @@ def mean_gold(ids: Tensor, encoding: tiktoken.Encoding) -> float:
 
 
 def preference_batch(records: list[dict], encoding: tiktoken.Encoding) -> tuple[Tensor, ...]:
-    """The arguments of preference_loss: all texts and all preferences of these records."""
+    """The arguments of reward_loss: all texts and all preferences of these records."""
     texts: list[list[int]] = []
     pairs: list[list[int]] = []
     for record in records:
@@ -542,7 +549,7 @@ def main(algorithm: Algorithm, seed: int) -> None:
 
     # Reward model: a copy of the base model learns to give preferred responses higher scores.
     reward_model = copy.deepcopy(base)
-    train(reward_model, batches, preference_loss, peak=1e-3)
+    train(reward_model, batches, reward_loss, peak=1e-3)
     prompts = [encoding.encode_ordinary(record["prompt"]) for record in records]
     prompt_ids, prompt_mask = pad(prompts, base.pad, "left")
     uniforms = torch.rand(128, MAX_RESPONSE_LENGTH)

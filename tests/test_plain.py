@@ -16,6 +16,7 @@ from minirlhf.data.batches import PreferenceGroup, collate_preferences, pad_left
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.model.generate import generate
 from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
+from minirlhf.rl.dpo import dpo_loss
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.rollout import Rollout, evaluate_actions, measure, token_rewards
 from minirlhf.run.device import prepare_training
@@ -100,27 +101,39 @@ def real_fine_tuning(model, batches, peak):
     return real_supervised(model, batches, [], peak, loss_of)
 
 
+def real_groups(batch):
+    return [
+        PreferenceGroup(prompt, responses, tuple((w, l, 0.0, weight) for w, l, weight in pairs))
+        for prompt, responses, pairs in batch
+    ]
+
+
 def real_reward_training(model, batches, peak):
     """batches: lists of groups (prompt, responses, pairs (better, worse, weight))."""
     config = RewardConfig()
 
     def loss_of(model, batch):
-        groups = [
-            PreferenceGroup(prompt, responses, tuple((w, l, 0.0, weight) for w, l, weight in pairs))
-            for prompt, responses, pairs in batch
-        ]
+        groups = real_groups(batch)
         total = sum(weight for *_, pairs in batch for *_, weight in pairs)
         return train_reward.pair_loss(model, groups, PAD, config, total)[0]
 
     return real_supervised(model, batches, ["reward_head"], peak, loss_of)
 
 
+def real_dpo(model, reference, batches, peak):
+    config = PolicyConfig(algorithm="dpo", dpo_beta=plain.DPO_BETA)
+
+    def loss_of(model, batch):
+        groups = real_groups(batch)
+        total = sum(weight for group in groups for *_, weight in group.pairs)
+        return dpo_loss(model, reference, groups, PAD, config, total)[0]
+
+    return real_supervised(model, batches, [], peak, loss_of)
+
+
 def real_collate(batch):
     """ids, mask, chosen, rejected, weight of the same groups."""
-    groups = [
-        PreferenceGroup(prompt, responses, tuple((w, l, 0.0, weight) for w, l, weight in pairs))
-        for prompt, responses, pairs in batch
-    ]
+    groups = real_groups(batch)
     ids, mask, chosen, rejected, _, weight = collate_preferences(groups, PAD)
     return ids, mask, chosen, rejected, weight
 
@@ -325,8 +338,26 @@ def test_reward_model_training_is_equal_after_each_step(monkeypatch):
     batches = preference_batches(5)
     inputs = [real_collate(batch) for batch in batches]
     assert all(not mask.all() and len(weight.unique()) > 1 for _, mask, _, _, weight in inputs)
-    ours = plain_supervised(monkeypatch, plain_model(real), inputs, plain.preference_loss, 0.01)
+    ours = plain_supervised(monkeypatch, plain_model(real), inputs, plain.reward_loss, 0.01)
     theirs = real_reward_training(real, batches, 0.01)
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        same(a[:2], b[:2], f"loss and gradient norm of step {step}")
+        same_weights(a[2], b[2], f"after step {step}")
+
+
+def test_dpo_is_equal_after_each_step(monkeypatch):
+    real, reference = real_model(7), real_model(8)
+    batches = preference_batches(5)
+    inputs = []
+    for batch in batches:
+        ids, mask, *pairs = real_collate(batch)
+        lengths = torch.tensor([len(prompt) for prompt, responses, _ in batch for _ in responses])
+        is_response = mask & (torch.arange(ids.shape[1]) >= lengths[:, None])
+        with torch.no_grad():
+            ref_logprobs = plain.response_logprobs(plain_model(reference), ids, mask, is_response)
+        inputs.append((ids, mask, is_response, ref_logprobs, *pairs))
+    ours = plain_supervised(monkeypatch, plain_model(real), inputs, plain.dpo_loss, 0.01)
+    theirs = real_dpo(real, reference, batches, 0.01)
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         same(a[:2], b[:2], f"loss and gradient norm of step {step}")
         same_weights(a[2], b[2], f"after step {step}")
@@ -398,7 +429,7 @@ def test_policy_training_is_equal_after_each_iteration(monkeypatch, name):
 
 
 def test_the_two_tables_have_the_same_algorithms_and_flags():
-    assert list(plain.ALGORITHMS) == list(ALGORITHMS)
+    assert list(plain.ALGORITHMS) == [name for name in ALGORITHMS if name != "online-dpo"]
     for name, algorithm in plain.ALGORITHMS.items():
         for flag in algorithm._fields[2:]:
             assert getattr(algorithm, flag) == getattr(ALGORITHMS[name], flag), (name, flag)
