@@ -13,9 +13,10 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data import helpdesk
 from minirlhf.lab import common, overoptimization, sweep, variance
-from minirlhf.lab import overoptimization_fit as fits
-from minirlhf.lab.overoptimization_page import neighbors
+from minirlhf.lab import overoptimization_page as results
+from minirlhf.lab.ensemble import ensemble
 from minirlhf.lab.variance_page import variance_ratio
+from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import gold_utility, sample_responses
 from minirlhf.rl.task import load_task
 from minirlhf.run.command_line import parse_flags
@@ -79,6 +80,14 @@ def test_a_run_with_other_settings_is_refused(reward_run):
         common.finished(common.Job("train_reward.py", dataclasses.replace(config, seed=1)))
 
 
+def test_a_run_stores_the_tokenizer_that_auto_stands_for(helpdesk_runs):
+    config = sweep.SweepConfig(out=str(helpdesk_runs), seeds=1, quick=True, algorithms="reinforce")
+    reward, policy = sweep.jobs_of(config, sweep.settings_of(config)[0], 0)
+    assert reward.config.tokenizer == "auto"
+    assert common.finished(reward)
+    assert common.finished(policy)
+
+
 def test_a_failed_run_is_reported_and_the_others_are_kept(inputs, tmp_path, monkeypatch):
     """A run that needs the failed one must not start."""
     monkeypatch.setenv("PYTHONPATH", tiny.environment()["PYTHONPATH"])
@@ -97,13 +106,10 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(inputs, tmp_path, monk
 
 
 def test_a_lab_names_the_command_that_creates_missing_files(capsys, tmp_path):
-    for main, config_class in (
-        (variance.main, variance.VarianceConfig),
-        (overoptimization.main, overoptimization.OveroptimizationConfig),
-    ):
-        assert "--reward-run is missing" in refused(capsys, main, config_class, [])
-        line = refused(capsys, main, config_class, ["--reward-run", str(tmp_path / "none")])
-        assert f"create it with: python train_reward.py --out {tmp_path / 'none'}" in line
+    lab = variance.main, variance.VarianceConfig
+    assert "--reward-run is missing" in refused(capsys, *lab, [])
+    line = refused(capsys, *lab, ["--reward-run", str(tmp_path / "none")])
+    assert f"create it with: python train_reward.py --out {tmp_path / 'none'}" in line
 
 
 def test_ctrl_c_stops_the_runs_and_prints_one_line(inputs, tmp_path, capsys, monkeypatch):
@@ -383,109 +389,149 @@ def test_the_best_of_n_estimate_is_the_mean_over_all_subsets_of_n(n):
     scores, gold = random.normal(size=(2, 6))
     subsets = [list(subset) for subset in itertools.combinations(range(6), n)]
     expected = np.mean([gold[max(subset, key=lambda i: scores[i])] for subset in subsets])
-    estimate = gold[scores.argsort()] @ fits.best_of_n_weights(6, n)
+    estimate = gold[scores.argsort()] @ results.best_of_n_weights(6, n)
     assert estimate == pytest.approx(expected, abs=1e-12)
 
 
 def test_best_of_n_curves_start_at_the_mean_of_the_pool_and_end_at_its_best():
     random = np.random.default_rng(0)
     scores, gold = random.normal(size=(2, 5, 16))
-    d, golds, proxies = fits.best_of_n_curves(scores, gold)
-    assert d[0] == 0.0
+    d, golds, proxies = results.best_of_n_curve(scores, gold)
+    assert (d[0], golds[0]) == pytest.approx((0.0, 0.0))
     assert d[-1] == pytest.approx((np.log(16) - 15 / 16) ** 0.5)
-    np.testing.assert_allclose(golds[:, 0], gold.mean(1))
-    np.testing.assert_allclose(proxies[:, -1], scores.max(1))
-    np.testing.assert_allclose(golds[:, -1], gold[range(5), scores.argmax(1)])
+    assert proxies[-1] == pytest.approx(scores.max(1).mean())
+    best = gold[range(5), scores.argmax(1)].mean()
+    assert golds[-1] == pytest.approx(best - gold.mean())
 
 
-@pytest.mark.parametrize("logarithm", (False, True))
-def test_a_fit_recovers_the_coefficients_of_its_points(logarithm):
-    d = np.linspace(0.3, 6.0, 40)
+def test_a_policy_curve_has_means_over_blocks_of_iterations():
+    line = dict(kl=[-1.0, *[4.0] * 38, 14.0], gold=[*[1.0] * 39, 3.0], score=range(40))
+    d, gold, proxy = results.policy_curve(line, base_gold=0.5)
+    assert d.tolist() == [1.5**0.5, *[2.0] * 18, 3.0]
+    assert gold.tolist() == [*[0.5] * 19, 1.5]
+    assert proxy.tolist() == [0.5 + 2 * block for block in range(20)]
+
+
+@pytest.mark.parametrize("method", ("best of n", "PPO"))
+def test_a_fit_recovers_the_coefficients_of_its_points(method):
+    d = np.linspace(0.0, 6.0, 40)
+    slowdown = np.log(d.clip(1e-9)) if method == "PPO" else d
+    gold = d * (2.0 - 0.5 * slowdown)
+    assert results.fit(d, gold, method) == pytest.approx((2.0, 0.5, 1.0))
     noise = 0.1 * np.random.default_rng(0).normal(size=40)
-    exact = d * (2.0 - 0.5 * (np.log(d) if logarithm else d))
-    fit = fits.fit(d, exact, logarithm)
-    assert (fit.alpha, fit.beta, fit.r2) == pytest.approx((2.0, 0.5, 1.0))
-    fit = fits.fit(d, exact + noise, logarithm)
-    assert abs(fit.alpha - 2.0) < 3 * fit.alpha_se < 0.2
-    assert abs(fit.beta - 0.5) < 3 * fit.beta_se < 0.1
-    assert fit.r2 < 1
+    alpha, beta, r2 = results.fit(d, gold + noise, method)
+    assert (alpha, beta) == pytest.approx((2.0, 0.5), abs=0.1)
+    assert 0.9 < r2 < 1
 
 
-def test_peaks_and_falls_of_known_curves_are_measured():
-    time = np.arange(100)
-    noise = 0.1 * np.random.default_rng(0).normal(size=100)
-    gold = 2.0 - ((time - 44.5) / 30.0) ** 2 + noise
-    peak = fits.policy_peak(fits.Curve(time / 10.0, gold, time / 50.0))
-    assert peak.gold == pytest.approx(2.0, abs=0.1)
-    assert peak.d == pytest.approx(4.45, abs=0.5)
-    assert peak.fall == pytest.approx(3.12, abs=0.25)
-    assert 0.06 < peak.fall_se < 0.15  # 0.1, of means of 2 and of 4
-    assert peak.proxy_rise == pytest.approx(1.04, abs=0.1)
-    # every second prompt is used to choose, the others to measure
-    gold = np.tile([[0.0, 1.0, 4.0, 2.0], [9.0, 1.0, 3.0, 2.0]], (4, 1))
-    peak = fits.best_of_n_peak(np.arange(4.0), gold, np.tile(np.arange(4.0), (8, 1)))
-    assert (peak.d, peak.gold, peak.fall, peak.proxy_rise) == (2.0, 3.0, 1.0, 1.0)
+def test_the_place_of_a_peak_is_chosen_by_the_other_seeds():
+    d = np.arange(1.0, 4.0)
+    golds = np.array([[0.0, 9.0, 1.0], [2.0, 0.0, 1.0], [3.0, 0.0, 1.0]])
+    curves = np.array([[d, gold, 2 * d] for gold in golds])
+    measured = results.measure(curves, "PPO")
+    # the others' means: [2.5, 0, 1], [1.5, 4.5, 1] and [1, 4.5, 1]
+    assert measured["peak of gold"].tolist() == [0.0, 0.0, 0.0]
+    assert measured["at d"].tolist() == [1.0, 2.0, 2.0]
+    assert measured["fall of gold"].tolist() == [-1.0, -1.0, -1.0]
+    assert measured["rise of proxy"].tolist() == [4.0, 2.0, 2.0]
+    assert results.measure(curves[:1], "PPO")["peak of gold"].tolist() == [9.0]
 
 
 def test_curves_are_compared_at_the_same_kl():
     slow = np.linspace(0.0, 2.0, 40)
-    fast = np.linspace(0.0, 4.0, 60)
-    gain = fits.gain_at_same_kl(
-        fits.Curve(slow, slow**2 + 0.5, slow), fits.Curve(fast, fast**2, fast)
-    )
-    assert gain["gold"][0] == pytest.approx(0.5, abs=0.05)
-    assert gain["proxy"][0] == pytest.approx(0.0, abs=1e-9)
+    fast = np.linspace(3.0, 0.0, 400)  # in any order
+    short = np.linspace(0.0, 1.0, 400)
+    curves = np.array([[slow, slow**2 + 0.5, slow]] * 2)
+    others = np.array([[fast, fast**2, fast], [short, short**2, short + slow.max()]])
+    assert results.gain_at_same_kl(curves, others, 1) == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert results.gain_at_same_kl(curves, others, 2) == pytest.approx([0.0, -2.0], abs=1e-3)
 
 
-def test_neighbors_differ_in_one_property_only():
-    names = ["1x8-10", "1x8-20", "1x8-30", "2x8-10", "2x8-20", "2x8-30"]
-    assert neighbors(names, 0) == [("1x8-10", "2x8-10"), ("1x8-20", "2x8-20"), ("1x8-30", "2x8-30")]
-    assert neighbors(names, 1) == [
-        ("1x8-10", "1x8-20"),
-        ("1x8-20", "1x8-30"),
-        ("2x8-10", "2x8-20"),
-        ("2x8-20", "2x8-30"),
+def test_a_verdict_needs_an_interval_on_one_side_of_zero():
+    far, near = np.array([1.0, 1.1, 0.9]), np.array([1.0, -0.5, 0.1])
+    assert [results.verdict(far, sign) for sign in (1, 0, -1)] == [
+        "agrees",
+        "disagrees",
+        "disagrees",
     ]
+    assert [results.verdict(near, sign) for sign in (1, 0)] == ["is undecided", "agrees"]
+    assert results.verdict(-far, -1) == "agrees"
+    assert "one seed" in results.verdict(far[:1], 1)
 
 
-@pytest.mark.slow
-def test_the_overoptimization_lab_resumes_where_it_was_stopped(
-    helpdesk_runs, tmp_path, monkeypatch
-):
-    config = overoptimization.OveroptimizationConfig(
-        str(helpdesk_runs / "reward-seed0"), str(tmp_path), scale="tiny", jobs=2
-    )
+def test_an_ensemble_is_the_mean_or_the_minimum_of_normalized_scores(reward_run, mixed_run):
+    runs = [str(reward_run), str(mixed_run)]
+    task = load_task(PolicyConfig(reward_run=runs[0], task="none"), None, torch.device("cpu"))
+    rows = list(range(len(task.train.texts)))
+    samples = sample_responses(task.base, task.train, task.sampling, "ensemble", 0, rows)
+    texts = samples.prompts, samples.responses
+    first, second = (ensemble([run], "mean", runs[0])(*texts) for run in runs)
+    assert (first.mean(), first.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert (second.mean(), second.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert not np.allclose(first, second)
+    mean, minimum = (ensemble(runs, how, runs[0])(*texts) for how in ("mean", "min"))
+    np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-9)
+    np.testing.assert_array_equal(minimum, np.where(first < second, first, second))
+    # the scores of ids, where sampled ids are those that the tokenizer gives to the text
+    encode = task.sampling.encoding.encode_ordinary
+    sampled = [ids[real].tolist() for ids, real in zip(samples.response_ids, samples.response_mask)]
+    same = [i for i in rows if sampled[i][:-1] == encode(samples.responses[i])]
+    own = score_responses(Reward("", task.reward.source, 0.0), samples).numpy()
+    assert len(same) > 3
+    assert np.corrcoef(own[same], first[same])[0, 1] == pytest.approx(1.0)
+
+
+def write_lines(folder: Path, alpha: float, beta: float) -> overoptimization.OveroptimizationConfig:
+    """A folder with runs.jsonl of three seeds whose coefficients are alpha, alpha + 1, alpha + 2.
+
+    There are no runs.
+    """
+    config = overoptimization.OveroptimizationConfig(str(common.lab_folder(str(folder))))
+    about = dict(scale=overoptimization.SCALES["full"]._asdict())
+    rows = common.Rows(folder / "runs.jsonl", about)
+    d = np.linspace(0.5, 4.0, 20)
+    for seed in range(3):
+        jobs = overoptimization.reward_jobs(config, seed)
+        policies = overoptimization.policy_jobs(config, seed)
+        metrics = dict(accuracy=0.7 + 0.1 * seed, ceiling=0.9, gold_correlation=0.5)
+        gold = d * (alpha + seed - beta * np.log(d)) - 7.0
+        run = dict(kl=(d**2).tolist(), gold=gold.tolist(), score=d.tolist())
+        curve = [d.tolist(), (d * (alpha + seed - beta * d)).tolist(), d.tolist()]
+        curves = dict.fromkeys(overoptimization.reward_functions(config, seed), curve)
+        for job in jobs:
+            rows.get(job.folder.name, lambda metrics=metrics: metrics)
+        for job in policies:
+            rows.get(job.folder.name, lambda run=run: run)
+        rows.get(f"best-of-n-seed{seed}", lambda curves=curves: dict(gold=-7.0, curves=curves))
+    return config
+
+
+def test_the_page_of_an_overoptimization_study_needs_no_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "start", lambda *_: pytest.fail("a recorded run was repeated"))
+    config = write_lines(tmp_path / "study", alpha=2.0, beta=1.5)
     page = overoptimization.main(config)
-    assert "| 1x16-24 |" in page
-    assert "| default |" in page
-    complete = (tmp_path / "rows.jsonl").read_bytes()
-    (tmp_path / "rows.jsonl").write_bytes(complete[:-9])  # killed while writing the pool
-    monkeypatch.setattr(common, "start", lambda *a: pytest.fail("a finished run was started again"))
+    assert "| 1x32-512 | 0.800 ± 0.248 | 0.900 ± 0.000 | 0.50 ± 0.00 |" in page
+    fits = [line for line in page.splitlines() if line.endswith("| 1.000 ± 0.000 |")]
+    assert len(fits) == 5 + 7  # best of n, PPO
+    assert all("| 3.00 ± 2.48 | 1.50 ± 0.00 |" in line for line in fits)
+    assert "| 1x32-512-kl-0.1: the penalty does not change gold at the same d | " in page
     assert overoptimization.main(config) == page
-    assert (tmp_path / "rows.jsonl").read_bytes() == complete
+    fewer = dataclasses.replace(config, seeds=2)
+    assert "| 1x32-512 | 0.750 ± 0.635 |" in overoptimization.main(fewer)
+    flags = ["--out", config.out, "--scale", "tiny"]
+    line = refused(capsys, overoptimization.main, overoptimization.OveroptimizationConfig, flags)
+    assert "contains results of other settings" in line
 
 
 @pytest.mark.slow
-def test_ppo_without_a_penalty_raises_the_proxy(tmp_path):
-    data = (common.train_subset(tmp_path, 600),)
-    train_reward.main(
-        RewardConfig(
-            data=data,
-            heldout_data=data,
-            test_data=data,
-            task="minirlhf.data.helpdesk",
-            n_layer=1,
-            d_model=64,
-            sft_sequences=4096,
-            out=str(tmp_path / "reward"),
-        )
-    )
-    config = overoptimization.OveroptimizationConfig(
-        str(tmp_path / "reward"), str(tmp_path / "lab"), scale="quick", jobs=2
-    )
-    overoptimization.main(config)
-    path = tmp_path / "lab" / "ppo-1x32-512-kl-0" / "policy_metrics.jsonl"
-    scores = [row["score"] for row in common.read_rows(path) if row["step"]]
-    early = scores[:5]
-    late = scores[-5:]
-    assert np.mean(late) > np.mean(early) + 2 * np.hypot(np.std(early), np.std(late)) / 5**0.5
+def test_the_overoptimization_lab_resumes_where_it_was_stopped(tmp_path, monkeypatch):
+    config = overoptimization.OveroptimizationConfig(str(tmp_path), 1, 2, "tiny")
+    page = overoptimization.main(config)
+    assert "| 1x16-24-min |" in page
+    path = tmp_path / "runs.jsonl"
+    complete = path.read_bytes()
+    path.write_bytes(complete[: complete.index(b'"best-of-n-seed0"') - 40])  # killed while writing
+    shutil.rmtree(tmp_path / "ppo-1x16-24-seed0")  # a run in runs.jsonl is not repeated
+    monkeypatch.setattr(common, "start", lambda *_: pytest.fail("a finished run was repeated"))
+    assert overoptimization.main(config) == page
+    assert path.read_bytes() == complete

@@ -167,8 +167,8 @@ COMMANDS = {
     "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY": Run(
         VARIANCE, "runs/variance/variance.md"
     ),
-    "python -m minirlhf.lab.overoptimization --reward-run runs/REWARD": Run(
-        " --scale tiny", "runs/overoptimization/overoptimization.md", slow=True
+    "python -m minirlhf.lab.overoptimization": Run(
+        " --scale tiny --seeds 1", "runs/overoptimization/overoptimization.md", slow=True
     ),
     "python -m minirlhf.lab.estimators": Elsewhere(test="test_estimators.py"),
     "python -m minirlhf.lab.estimators --fixed-points": Run(

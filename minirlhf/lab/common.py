@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,6 +82,11 @@ def flags_of(config) -> list[str]:
         else:
             flags += [flag(field.name), str(value)]
     return flags
+
+
+def command_of(job: Job) -> str:
+    """The command of a run as one would type it."""
+    return shlex.join(["python", Path(job.script).name, *flags_of(job.config)])
 
 
 def finished(job: Job) -> bool:

@@ -1,258 +1,227 @@
-"""The results of `minirlhf.lab.overoptimization` as a page and as pictures."""
+"""The results of `minirlhf.lab.overoptimization`: curves, fits, the page and the pictures."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from minirlhf.lab.common import STYLES, markdown_table
-from minirlhf.lab.overoptimization_fit import (
-    Fit,
-    Peak,
-    Study,
-    best_of_n_curves,
-    best_of_n_peak,
-    block_means,
-    fit_best_of_n,
-    fit_policy,
-    gain_at_same_kl,
-    policy_peak,
-)
+from minirlhf.lab.common import markdown_table, mean_interval, save_picture
+from minirlhf.lab.sweep import draw, show
+from minirlhf.run.files import write_atomically
+from minirlhf.run.terminal import echo
 
 import numpy as np
 
+POINTS = 20  # of a PPO run: means over blocks of iterations
 HEAD = """# How far a reward model can be trusted
 
-- Gold: the exact utility of the task, gained over the base model.
-- Proxy: the reward model's score, in standard deviations of the base model's own scores.
-- d = sqrt(KL from the base model, nats).
-- Setting SIZE-GROUPS: layers x width of the reward model, and the number of groups (four \
-responses, six labeled pairs each) that it was trained on. `default` is the reward run itself.
-- Peaks are chosen on one half of the data and measured on the other; ± is one standard error.
-- PPO has no KL penalty and a constant learning rate here."""
-PEAK_COLUMNS = ["gold at its peak, at d", "at the end", "fall", "proxy meanwhile", "alpha", "beta",
-                "R^2"]
-METHODS = ("best of n", "PPO")
-FORMS = ("d (alpha - beta d)", "d (alpha - beta log d)")
-AXIS_LABELS = ("gold gained over the base model",
-               "proxy score\n(standard deviations of the base model's)")
-D_LABEL = "d = sqrt(KL from the base model), sqrt(nats)"
+Mean ± half of the 95% interval over seeds (Student's t). Gold: the exact utility, gained over the
+base model. Proxy: the score that is optimized, in standard deviations of the base model's scores.
+d = sqrt(KL from the base model, nats). Reward model LAYERSxWIDTH-GROUPS was trained on so many
+groups, each with six labeled pairs; -mean and -min: an ensemble of three. -kl-X: with a KL penalty.
+The other seeds decide where a seed's peak is, so noise does not raise it.
+"""
+FORMS = {"best of n": "d (alpha - beta d)", "PPO": "d (alpha - beta log d)"}
+REWARD_COLUMNS = dict(accuracy="{:.3f}", ceiling="{:.3f}", gold_correlation="{:.2f}")
+PEAK, END, FALL = "peak of gold", "gold at the end", "fall of gold"
+COLUMNS = {PEAK: "{:+.2f}", "at d": "{:.2f}", END: "{:+.2f}", "end d": "{:.2f}",
+           FALL: "{:+.2f}", "rise of proxy": "{:+.2f}",
+           "alpha": "{:.2f}", "beta": "{:.2f}", "R^2": "{:.3f}"}
+SIGNS = {1: "> 0", 0: "0", -1: "< 0"}
+AXES = ("d = sqrt(KL from the base model), sqrt(nats)", "gold gained over the base model",
+        "proxy score\n(standard deviations of the base model's)")
 
-Peaks = dict[str, tuple[Peak, Peak]]  # setting -> of best of n, of PPO
-Fits = dict[str, tuple[Fit, Fit]]
+
+class Study(NamedTuple):
+    """All measurements. A curve is [seeds, 3, M]: d, gold and proxy at M points."""
+
+    metrics: dict[str, list[dict]]  # reward model -> metrics on test pairs, one for each seed
+    curves: dict[str, dict[str, np.ndarray]]  # "best of n" or "PPO" -> name -> curve
+
+
+def read_study(rows: dict[str, dict], kinds: Sequence[str], seeds: int) -> Study:
+    """The study from the lines of runs.jsonl. kinds: of reward models."""
+    def lines(name: str) -> list[dict]:
+        return [rows[f"{name}-seed{seed}"] for seed in range(seeds)]
+
+    pools = lines("best-of-n")
+    best_of_n = {name: np.array([pool["curves"][name] for pool in pools])
+                 for name in pools[0]["curves"]}
+    ppo = {}
+    for key in rows:
+        if key.startswith("ppo-") and key.endswith("-seed0"):
+            name = key.removesuffix("-seed0")
+            ppo[name.removeprefix("ppo-")] = np.array(
+                [policy_curve(line, pool["gold"]) for line, pool in zip(lines(name), pools)])
+    return Study({kind: lines(f"reward-{kind}") for kind in kinds},
+                 {"best of n": best_of_n, "PPO": ppo})
+
+
+# ---- curves --------------------------------------------------------------------------------------
+
+
+def best_of_n_curve(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """[3, M] d, gold and proxy of the best of n by score, for n = 1, 2, 3, 4, 6, 8, 12, ... pool.
+
+    scores, gold: [prompts, pool]. Gold is gained over the pool's mean. d is the root of
+    log n - (n - 1) / n, an upper bound of the KL.
+    """
+    pool = scores.shape[1]
+    counts = sorted({n for power in range(20) for n in (2**power, 3 * 2**power // 2) if n <= pool})
+    weights = np.stack([best_of_n_weights(pool, n) for n in counts], axis=1)
+    order = scores.argsort(axis=1, kind="stable")
+    best_gold, proxy = (np.take_along_axis(x, order, 1).mean(0) @ weights for x in (gold, scores))
+    d = np.sqrt([math.log(n) - (n - 1) / n for n in counts])
+    return np.stack([d, best_gold - gold.mean(), proxy])
+
+
+def best_of_n_weights(pool: int, n: int) -> np.ndarray:
+    """[pool] probability that the best of n draws is the i-th lowest: C(i - 1, n - 1) / C(pool, n).
+
+    Draws are without replacement. With these weights one pool gives an unbiased estimate for
+    every n (Nakano et al. 2021, section 3.3).
+    """
+    return np.array([math.comb(i, n - 1) / math.comb(pool, n) for i in range(pool)])
+
+
+def policy_curve(line: dict, base_gold: float) -> np.ndarray:
+    """[3, M] d, gold and proxy of a PPO run. base_gold: gold utility of the base model."""
+    iterations = np.array([line["kl"], line["gold"], line["score"]])
+    blocks = np.array_split(iterations, min(POINTS, iterations.shape[1]), axis=1)
+    kl, gold, proxy = np.stack([block.mean(1) for block in blocks], axis=1)
+    return np.stack([np.sqrt(np.maximum(kl, 0.0)), gold - base_gold, proxy])
+
+
+def measure(curves: np.ndarray, method: str) -> dict[str, np.ndarray]:
+    """A name in COLUMNS -> [seeds]. curves: [seeds, 3, M].
+
+    A seed's peak is where the mean gold of the other seeds is highest. (A single seed chooses
+    itself.)
+    """
+    rows = []
+    for seed, (d, gold, proxy) in enumerate(curves):
+        others = np.delete(curves, seed, axis=0) if len(curves) > 1 else curves
+        at = others[:, 1].mean(0).argmax()
+        rows.append([gold[at], d[at], gold[-1], d[-1], gold[at] - gold[-1], proxy[-1] - proxy[at],
+                     *fit(d, gold, method)])
+    return dict(zip(COLUMNS, np.array(rows).T))
+
+
+def fit(d: np.ndarray, gold: np.ndarray, method: str) -> tuple[float, float, float]:
+    """(alpha, beta, R^2) of FORMS[method] by least squares over the points with d > 0."""
+    gold = gold[d > 0]
+    d = d[d > 0]
+    features = np.stack([d, -d * (np.log(d) if method == "PPO" else d)], axis=1)
+    coefficients, *_ = np.linalg.lstsq(features, gold, rcond=None)
+    residuals = gold - features @ coefficients
+    total = max(1e-12, ((gold - gold.mean()) ** 2).sum())
+    return *coefficients, 1.0 - residuals @ residuals / total
+
+
+def gain_at_same_kl(curves: np.ndarray, others: np.ndarray, which: int) -> np.ndarray:
+    """[seeds] mean of gold (which = 1) or proxy (2) of curves - that of others at the same d.
+
+    Over the points whose d the other curve reaches.
+    """
+    gains = []
+    for curve, other in zip(curves, others):
+        d, *_ = points = curve[:, curve[0] <= other[0].max()]
+        order = other[0].argsort()
+        gains.append((points[which] - np.interp(d, other[0][order], other[which][order])).mean())
+    return np.array(gains)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def write_page(study: Study, folder: Path) -> str:
+    """Write overoptimization.md and the pictures; returns the page."""
+    page = describe(study)
+    write_atomically(folder / "overoptimization.md", page.encode())
+    echo(f"\n{page}\nsaved {folder / 'overoptimization.md'}")
+    best_of_n, ppo = study.curves.values()
+    weakest = next(iter(study.metrics))
+    without = {name: ppo[name] for name in best_of_n}
+    penalties = {name: ppo[name] for name in ppo if name not in best_of_n or name == weakest}
+    save_picture(folder / "overoptimization.png", lambda axes: draw_columns(
+        axes, {"best of n": best_of_n, "PPO": without}), (10, 7), rows=2, columns=2)
+    save_picture(folder / "penalty.png", lambda axes: draw_columns(axes, {"PPO": penalties}),
+                 (5.5, 7), rows=2)
+    return page
 
 
 def describe(study: Study) -> str:
-    """The page: reward models, best of n, PPO, the KL penalty, and the paper's statements."""
-    peaks = {}
-    fits = {}
-    for name, pool in study.pool.items():
-        d, gold, proxy = best_of_n_curves(*pool)
-        curve = study.policies[name, 0.0]
-        peaks[name] = (best_of_n_peak(d, gold, proxy), policy_peak(curve))
-        fits[name] = (fit_best_of_n(d, gold), fit_policy(curve))
-    reward_models = [[name, f"{row['accuracy']:.3f}", f"{row['ceiling']:.3f}",
-                      f"{row['gold_correlation']:.2f}"]
-                     for name, row in study.reward_metrics.items()]
-    header = ["reward model", "accuracy", "ceiling", "correlation with gold"]
-    parts = [HEAD, markdown_table(header, reward_models)]
-    for i, title in enumerate(("Best of n", "PPO")):
-        table = [[name, *peak_cells(peaks[name][i]), *fit_cells(fits[name][i])] for name in peaks]
-        parts += [f"## {title}: R = {FORMS[i]}",
-                  markdown_table(["reward model", *PEAK_COLUMNS], table)]
-    weakest = next(iter(study.pool))
-    lines = findings(study, peaks, fits)
-    return "\n\n".join([
-        *parts, f"## The KL penalty, with {weakest}", penalty_table(study), "## Findings",
-        "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))]) + "\n"
+    """The page: reward models, best of n, PPO, and the papers' statements."""
+    table = [[name, *(show([row[key] for row in rows], form)
+                      for key, form in REWARD_COLUMNS.items())]
+             for name, rows in study.metrics.items()]
+    parts = [HEAD, markdown_table(["on test pairs", *REWARD_COLUMNS], table)]
+    measured = {method: {name: measure(curves, method) for name, curves in named.items()}
+                for method, named in study.curves.items()}
+    for method, named in measured.items():
+        table = [[name, *(show(values[key].tolist(), form) for key, form in COLUMNS.items())]
+                 for name, values in named.items()]
+        parts += [f"\n## {method}: gold = {FORMS[method]}\n",
+                  markdown_table(["reward", *COLUMNS], table)]
+    table = [[claim, show(values.tolist(), "{:+.2f}"), SIGNS[sign], verdict(values, sign)]
+             for claim, values, sign in claims(study, measured)]
+    header = ["statement", "measured", "stated", "this study"]
+    parts += ["\n## Statements of Gao et al. (2022); of Coste et al. (2023) on -mean and -min\n",
+              markdown_table(header, table)]
+    return "\n".join(parts) + "\n"
 
 
-def peak_cells(peak: Peak) -> list[str]:
-    return [f"{peak.gold:+.2f} at {peak.d:.1f}", f"{peak.end:+.2f}",
-            f"{peak.fall:.2f} ± {peak.fall_se:.2f}",
-            f"{peak.proxy_rise:+.2f} ± {peak.proxy_rise_se:.2f}"]
+def verdict(values: np.ndarray, sign: int) -> str:
+    """Whether values over seeds agree with a statement: they are > 0 (sign 1), < 0 (-1) or 0."""
+    mean, half = mean_interval(values.tolist())
+    if len(values) == 1:
+        return "has one seed, no interval"
+    if abs(mean) <= half:
+        return "is undecided" if sign else "agrees"
+    return "agrees" if sign * mean > 0 else "disagrees"
 
 
-def fit_cells(fit: Fit) -> list[str]:
-    return [f"{fit.alpha:.2f} ± {fit.alpha_se:.2f}", f"{fit.beta:.2f} ± {fit.beta_se:.2f}",
-            f"{fit.r2:.3f}"]
+def claims(study: Study, measured: dict) -> list[tuple[str, np.ndarray, int]]:
+    """(statement, what it is about for each seed, its stated sign)."""
+    weakest, more, larger = study.metrics
+    best_of_n, ppo = study.curves.values()
+    rows = []
+    for method, named in measured.items():
+        r2 = np.min([values["R^2"] for values in named.values()], axis=0)
+        rows += [(f"{method}, {weakest}: gold falls", named[weakest][FALL], 1),
+                 (f"{method}, {weakest}: meanwhile the proxy rises",
+                  named[weakest]["rise of proxy"], 1),
+                 (f"{method}: {FORMS[method]} fits; lowest R^2 - 0.9", r2 - 0.9, 1),
+                 (f"{method}: more preferences, higher peak", gap(named, more, weakest, PEAK), 1),
+                 (f"{method}: larger reward model, higher peak", gap(named, larger, more, PEAK), 1)]
+        for name in [name for name in best_of_n if name not in study.metrics]:
+            rows += [(f"{method}, {name}: less fall than one", gap(named, name, weakest, FALL), -1),
+                     (f"{method}, {name}: higher end than one", gap(named, name, weakest, END), 1)]
+    fits = measured["PPO"]
+    rows += [("PPO: larger reward model, same alpha", gap(fits, larger, more, "alpha"), 0),
+             ("PPO: larger reward model, smaller beta", gap(fits, larger, more, "beta"), -1)]
+    for name in study.metrics:
+        ends = [named[name]["end d"] for named in measured.values()]
+        rows += [(f"{name}: PPO moves farther than best of n", ends[1] - ends[0], 1),
+                 (f"{name}: best of n has more gold at the same d",
+                  gain_at_same_kl(best_of_n[name], ppo[name], 1), 1)]
+    for name in [name for name in ppo if name not in best_of_n]:
+        gold, proxy = (gain_at_same_kl(ppo[name], ppo[weakest], which) for which in (1, 2))
+        rows += [(f"{name}: the penalty does not change gold at the same d", gold, 0),
+                 (f"{name}: the penalty raises the proxy at the same d", proxy, 1)]
+    return rows
 
 
-def penalty_table(study: Study) -> str:
-    """The runs with the weakest reward model, one line for each kl_coef."""
-    weakest = next(iter(study.pool))
-    without_penalty = study.policies[weakest, 0.0]
-    table = []
-    for (name, kl_coef), curve in study.policies.items():
-        if name != weakest:
-            continue
-        blocks = block_means(curve, 5)
-        gain = gain_at_same_kl(curve, without_penalty) if kl_coef else {}
-        gains = [f"{mean:+.2f} ± {error:.2f}" for mean, error in gain.values()] or ["", ""]
-        table.append([f"{kl_coef:g}", f"{blocks.d[-1]:.1f}", f"{blocks.gold.max():+.2f}",
-                      f"{blocks.gold[-1]:+.2f}", f"{blocks.proxy[-1]:+.2f}", *gains])
-    return markdown_table(["kl_coef", "d at the end", "highest gold", "gold at the end",
-                           "proxy at the end", "gold minus that without penalty at the same d",
-                           "proxy"], table)
+def gap(named: dict, name: str, other: str, key: str) -> np.ndarray:
+    return named[name][key] - named[other][key]
 
 
-# ---- findings ------------------------------------------------------------------------------------
-
-
-def findings(study: Study, peaks: Peaks, fits: Fits) -> list[str]:
-    """Sentences that compare each of the paper's statements with the measurements."""
-    trained_here = [name for name in peaks if name != "default"]
-    lines = [overoptimization_finding(peaks), *kl_findings(study, peaks)]
-    for i, (method, form) in enumerate(zip(METHODS, FORMS)):
-        r2 = [pair[i].r2 for pair in fits.values()]
-        lines.append(f"R = {form} fits {method} with R^2 from {span(r2)}: "
-                     f"{agreement(min(r2) > 0.9)}, if a fit means R^2 > 0.9.")
-    alphas = [fits[name][1].alpha for name in trained_here]
-    error = max(fits[name][1].alpha_se for name in trained_here)
-    lines.append(f"PPO's alpha is {span(alphas)}, with standard errors of up to {error:.2f}: "
-                 f"{agreement(np.ptp(alphas) < 4 * error)} that it is the same for all reward "
-                 "models.")
-    for key, change in enumerate(("A larger reward model", "More preferences")):
-        pairs = neighbors(trained_here, key)
-        if pairs:
-            better = [sum(peaks[b][i].gold > peaks[a][i].gold for a, b in pairs) for i in (0, 1)]
-            lines.append(
-                f"{change}: the peak of gold is higher in {better[0]} of {len(pairs)} neighboring "
-                f"pairs with best of n, in {better[1]} with PPO: "
-                f"{agreement(sum(better) == 2 * len(pairs))} that it is always better.")
-    return [*lines, penalty_finding(study)]
-
-
-def is_overoptimized(peak: Peak) -> bool:
-    """Gold fell by more than two standard errors while the proxy rose by more than two."""
-    return peak.fall > 2 * peak.fall_se and peak.proxy_rise > 2 * peak.proxy_rise_se
-
-
-def overoptimization_finding(peaks: Peaks) -> str:
-    counts = [sum(is_overoptimized(pair[i]) for pair in peaks.values()) for i in (0, 1)]
-    weakest = next(iter(peaks))
-    answer = "yes" if is_overoptimized(peaks[weakest][1]) else "no"
-    return ("Overoptimization means here that gold falls by more than two standard errors below "
-            "its peak while the proxy rises by more than two. It occurs with best of n in "
-            f"{counts[0]} of {len(peaks)} settings, with PPO in {counts[1]}. With the weakest "
-            f"reward model, {weakest}, and PPO: {answer}.")
-
-
-def kl_findings(study: Study, peaks: Peaks) -> list[str]:
-    """How much KL the two methods use, and how much gold they gain for it."""
-    best_of_n_d = max(best_of_n_curves(*next(iter(study.pool.values())))[0])
-    ppo_d = max(study.policies[name, 0.0].d.max() for name in peaks)
-    cheaper = 0
-    for name, (_, peak) in peaks.items():
-        d, gold, _ = best_of_n_curves(*study.pool[name])
-        cheaper += np.interp(peak.d, d, gold.mean(0)) > peak.gold
-    return [
-        f"Best of n reaches d = {best_of_n_d:.1f} with the whole pool, PPO {ppo_d:.1f}: "
-        f"{agreement(ppo_d > 2 * best_of_n_d)} that reinforcement learning uses far more KL.",
-        f"At the KL of PPO's peak, best of n has gained more gold in {cheaper} of {len(peaks)} "
-        f"settings: {agreement(cheaper == len(peaks))} that it needs less KL for the same "
-        "optimization."]
-
-
-def penalty_finding(study: Study) -> str:
-    weakest = next(iter(study.pool))
-    without_penalty = study.policies[weakest, 0.0]
-    gains = {kl_coef: gain_at_same_kl(curve, without_penalty)
-             for (_, kl_coef), curve in study.policies.items() if kl_coef}
-    raised = {}
-    for key in ("gold", "proxy"):
-        raised[key] = [f"{kl_coef:g}" for kl_coef, gain in gains.items()
-                       if gain and gain[key][0] > 2 * gain[key][1]]
-    names = f" ({', '.join(raised['gold'])})" if raised["gold"] else ""
-    return ("At the same KL, a penalty raises gold by more than two standard errors for "
-            f"{len(raised['gold'])} of {len(gains)} coefficients{names}, and the proxy for "
-            f"{len(raised['proxy'])}: {agreement(not raised['gold'])} that a penalty does not "
-            "change gold as a function of KL, and "
-            f"{agreement(len(raised['proxy']) == len(gains))} that it raises the proxy. (One run "
-            "each; consecutive blocks of a run are correlated, so these standard errors are too "
-            "small.)")
-
-
-def agreement(agrees: bool) -> str:
-    return "agrees with the paper" if agrees else "disagrees with the paper"
-
-
-def span(values: list[float]) -> str:
-    if not np.isfinite(values).all():
-        return "(too few points)"
-    return f"{min(values):.2f} to {max(values):.2f}"
-
-
-def neighbors(names: list[str], key: int) -> list[tuple[str, str]]:
-    """Pairs of settings that differ by one step of size (key 0) or groups (key 1), smaller first.
-
-    names: SIZE-GROUPS in increasing order.
-    """
-    pairs = []
-    newest = {}  # the other half of the name -> the last setting with it
-    for name in names:
-        same = name.split("-")[1 - key]
-        if same in newest:
-            pairs.append((newest[same], name))
-        newest[same] = name
-    return sorted(pairs, key=lambda pair: names.index(pair[0]))
-
-
-# ---- pictures ------------------------------------------------------------------------------------
-
-
-def draw_scores(axes, study: Study) -> None:
-    """Gold above, proxy below; best of n on the left, PPO on the right; thin lines: the fits."""
-    for number, (name, pool) in enumerate(study.pool.items()):
-        color, line, marker = STYLES[number % len(STYLES)]
-        d, gold, proxy = best_of_n_curves(*pool)
-        curve = study.policies[name, 0.0]
-        policy = block_means(curve, 2)
-        columns = ((d, gold.mean(0), proxy.mean(0)), policy)
-        for column, (x, *ys) in enumerate(columns):
-            for row, y in enumerate(ys):
-                axes[row][column].plot(x, y, label=name, color=color, linestyle=line,
-                                       marker=marker, markersize=4, linewidth=1.2)
-        draw_fit(axes[0][0], fit_best_of_n(d, gold), d[1:], False, color)
-        draw_fit(axes[0][1], fit_policy(curve), policy.d, True, color)
-    for row, label in enumerate(AXIS_LABELS):
-        axes[row][0].set_ylabel(label)
-    for column, title in enumerate(("best of n", "PPO without a KL penalty")):
-        axes[0][column].set_title(title, fontsize=10)
-        axes[1][column].set_xlabel(D_LABEL)
-    hide_frame([axis for row in axes for axis in row])
-    legend_beside(axes[0][1], "reward model")
-
-
-def draw_fit(axis, fit: Fit, x: np.ndarray, logarithm: bool, color: str) -> None:
-    if not math.isnan(fit.alpha):
-        grid = np.linspace(max(0.05, x.min()), x.max(), 100)
-        decline = fit.beta * (np.log(grid) if logarithm else grid)
-        axis.plot(grid, grid * (fit.alpha - decline), color=color, linewidth=0.6)
-
-
-def draw_penalties(axes, study: Study) -> None:
-    """Gold and proxy against d with the weakest reward model, one line for each kl_coef."""
-    weakest = next(iter(study.pool))
-    runs = {kl_coef: curve for (name, kl_coef), curve in study.policies.items() if name == weakest}
-    for number, (kl_coef, curve) in enumerate(runs.items()):
-        color, line, marker = STYLES[number % len(STYLES)]
-        points = block_means(curve, 2)
-        for axis, y in zip(axes, (points.gold, points.proxy)):
-            axis.plot(points.d, y, color=color, linestyle=line, marker=marker, markersize=4,
-                      linewidth=1.2, label=f"{kl_coef:g}")
-    most_d = max([curve.d.max() for kl_coef, curve in runs.items() if kl_coef], default=1.0)
-    for axis, label in zip(axes, AXIS_LABELS):
-        axis.set_xlabel(D_LABEL)
-        axis.set_ylabel(label)
-        axis.set_xlim(0, 2 * most_d)
-    hide_frame(axes)
-    legend_beside(axes[1], f"kl_coef, {weakest}")
-
-
-def hide_frame(axes) -> None:
-    for axis in axes:
-        axis.axhline(0, color="0.7", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-
-
-def legend_beside(axis, title: str) -> None:
-    axis.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, loc="center left",
-                bbox_to_anchor=(1.0, 0.5))
+def draw_columns(axes, columns: dict[str, dict[str, np.ndarray]]) -> None:
+    """Gold above, proxy below; against d. columns: title -> name -> curves."""
+    for column, (title, named) in zip(np.reshape(axes, (2, -1)).T, columns.items()):
+        for which, axis in enumerate(column, start=1):
+            lines = {name: [(*mean_interval(x.tolist()), *mean_interval(y.tolist()))
+                            for x, y in zip(curves[:, 0].T, curves[:, which].T)]
+                     for name, curves in named.items()}
+            draw(axis, lines, AXES[0], AXES[which], legend=which == 1 and title == "PPO")
+            axis.set_title(f"{title}: mean and 95% interval over seeds", fontsize=9, loc="left")

@@ -21,7 +21,6 @@ import functools
 import itertools
 import json
 import os
-import shlex
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from minirlhf.lab.common import (
     STYLES,
     Job,
     Rows,
-    flags_of,
+    command_of,
     lab_folder,
     markdown_table,
     mean_interval,
@@ -237,9 +236,8 @@ def describe_run(job: Job, chosen: Setting) -> dict:
             curve.append(dict(samples=samples, seconds=seconds) | metrics)
     heldout = {f"heldout_{key}": value for key, value in curve[-1].items()}
     final = json.loads(read_file(path))
-    command = shlex.join(["python", Path(job.script).name, *flags_of(job.config)])
     return dict(algorithm=chosen.algorithm, settings=chosen.policy | chosen.reward,
-                seed=job.config.seed, command=command, curve=curve,
+                seed=job.config.seed, command=command_of(job), curve=curve,
                 metrics=final | heldout | dict(samples=samples, seconds=seconds))
 
 
