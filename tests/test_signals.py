@@ -1,6 +1,5 @@
 """Signal handlers belong to one process and to one call of main, and imports end without noise."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -120,55 +119,65 @@ def test_the_lab_restores_its_handlers(inputs, tmp_path):
 
 # ---- processes that a reward function starts -----------------------------------------------------
 
+# A process of its own: a fork of pytest, which has threads after other tests, could hang.
+FORKING = """
+import multiprocessing, os, signal, sys, time
+from minirlhf.run.signals import SIGNALS
+import tiny, train_policy
+
 FORK = multiprocessing.get_context("fork")
 
 
+def handlers():
+    return [str(signal.getsignal(number)) for number in SIGNALS]
+
+
 def handlers_and_length(text):
-    return [str(handler) for handler in handlers()], len(text)
+    return handlers(), len(text)
 
 
-def test_a_reward_function_may_fork_a_pool(reward_run, tmp_path, capfd):
-    """Pool.terminate sends SIGTERM. A child that ignored it would let the run hang."""
-    before = [str(handler) for handler in handlers()]
-    seen = []
-
-    def reward(prompts, responses):
-        with FORK.Pool(2) as pool:
-            results = pool.map(handlers_and_length, responses)
-        seen.extend(results)
-        return [length for _, length in results]
-
-    signal.alarm(60)
-    try:
-        train_policy.main(policy_config(reward_run, tmp_path / "run"), reward)
-    finally:
-        signal.alarm(0)
-    assert seen and all(names == before for names, _ in seen)
-    assert len(rows(tmp_path / "run" / "policy_metrics.jsonl")) == 3
-    output = capfd.readouterr()
-    assert "stopping" not in output.err and output.out.count("run folder") == 1
+def pool(prompts, responses):
+    with FORK.Pool(2) as pool:
+        results = pool.map(handlers_and_length, responses)
+    assert all(names == before for names, _ in results)
+    return [length for _, length in results]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_a_forked_process_is_not_one_to_the_run(number, reward_run, tmp_path, capfd):
+def child(prompts, responses):
     endings = []
-
-    def reward(prompts, responses):
-        child = FORK.Process(target=time.sleep, args=(60,))
-        child.start()
+    for number in SIGNALS:
+        process = FORK.Process(target=time.sleep, args=(60,))
+        process.start()
         time.sleep(0.05)
-        os.kill(child.pid, number)
-        child.join(30)
-        endings.append(child.exitcode)
-        return [0.0] * len(prompts)
+        os.kill(process.pid, number)
+        process.join(30)
+        endings.append(process.exitcode)
+    # Ctrl-C is an exception in Python
+    assert endings == [1 if number == signal.SIGINT else -number for number in SIGNALS], endings
+    return [0.0] * len(prompts)
 
-    config = policy_config(reward_run, tmp_path / "run", iterations=1)
-    train_policy.main(config, reward)
-    expected = 1 if number == signal.SIGINT else -number  # Ctrl-C is an exception in Python
-    assert set(endings) == {expected}
-    output = capfd.readouterr()
-    assert "stop" not in output.err + output.out
+
+before = handlers()
+config = tiny.policy_config(sys.argv[2], sys.argv[3])
+train_policy.main(config, globals()[sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("reward", ["pool", "child"])
+def test_a_reward_function_may_fork(reward, reward_run, tmp_path):
+    """Pool.terminate sends SIGTERM. A child that ignored it would let the run hang."""
+    done = subprocess.run(
+        tiny.python("-c", FORKING, reward, str(reward_run), str(tmp_path / "run")),
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "run" / "policy_metrics.jsonl")) == 3
     assert (tmp_path / "run" / "policy.pt").exists()
+    assert "stop" not in done.stdout + done.stderr.replace("KeyboardInterrupt", "")
+    assert done.stdout.count("run folder") == 1
 
 
 # ---- imports -------------------------------------------------------------------------------------
