@@ -185,7 +185,7 @@ class PolicyConfig(RunConfig):
     clip_range: float = setting(
         0.2, "of the importance ratio, around 1 (Schulman et al. 2017)", 0)
     value_clip_range: float = setting(
-        0.2, "how far V may move from its old value in one iteration; 0: no clipping", 0)
+        0.2, "no gradient improves V beyond this distance from its old value; 0: no clipping", 0)
     vf_coef: float = setting(0.1, "weight of the value loss (Ziegler et al. 2019)", 0)
     value_lr_scale: float = setting(
         10.0, "learning rate of the value head, as a multiple of --lr: it starts at 0", 0)

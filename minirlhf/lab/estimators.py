@@ -256,7 +256,7 @@ def row(equation: str, source: str, advantages: Callable = score, divisor: Calla
 FAMILIES: dict[str, dict[str, Estimator]] = {
     "Algorithms of this project": {
         name: Estimator(of_algorithm(name), "objective", "ALGORITHMS", f"--algorithm {name}",
-                        2 if algorithm.grouped else 0, name == "grpo")
+                        2 if algorithm.grouped else 0, name in ("grpo", "online-dpo"))
         for name, algorithm in ALGORITHMS.items()},
     "KL penalty": {
         "k1 in the reward": kl(in_reward(kl_k1), "r_t = -k1_t", f"Ziegler et al. 2019; {OPEN}"),

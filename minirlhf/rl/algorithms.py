@@ -37,7 +37,7 @@ class Algorithm(NamedTuple):
     whitens: bool = False  # whitens advantages, unless --whiten says otherwise
     grouped: bool = False  # several responses to each prompt, in consecutive rows
     in_pairs: bool = False  # two of them, whatever --group-size
-    kl_in_reward: bool = True  # otherwise the KL penalty is a term of the loss
+    kl_in_reward: bool = True  # otherwise the loss contains the KL penalty, or the log-ratios
 
 
 # ---- advantages ----------------------------------------------------------------------------------
