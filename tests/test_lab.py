@@ -140,6 +140,7 @@ def test_ctrl_c_stops_the_runs_and_prints_one_line(inputs, tmp_path, capsys, mon
 # ---- the sweep -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_what_is_missing_and_resumes_what_was_stopped(helpdesk_runs, capsys):
     """The same table after a run lost its end; rows of finished runs outlive their folders."""
     config = sweep.SweepConfig(

@@ -153,6 +153,7 @@ def test_quick_mode_measures_every_part(capsys):
     assert "plain" in next(row for row in printed if row["part"] == "ppo iteration")["ratios"]
 
 
+@pytest.mark.slow
 def test_the_table_has_equal_columns_and_states_what_was_not_measured(capsys):
     rows = bench.main(BenchConfig(quick=True, device="cpu", only="64 x 64"))
     output = capsys.readouterr()
@@ -247,6 +248,7 @@ def test_on_a_gpu_times_wait_for_the_device_and_memory_is_the_allocators(monkeyp
     assert bench_cases.number_bytes(CUDA) == 2
 
 
+@pytest.mark.slow
 def test_the_targets_of_a_gpu_are_measured_and_compared():
     """The same code, with shapes that a CPU can compute."""
     small = bench_cases.shape(1, 2, 16, 300, 1, 4, 4)

@@ -43,6 +43,7 @@ def test_a_failing_or_slow_part_does_not_stop_the_others(tmp_path, monkeypatch, 
     assert "broken" in (tmp_path / "out" / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_measurement_runs_in_its_own_process_and_its_rows_are_in_the_results(tmp_path):
     main(GpuConfig(out=str(tmp_path), parts="update", dry_run=True))
     result = json.loads((tmp_path / "gpu.json").read_text())["parts"]["update"]

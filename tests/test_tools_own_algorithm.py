@@ -46,6 +46,7 @@ def run_steps(folder, *flags):
     )
 
 
+@pytest.mark.slow
 def test_all_commands_of_the_section_run(page, reward_run, tmp_path):
     """Each runs in its own process on a tiny task; its run folder is like any other's."""
     code, commands = page
