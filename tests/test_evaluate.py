@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from types import SimpleNamespace
 
 import train_reward
 from minirlhf.config import RewardConfig
@@ -9,7 +10,7 @@ from minirlhf.data.batches import PreferenceGroup
 from minirlhf.data.prompts import Prompts, encode_prompts, prompts_of_step, unique_prompts
 from minirlhf.data.splits import load_splits
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer
-from minirlhf.evaluation import reward_model, statistics
+from minirlhf.evaluation import policy, reward_model, statistics
 from minirlhf.evaluation.policy import Evaluator, best_of_n, fenced, final_evaluation, summarize
 from minirlhf.evaluation.reward_model import (
     calibration_error,
@@ -448,3 +449,12 @@ def test_the_last_row_of_a_reward_run_has_its_test_metrics(reward_run):
     assert set(last["probes"]) == {"once", "wrong letter"}
     assert 0.5 < last["ceiling"] < 1.0
     assert -1 <= last["gold_correlation"] <= 1
+
+
+def test_a_base_model_that_is_the_best_possible_has_no_gap():
+    truth = SimpleNamespace(gold=lambda *_: 1.0, best_response=lambda prompt: "")
+    task = SimpleNamespace(ground_truth=truth, test=SimpleNamespace(texts=["a", "b"]))
+    metrics = {
+        f"{name}{decoding}_gold": 1.0 for name in ("", "base_") for decoding in policy.DECODINGS
+    }
+    assert policy.gap_closed(task, metrics) == dict(best_gold=1.0)

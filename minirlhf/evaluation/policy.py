@@ -152,7 +152,8 @@ def gap_closed(task: Task, metrics: dict) -> dict:
     for decoding in DECODINGS:
         base = metrics[f"base_{decoding}_gold"]
         gain = metrics[f"{decoding}_gold"] - base
-        row[f"{decoding}_gap_closed"] = gain / (best - base)
+        if best > base:  # otherwise there is no gap
+            row[f"{decoding}_gap_closed"] = gain / (best - base)
     return row
 
 
