@@ -91,12 +91,26 @@ class StopSignal:
 INSTALLED: weakref.WeakSet[StopSignal] = weakref.WeakSet()
 
 
-def restore_all() -> None:
+MASKS: list[set] = []  # the blocked signals before each fork in progress
+
+
+def before_fork() -> None:
+    """Block the signals: one for the child would meet this process's handler, and be lost."""
+    MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+
+def after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, MASKS.pop())
+
+
+def after_fork_in_child() -> None:
     for stop in INSTALLED:
         stop.restore()
+    after_fork()
 
 
-os.register_at_fork(after_in_child=restore_all)
+os.register_at_fork(before=before_fork, after_in_parent=after_fork,
+                    after_in_child=after_fork_in_child)
 
 
 def install_handler(numbers: Iterable[int], handler: Callable) -> dict[int, Any]:
