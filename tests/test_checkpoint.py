@@ -298,6 +298,8 @@ def test_a_model_trained_with_another_tokenizer_is_refused(tmp_path):
         dict(n_head=0),
         dict(n_head=3),
         dict(n_head=True, d_model=None),
+        dict(n_head=True),
+        dict(vocab_size=True),
         dict(n_kv_head=3),
         dict(d_model=2**40),
         dict(vocab_size="11"),

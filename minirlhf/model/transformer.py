@@ -66,6 +66,7 @@ class ModelConfig:
             numbers = {tuple: value, str: ()}.get(kind, [value])
             lowest = 1 if field.default is dataclasses.MISSING else 0
             is_kind = isinstance(value, (int, float) if kind is float else kind)
+            is_kind = is_kind and isinstance(value, bool) == (kind is bool)  # True is also an int
             if not is_kind or not all(lowest <= number < 2**31 for number in numbers):
                 raise ValueError(f"{field.name} is {value!r:.80}")
         is_divided = self.d_head or self.d_model % self.n_head == 0
