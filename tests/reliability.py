@@ -206,6 +206,15 @@ def file_names(root: Path) -> set[str]:
     }
 
 
+def check_resumed(which, name: str, home: Path, case) -> None:
+    """Resume the run of this case: it must end like the undisturbed one. Then remove it."""
+    ending = fork(resume_or_restart(which, "run", home), home)
+    check(ending.status == 0, case, "resumed", *ending)
+    differs = difference(home / "run", home / name)
+    check(not differs, case, f"ended with another {differs}")
+    shutil.rmtree(home / "run")
+
+
 def difference(folder: Path, undisturbed: Path, rows_lost: bool = False) -> str:
     """The first file in which a run differs from the undisturbed one, "" if there is none.
 
@@ -357,11 +366,7 @@ def stop(count: int, seed: int, home: Path) -> str:
             expected = "error: stopped; " if status > 0 else ""
             check("".join(lines).startswith(expected) and len(lines) <= 2, case, *ending)
         endings["complete" if status == 0 else "in order" if status > 0 else "at once"] += 1
-        ending = fork(resume_or_restart(which, "run", home), home)
-        check(ending.status == 0, case, "resumed", *ending)
-        differs = difference(home / "run", home / name)
-        check(not differs, case, f"ended with another {differs}")
-        shutil.rmtree(home / "run")
+        check_resumed(which, name, home, case)
     counts = ", ".join(f"{n} {ending}" for ending, n in endings.items())
     return (
         f"{count} runs stopped by {len(STOPS)} kinds of signals: they ended {counts}; all resumed "
@@ -618,11 +623,7 @@ def fault(count: int, seed: int, home: Path) -> str:
         check(ending.status == 0 and kind == "short write" or refusal(ending), case, *ending)
         kinds[kind] += 1
         with_checkpoint += assert_saves_load(home / "notes", home, case) > 0
-        ending = fork(resume_or_restart(which, "run", home), home)
-        check(ending.status == 0, case, "resumed", *ending)
-        differs = difference(home / "run", home / name)
-        check(not differs, case, f"ended with another {differs}")
-        shutil.rmtree(home / "run")
+        check_resumed(which, name, home, case)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     return (
         f"{count} write faults ({counts}); in {with_checkpoint} cases a checkpoint had been saved, "

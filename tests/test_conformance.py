@@ -248,11 +248,11 @@ def test_a_right_loss_satisfies_its_claim_and_is_recognized_without_one(function
     ],
 )
 def test_a_wrong_loss_is_diagnosed(function, claim, words, capsys):
-    """In one or two lines below the verdict."""
+    """In one or two lines below the first."""
     status, output = check(capsys, function, "--claims", claim)
     assert status == 1
-    verdict, *reasons = output.splitlines()
-    assert verdict.startswith(claim) and verdict.endswith("does not hold")
+    first_line, *reasons = output.splitlines()
+    assert first_line.startswith(claim) and first_line.endswith("does not hold")
     assert words in output, output
     assert 1 <= len(reasons) <= 2
 
@@ -328,7 +328,7 @@ def test_a_function_that_cannot_be_checked_is_one_line(function, flags, words, c
 
 
 @pytest.mark.parametrize(
-    "function, status, verdict",
+    "function, status, last_line",
     [
         ("minirlhf.rl.losses:kl_k1", 0, "unbiased"),
         ("minirlhf.rl.losses:kl_k3", 0, "unbiased"),
@@ -336,9 +336,11 @@ def test_a_function_that_cannot_be_checked_is_one_line(function, flags, words, c
         ("minus_k1", 1, "its mean is not the KL: the sign is flipped"),
     ],
 )
-def test_an_estimator_is_compared_with_the_kl_of_whole_responses(function, status, verdict, capsys):
+def test_an_estimator_is_compared_with_the_kl_of_whole_responses(
+    function, status, last_line, capsys
+):
     got, output = check(capsys, function, "--kl")
-    assert (got, output.splitlines()[-1]) == (status, verdict)
+    assert (got, output.splitlines()[-1]) == (status, last_line)
 
 
 def test_a_function_can_be_named_by_the_path_of_its_file(tmp_path, capsys):

@@ -309,14 +309,7 @@ def base_only(inputs, tmp_path_factory):
 def test_a_run_learns_the_pairs_and_writes_the_usual_files(reward_run, tmp_path, capsys):
     result = train_policy.main(dpo_config(reward_run, tmp_path / "run", iterations=20))
     names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
-    assert names == {
-        "policy.pt",
-        "samples.md",
-        "result.json",
-        "checkpoints",
-        "config.json",
-        "policy_metrics.jsonl",
-    }
+    assert names == tiny.POLICY_FILES
     first, *logged = rows(tmp_path / "run" / "policy_metrics.jsonl")
     assert first["step"] == 0 and [row["step"] for row in logged] == list(range(1, 21))
     for row in logged:

@@ -448,16 +448,16 @@ def test_curves_are_compared_at_the_same_kl():
     assert results.gain_at_same_kl(curves, others, 2) == pytest.approx([0.0, -2.0], abs=1e-3)
 
 
-def test_a_verdict_needs_an_interval_on_one_side_of_zero():
+def test_agreement_needs_an_interval_on_one_side_of_zero():
     far, near = np.array([1.0, 1.1, 0.9]), np.array([1.0, -0.5, 0.1])
-    assert [results.verdict(far, sign) for sign in (1, 0, -1)] == [
+    assert [results.agreement(far, sign) for sign in (1, 0, -1)] == [
         "agrees",
         "disagrees",
         "disagrees",
     ]
-    assert [results.verdict(near, sign) for sign in (1, 0)] == ["is undecided", "agrees"]
-    assert results.verdict(-far, -1) == "agrees"
-    assert "one seed" in results.verdict(far[:1], 1)
+    assert [results.agreement(near, sign) for sign in (1, 0)] == ["is undecided", "agrees"]
+    assert results.agreement(-far, -1) == "agrees"
+    assert "one seed" in results.agreement(far[:1], 1)
 
 
 def test_an_ensemble_is_the_mean_or_the_minimum_of_normalized_scores(reward_run, mixed_run):

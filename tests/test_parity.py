@@ -500,7 +500,7 @@ BATCH_TOKENS = "the sum is divided by the number of tokens in the batch"
 
 
 @pytest.mark.parametrize(
-    "trainer, settings, sentence, claim, verdict",
+    "trainer, settings, sentence, claim, fault",
     [
         ("GRPO", dict(loss_type="dr_grpo"), NO_LENGTH_BIAS, "policy-gradient", ""),
         ("GRPO", dict(loss_type="dapo"), NO_LENGTH_BIAS, "policy-gradient", BATCH_TOKENS),
@@ -529,15 +529,15 @@ BATCH_TOKENS = "the sum is divided by the number of tokens in the batch"
     ],
 )
 def test_the_losses_of_trl_against_their_documentation(
-    trainer, settings, sentence, claim, verdict, capsys, tmp_path
+    trainer, settings, sentence, claim, fault, capsys, tmp_path
 ):
-    """verdict: what is wrong, or "" if the claim holds. sentence: from the configuration's text."""
+    """fault: what is wrong, or "" if the claim holds. sentence: from the configuration's text."""
     trl = pytest.importorskip("trl")
     assert sentence in " ".join(getattr(trl, f"{trainer}Config").__doc__.split())
     loss = trl_policy_loss(trainer, output_dir=str(tmp_path), **settings)
     holds = conformance.check_loss(loss, claim, False)
     output = capsys.readouterr().out
-    assert (holds, verdict in output) == (verdict == "", True), output
+    assert (holds, fault in output) == (fault == "", True), output
 
 
 def test_the_loss_of_trls_rloo_is_exact_off_policy_without_clipping(capsys, tmp_path):

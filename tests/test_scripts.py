@@ -134,14 +134,7 @@ def test_each_algorithm_runs_and_logs_everything(
     )
     result = train_policy.main(config)
     names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
-    assert names == {
-        "policy.pt",
-        "samples.md",
-        "result.json",
-        "checkpoints",
-        "config.json",
-        "policy_metrics.jsonl",
-    }
+    assert names == tiny.POLICY_FILES
     initial, *iterations = raw_rows(tmp_path / "run" / "policy_metrics.jsonl")
     assert initial["step"] == 0 and [row["step"] for row in iterations] == [1, 2]
     assert computed and len(iterations) == 2

@@ -122,6 +122,16 @@ def policy_config(reward_run: Path, out: Path | str, **changes) -> PolicyConfig:
     return PolicyConfig(**{**settings, **changes})
 
 
+POLICY_FILES = {
+    "policy.pt",
+    "samples.md",
+    "result.json",
+    "checkpoints",
+    "config.json",
+    "policy_metrics.jsonl",
+}
+
+
 def as_flags(config) -> list[str]:
     """The command line of a configuration."""
     flags = []

@@ -16,7 +16,7 @@ import hashlib
 import importlib.machinery
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -89,14 +89,14 @@ def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int,
             [pair for pair in pairs if pair.prompt in heldout])
 
 
-def file_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
-    """path -> SHA-256 of the content."""
-    return {str(path): hashlib.sha256(read_file(path)).hexdigest() for path in paths}
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of the content."""
+    return hashlib.sha256(read_file(path)).hexdigest()
 
 
 def file_facts(files: Mapping[str, Sequence[str | Path]]) -> dict[str, str]:
     """"SETTING NUMBER" -> "SHA-256  PATH", so that a resumed run notices changed inputs."""
-    return {f"{name} {number}": f"{file_hashes([path])[str(path)]}  {path}"
+    return {f"{name} {number}": f"{file_hash(path)}  {path}"
             for name, paths in files.items() for number, path in enumerate(paths, start=1)}
 
 

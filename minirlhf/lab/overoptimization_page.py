@@ -163,7 +163,7 @@ def describe(study: Study) -> str:
                  for name, values in named.items()]
         parts += [f"\n## {method}: gold = {FORMS[method]}\n",
                   markdown_table(["reward", *COLUMNS], table)]
-    table = [[claim, show(values.tolist(), "{:+.2f}"), SIGNS[sign], verdict(values, sign)]
+    table = [[claim, show(values.tolist(), "{:+.2f}"), SIGNS[sign], agreement(values, sign)]
              for claim, values, sign in claims(study, measured)]
     header = ["statement", "measured", "stated", "this study"]
     parts += ["\n## Statements of Gao et al. (2022); of Coste et al. (2023) on -mean and -min\n",
@@ -171,7 +171,7 @@ def describe(study: Study) -> str:
     return "\n".join(parts) + "\n"
 
 
-def verdict(values: np.ndarray, sign: int) -> str:
+def agreement(values: np.ndarray, sign: int) -> str:
     """Whether values over seeds agree with a statement: they are > 0 (sign 1), < 0 (-1) or 0."""
     mean, half = mean_interval(values.tolist())
     if len(values) == 1:

@@ -23,7 +23,7 @@ from minirlhf.config import DEVICES, TASK_AGAIN, PolicyConfig, RewardConfig
 from minirlhf.data.batches import encode_preferences
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.prompts import encode_prompts, unique_prompts
-from minirlhf.data.splits import HELPDESK_FILES, Splits, file_hashes, load_splits
+from minirlhf.data.splits import HELPDESK_FILES, Splits, file_hash, load_splits
 from minirlhf.data.tokenizer import fingerprint
 from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_model
 from minirlhf.lab.common import lab_folder, markdown_table
@@ -222,7 +222,8 @@ def evaluate(reward_run: Path, policy_run: Path, first: Trained, splits: Splits,
     probes = {name: share for name, (share, _) in shares.items()}
     result = json.loads(read_file(policy_run / "result.json"))
     policy = {key: result[key] for key in POLICY_METRICS if key in result}
-    files = file_hashes([reward_run / "reward.pt", policy_run / "policy.pt"])
+    files = {str(path): file_hash(path)
+             for path in (reward_run / "reward.pt", policy_run / "policy.pt")}
     return dict(reward=rounded(reward), probes=rounded(probes), policy=policy, files=files)
 
 

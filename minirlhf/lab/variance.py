@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from minirlhf.config import TASK_AGAIN, PolicyConfig
 from minirlhf.data.prompts import prompts_of_step
-from minirlhf.data.splits import file_hashes
+from minirlhf.data.splits import file_hash
 from minirlhf.data.tokenizer import decode, fingerprint
 from minirlhf.lab.common import Rows, lab_folder, need_files, run_lab, save_picture
 from minirlhf.lab.variance_page import describe, draw_values, draw_variances
@@ -86,7 +86,7 @@ class VarianceConfig:
                        f"python train_policy.py --reward-run {folder} --iterations 20 "
                        f"--out {policy_folder}")
             text = read_file(policy_folder / "config.json")
-            base_hash = file_hashes([folder / "base.pt"])[str(folder / "base.pt")]
+            base_hash = file_hash(folder / "base.pt")
             if base_hash not in str(json.loads(text)["facts"]):
                 raise UserError(f"{policy_folder}: was not trained from {folder / 'base.pt'}; "
                                 "name the reward run that it was trained from")
@@ -299,7 +299,7 @@ def main(config: VarianceConfig) -> str:
         policies["half-trained"], _ = load_model(inputs[-1], "policy", tokenizer)
     folders = ("reward_run", "policy_run", "out")  # may be moved; the contents of the inputs count
     about = {key: value for key, value in vars(config).items() if key not in folders}
-    about["inputs"] = list(file_hashes(inputs).values())
+    about["inputs"] = [file_hash(path) for path in inputs]
     rows = Rows(out / "rows.jsonl", about)
     for name, policy in policies.items():
         measure_policy(name, policy, task, reward_model, rows, config)
