@@ -17,7 +17,7 @@ from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.model.transformer import Transformer
 from minirlhf.rl.algorithms import pick_algorithm
 from minirlhf.run import run as run_module
-from minirlhf.run.command_line import RENAMED_FLAGS, flag, parse_flags, run_script
+from minirlhf.run.command_line import flag, parse_flags, run_script
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config, sealed
 
@@ -102,14 +102,17 @@ def test_settings_that_contradict_each_other_are_refused(config, problem):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--batch-size", "9" * 20], "--batch-size 99999999999999999999 is too large"),
-        (["--seed", "9" * 20], "--seed 99999999999999999999 is too large"),
-        (["--save-every", "9" * 20], "--save-every 99999999999999999999 is too large"),
-        (["--clip-range", "1e300"], "--clip-range 1e+300 is too large; the maximum is 1000000.0"),
-        (["--missing-eos-penalty=-1e300"], "--missing-eos-penalty -1e+300 is too small"),
-        (["--lr", "1e6", "--algorithm", "reinforce"], "--lr 1000000.0 is too large; the maximum"),
-        (["--vf-coef", "inf"], "--vf-coef inf is too large"),
-        (["--kl-coef", "nan"], "--kl-coef must be a finite number, not nan"),
+        (
+            ["--batch-size", "9" * 20],
+            "--batch-size must be from 1 to 65536, not 99999999999999999999",
+        ),
+        (["--seed", "9" * 20], "--seed must be from 0 to 9223372036854775807, not 9999"),
+        (["--save-every", "9" * 20], "--save-every must be from 1 to 9223372036854775807"),
+        (["--clip-range", "1e300"], "--clip-range must be from 0 to 1000000.0, not 1e+300"),
+        (["--missing-eos-penalty=-1e300"], "--missing-eos-penalty must be from 0 to 1000000.0"),
+        (["--lr", "1e6", "--algorithm", "reinforce"], "--lr must be from 0 to 1, not 1000000.0"),
+        (["--vf-coef", "inf"], "--vf-coef must be from 0 to 1000000.0, not inf"),
+        (["--kl-coef", "nan"], "--kl-coef must be from 0 to 1000000.0, not nan"),
     ],
 )
 def test_a_number_out_of_any_sensible_range_is_refused(arguments, words, capsys):
@@ -126,7 +129,7 @@ def test_a_list_flag_that_is_given_twice_keeps_all_files():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--bf16", "True"], "unexpected argument 'True': it belongs to no flag; --help"),
+        (["--bf16", "True"], "unknown argument True; --help lists all flags"),
         (["--d-model", "130"], "--n-head 4 does not divide --d-model 130; try --n-head 5"),
     ],
 )
@@ -188,19 +191,19 @@ def test_the_group_size_matters_only_for_algorithms_with_groups():
         (PolicyConfig, ["--no-seed"], "unknown argument --no-seed"),
         # abbreviations are refused, because a new flag could change their meaning
         (PolicyConfig, ["--iter", "3"], "unknown argument --iter"),
-        (PolicyConfig, ["ppo"], "unexpected argument 'ppo'"),
+        (PolicyConfig, ["ppo"], "unknown argument ppo"),
         (PolicyConfig, ["--seed", "one"], "--seed: invalid int value: 'one'"),
         (PolicyConfig, ["--seed", "1.5"], "--seed: invalid int value: '1.5'"),
-        (PolicyConfig, ["--lr", "nan"], "--lr must be a finite number"),
-        (PolicyConfig, ["--lr", "-1"], "--lr -1.0 is too small; the minimum is 0"),
-        (PolicyConfig, ["--gamma", "1.5"], "--gamma 1.5 is too large; the maximum is 1"),
+        (PolicyConfig, ["--lr", "nan"], "--lr must be from 0 to 1, not nan"),
+        (PolicyConfig, ["--lr", "-1"], "--lr must be from 0 to 1, not -1.0"),
+        (PolicyConfig, ["--gamma", "1.5"], "--gamma must be from 0 to 1, not 1.5"),
         (PolicyConfig, ["--seed"], "--seed: expected one argument"),
         (PolicyConfig, ["--device", "gpu"], "--device 'gpu' is not known"),
-        (RewardConfig, ["--n-layer", "0"], "--n-layer 0 is too small; the minimum is 1"),
+        (RewardConfig, ["--n-layer", "0"], "--n-layer must be from 1 to 1000, not 0"),
         (RewardConfig, ["--data"], "--data: expected at least one argument"),
         (RewardConfig, ["--resume"], "--resume needs --out"),
         (PolicyConfig, ["--resume"], "--resume needs --out"),
-        (PolicyConfig, ["--resume", "--out", "nowhere"], "nowhere/config.json: no such file"),
+        (PolicyConfig, ["--resume", "--out", "nowhere"], "nowhere/config.json: No such file"),
         # control characters are escaped, so that they cannot change the terminal
         (PolicyConfig, ["--seed", "\x1b[31m1\n2"], r"\\x1b[31m"),
     ],
@@ -218,20 +221,6 @@ def test_the_error_for_a_wrong_command_line_is_one_line_with_the_closest_flag(
     message = refused(capsys, only_check, config_class, arguments)
     assert words.replace("\\\\", "\\") in message
     assert "\x1b" not in message
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("old, new", RENAMED_FLAGS.items())
-def test_the_error_for_an_old_flag_names_the_new_one(old, new, capsys, tmp_path, monkeypatch):
-    """Commands for version 1.0 use the old names."""
-    monkeypatch.chdir(tmp_path)
-    is_switch = old.endswith("-init")
-    for arguments in [[old]] if is_switch else [[old, "3"], [f"{old}=3"]]:
-        arguments = ["--out", "run", *arguments]
-        message = refused(capsys, train_reward.main, RewardConfig, arguments)
-        assert message == f"error: {old} is now called {new}\n"
-        arguments = [argument.replace(old, new) for argument in arguments]
-        assert len(parse_flags(RewardConfig, arguments)) == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -542,7 +531,7 @@ def use_same_id(monkeypatch):
     """Give all runs the same id, because checkpoints contain it and it depends on all settings."""
     open_folder = run_module.open_folder
     monkeypatch.setattr(
-        run_module, "open_folder", lambda *arguments: open_folder(*arguments)._replace(id="same")
+        run_module, "open_folder", lambda *arguments: (*open_folder(*arguments)[:2], "same")
     )
 
 

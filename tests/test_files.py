@@ -143,11 +143,11 @@ def test_an_error_that_quotes_a_huge_value_stays_short(capsys):
     assert len(capsys.readouterr().err) < MAX_MESSAGE + 20
 
 
-def test_a_file_inside_the_run_folder_is_answered_with_the_folder(reward_run, tmp_path, capsys):
+def test_a_file_in_place_of_the_run_folder_is_one_line(reward_run, tmp_path, capsys):
     """The first attempt of many: the path of reward.pt, as another program would expect."""
     flags = ["--reward-run", str(reward_run / "reward.pt"), "--out", str(tmp_path / "new")]
     message = refused(capsys, *POLICY, flags)
-    assert f"reward.pt: is a file; name its folder {reward_run}\n" in message
+    assert f"Not a directory; is {reward_run / 'reward.pt'} a run folder?\n" in message
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "base.pt"])

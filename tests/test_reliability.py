@@ -295,7 +295,7 @@ def test_a_folder_named_after_settings_stays_under_runs(name, tmp_path, monkeypa
     """Without --out, the name of the folder contains --task and --algorithm."""
     monkeypatch.chdir(tmp_path)
     folder = unused_folder(name)
-    open_folder(PolicyConfig(), name, {}).lock.close()
+    open_folder(PolicyConfig(), name, {})[1].close()
     assert folder.parent == Path("runs") and re.fullmatch(r"[A-Za-z0-9_.-]+", folder.name)
     assert not folder.name.startswith((".", "-r"))
     assert {path.split("/")[0] for path in contents(tmp_path)} == {"runs"}

@@ -21,7 +21,8 @@ from minirlhf.rl.task import pick_reward_run
 from minirlhf.run import checkpoint, signals
 from minirlhf.run.command_line import run_script
 from minirlhf.run.errors import UserError
-from minirlhf.run.folder import lock_folder, open_folder, read_config
+from minirlhf.run.files import lock_file
+from minirlhf.run.folder import open_folder, read_config
 from minirlhf.run.signals import StopSignal
 
 import pytest
@@ -1144,11 +1145,11 @@ def test_a_second_process_on_one_folder_is_refused(
 def test_only_one_of_two_new_runs_gets_an_empty_folder(tmp_path):
     """Both processes find it empty; the lock decides."""
     config = PolicyConfig(out=str(tmp_path))
-    first = lock_folder(tmp_path)
+    first = lock_file(tmp_path / ".lock", "another process")
     with pytest.raises(UserError, match="another process"):
         open_folder(config, "name", {})
     first.close()
-    open_folder(config, "name", {}).lock.close()
+    open_folder(config, "name", {})[1].close()
 
 
 def test_the_settings_in_the_folder_are_those_of_the_run(uninterrupted_policy_run, reward_run):

@@ -588,7 +588,7 @@ def test_bad_data_is_one_line_and_creates_no_folder(content, words, inputs, tmp_
             "another tokenizer",
         ),
         (dict(task="nowhere"), "--task nowhere: cannot be imported"),
-        (dict(holdout=0.001), "--holdout 0.001 is too small; the minimum is 0.01"),
+        (dict(holdout=0.001), "--holdout must be from 0.01 to 0.9, not 0.001"),
     ],
 )
 def test_a_reward_run_with_missing_or_wrong_inputs_is_one_line(

@@ -274,7 +274,7 @@ def test_invalid_utf8_does_not_end_the_program(policy_run, monkeypatch):
         (["--run", "{reward_run}"], "not a configuration of this program"),
         (["--run", "{tmp}"], "config.json: no such file"),
         (["--run", "{run}", "--template", "helpdesc"], "did you mean helpdesk?"),
-        (["--run", "{run}", "--temperature", "-1"], "--temperature -1.0 is too small"),
+        (["--run", "{run}", "--temperature", "-1"], "--temperature must be from 0"),
         (
             ["--run", "{run}", "--prompt", "x", "--max-response-length", "6"],
             "6 is too large; next to a prompt, the model's context holds at most 5 tokens",

@@ -159,7 +159,7 @@ def changes(old, new) -> dict:
     [
         ([], "--run is missing"),
         (["--run", "{tmp}"], "config.json: no such file"),
-        (["--run", "{run}", "--labels", "0"], "--labels 0 is too small; the minimum is 1"),
+        (["--run", "{run}", "--labels", "0"], "--labels must be from 1 to"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, policy_run, tmp_path, capsys):

@@ -3,9 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import signal
 import sys
-import threading
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,26 +18,16 @@ from minirlhf.run.parallel import (
     finish_processes,
     init_processes,
     is_lost_peer,
-    process_count,
 )
 from minirlhf.run.terminal import echo, prepare_output
 
 import torch
 
 MAX_MESSAGE = 2000  # characters; an error may quote a value of any size
-RENAMED_FLAGS = {
-    "--warmup-sequences": "--sft-sequences",
-    "--warmup-batch-size": "--sft-batch-size",
-    "--warmup-lr": "--sft-lr",
-    "--warmup-init": "--sft-init",
-    "--no-warmup-init": "--no-sft-init",
-    "--verdict-coef": "--auxiliary-coef",
-    "--normalise-prompts": "--normalize-prompts",
-}
-
-
 # Without a bound of its own, a setting must fit int64, or have a finite square in float32.
 LARGEST = {int: 2**63 - 1, float: 1e6}
+OUT_OF_MEMORY = ("out of memory; try --micro-batch-size 1 (least memory, the same gradient), then "
+                 "larger values; or a smaller --batch-size, or a smaller model")
 
 
 def setting(default, reason: str, low: float | None = None, high: float | None = None,
@@ -62,27 +52,23 @@ def check_ranges(config) -> None:
     """Raise UserError for the first field whose type, range or choice is wrong."""
     types = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        check_value(flag(field.name), getattr(config, field.name), types[field.name],
-                    field.metadata)
+        name = flag(field.name)
+        value = getattr(config, field.name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if not has_type(value, types[field.name]):
+            expected = KINDS.get(types[field.name], "file names")
+            raise UserError(f"{name} takes {expected}, not {value!r}")
+        if choices and value not in choices:
+            raise UserError(f"{name} {value!r} is not known{suggest(value, choices)}")
+        if low is not None and not low <= value <= high:  # also for nan
+            raise UserError(f"{name} must be from {low} to {high}, not {value}")
 
 
-def check_value(name: str, value: typing.Any, expected: typing.Any,
-                allowed: typing.Mapping) -> None:
-    """Raise UserError if the value of one field is not allowed."""
+def has_type(value, expected) -> bool:
+    """Whether a value has the type of its field. A float may be written as a whole number."""
     if typing.get_origin(expected) is tuple:
-        is_names = isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
-        if not is_names:
-            raise UserError(f"{name} takes file names, not {value!r}")
-    elif type(value) is not expected and not (expected is float and type(value) is int):
-        raise UserError(f"{name} takes {KINDS[expected]}, not {value!r}")
-    if value != value:
-        raise UserError(f"{name} must be a finite number, not {value}")
-    if allowed["choices"] and value not in allowed["choices"]:
-        raise UserError(f"{name} {value!r} is not known{suggest(value, allowed['choices'])}")
-    if allowed["low"] is not None and value < allowed["low"]:
-        raise UserError(f"{name} {value} is too small; the minimum is {allowed['low']}")
-    if allowed["high"] is not None and value > allowed["high"]:
-        raise UserError(f"{name} {value} is too large; the maximum is {allowed['high']}")
+        return isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
+    return type(value) is expected or (expected is float and type(value) is int)
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,19 +104,11 @@ def make_parser(config_class) -> Parser:
 def parse_flags(config_class, arguments: list[str]) -> dict:
     """Only the settings that the command line names, and "preset". Raises UserError."""
     parser = make_parser(config_class)
-    for argument in arguments:
-        old_name = argument.split("=")[0]
-        new_name = RENAMED_FLAGS.get(old_name)
-        if new_name in parser._option_string_actions:
-            raise UserError(f"{old_name} is now called {new_name}")
     namespace, unknown = parser.parse_known_args(arguments)
-    if unknown and not unknown[0].startswith("-"):
-        raise UserError(f"unexpected argument {unknown[0]!r}: it belongs to no flag; "
-                        "--help lists all flags")
     if unknown:
-        name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument {unknown[0]}"
-                        f"{suggest(name, parser._option_string_actions)}")
+        match = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions)
+        advice = f"did you mean {match[0]}?" if match else "--help lists all flags"
+        raise UserError(f"unknown argument {unknown[0]}; {advice}")
     return with_tuples(vars(namespace))
 
 
@@ -162,12 +140,10 @@ def run_script(main: Callable, config_class, arguments: list[str] | None = None,
 
     interrupted: the line after Ctrl-C, unless main handles it.
     """
-    config = None
     with one_line_errors(interrupted):
         try:
             init_processes()
-            config = configure(config_class, sys.argv[1:] if arguments is None else arguments)
-            main(config)
+            main(configure(config_class, sys.argv[1:] if arguments is None else arguments))
             finish_processes()
         except (MemoryError, RuntimeError) as error:
             if is_lost_peer(error):
@@ -175,16 +151,14 @@ def run_script(main: Callable, config_class, arguments: list[str] | None = None,
                                   "resume with --resume", 1))
             if not is_out_of_memory(error):
                 raise
-            raise UserError(memory_advice(config)) from None
+            raise UserError(OUT_OF_MEMORY) from None
 
 
 @contextlib.contextmanager
 def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
     """A UserError, an OSError or Ctrl-C in the block becomes one line, and the process exits."""
     prepare_output()
-    has_signals = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    if has_signals and before == signal.SIG_DFL:  # see minirlhf/__init__.py
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see minirlhf/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -195,28 +169,11 @@ def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
                           "files written earlier are complete", 2))
     except KeyboardInterrupt:
         exit_process(fail(interrupted, 130))
-    finally:
-        if has_signals and before == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or "can't allocate memory" in str(error))
-
-
-def memory_advice(config) -> str:
-    """The error for a run that found no memory: which flag to change, and to what."""
-    if not hasattr(config, "micro_batch_size"):
-        return "out of memory; stop other programs, or use a smaller model"
-    largest = getattr(config, "minibatch_size", config.batch_size)
-    most = -(-largest // process_count())  # rows of one process
-    size = min(config.micro_batch_size or most, most)
-    if size > 1:
-        return (f"out of memory; try --micro-batch-size {size // 2}: "
-                "fewer texts in a forward pass, the same gradient")
-    return ("out of memory even with one text at a time; "
-            f"try --batch-size {max(1, config.batch_size // 2)} or a smaller model")
 
 
 def fail(message: str, status: int) -> int:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import re
 import shlex
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import minirlhf
 from minirlhf.run.checkpoint import version_error
@@ -30,19 +32,12 @@ PARTIAL = re.compile(r"\.(config\.json|result\.json|samples\.md|bad-batch-[a-z0-
                      r"(base|sft|reward|policy)(-[0-9]{8})?\.pt)\.[0-9a-f]{16}\.partial")
 
 
-class RunFolder(NamedTuple):
-    """A claimed run folder."""
-
-    path: Path
-    lock: IO | None  # open in the main process: the lock ends with the process
-    id: str  # run_id: stored in every checkpoint
-
-
-def open_folder(config, name: str, facts: dict) -> RunFolder:
+def open_folder(config, name: str, facts: dict) -> tuple[Path, IO | None, str]:
     """Claim the run folder and write config.json. An existing folder is refused unless resumed.
 
     name: of a new folder under runs/ if --out is empty.
     facts: {description: "SHA-256  PATH"} of the input files.
+    Returns (folder, lock in the main process, run_id). Closing the lock frees the folder.
     """
     path, lock = claim_folder(config, name, facts) if is_main() else (None, None)
     path = broadcast(path)
@@ -50,7 +45,7 @@ def open_folder(config, name: str, facts: dict) -> RunFolder:
     if is_main():
         content = json.dumps(sealed(settings, facts), indent=1) + "\n"
         write_atomically(path / "config.json", content.encode())
-    return RunFolder(path, lock, run_id(settings, facts))
+    return path, lock, run_id(settings, facts)
 
 
 def run_id(settings: dict, facts: dict[str, str]) -> str:
@@ -66,36 +61,27 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
     folder = Path(config.out) if config.out else unused_folder(name)
     if config.resume:
         stored, stored_facts = read_run(type(config), folder / "config.json")
-        lock = lock_folder(folder)
+    elif folder.is_file() or any(folder.glob("[!.]*")):
+        # Hidden files may be left of a process that was killed before it wrote config.json.
+        raise UserError(f"{folder}: already exists; add --resume to resume this run, "
+                        "or use another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(folder / ".lock", f"{folder}: another process is running there; "
+                                       "wait for it to end, or use another --out")
+    if config.resume:
         check_same_run(config, stored)
         check_inputs(stored_facts, facts, "this run")
         for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
             if PARTIAL.fullmatch(path.name):  # from a write that was killed
                 path.unlink()
-        return folder, lock
-    if folder.exists() and not is_unused(folder):
-        raise UserError(f"{folder}: already exists; add --resume to resume this run, "
-                        "or use another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder, lock_folder(folder)
-
-
-def is_unused(folder: Path) -> bool:
-    """Whether a folder has no files, except hidden ones of a process killed before config.json."""
-    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    return folder, lock
 
 
 def unused_folder(name: str) -> Path:
     """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")
-    taken = {path.name for path in Path("runs").glob("*")}
-    number = next(n for n in range(1, len(taken) + 2) if f"{name}-{n}" not in taken)
-    return Path("runs") / f"{name}-{number}"
-
-
-def lock_folder(folder: Path) -> IO:
-    return lock_file(folder / ".lock", f"{folder}: another process is running there; "
-                                       "wait for it to end, or use another --out")
+    paths = (Path("runs") / f"{name}-{number}" for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def check_same_run(config, stored) -> None:
@@ -144,11 +130,8 @@ def read_run(config_class, path: Path):
         config.check()
         intact = content == sealed(settings, facts)
         facts = {name: str(value) for name, value in facts.items()}
-    except NotADirectoryError:
-        raise UserError(f"{path.parent}: is a file; "
-                        f"name its folder {path.parent.parent}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is this a run folder?") from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: {error.strerror}; is {path.parent} a run folder?") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
             RecursionError) as error:
         raise UserError(f"{path}: not a configuration of this program ({error}); "

@@ -57,10 +57,7 @@ class Run:
         name: of a new folder.  facts: about the input, recorded in config.json.
         stages: {name: number of steps}, in order.
         """
-        opened = open_folder(self.config, name, facts)
-        self.lock = opened.lock
-        self.id = opened.id
-        self.folder = opened.path
+        self.folder, self.lock, self.id = open_folder(self.config, name, facts)
         self.stop.flags = ["--out", str(self.folder), "--resume", *module_flags(self.config)]
         self.stages = stages
         self.checkpoints: dict[str, tuple[dict, dict]] = {}
