@@ -184,7 +184,7 @@ def test_a_file_with_a_valid_checksum_and_other_content_is_refused(content, tmp_
 
 @pytest.mark.parametrize(
     "file_format, version",
-    [("minirlhf 1", "1.0"), ("minirlhf 1.0.5", "1.0.5"), ("minirlhf 9", "9")],
+    [("minirlhf 1", "1"), ("minirlhf 1.0.5", "1.0.5"), ("minirlhf 9", "9")],
 )
 def test_a_checkpoint_of_another_version_is_refused_with_both_versions(
     file_format, version, tmp_path
@@ -340,7 +340,7 @@ def test_a_model_of_another_version_is_refused_with_both_versions(tmp_path):
     with pytest.raises(UserError) as error:
         load_model(tmp_path / "base.pt", "base", "t")
     message = str(error.value)
-    assert f"minirlhf 1.0, but this is minirlhf {minirlhf.__version__};" in message
+    assert f"minirlhf 1, but this is minirlhf {minirlhf.__version__};" in message
     assert str(tmp_path / "base.pt") in message
     assert "\n" not in message
 

@@ -22,7 +22,7 @@ from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
 from minirlhf.run import terminal
 from minirlhf.run.errors import UserError
 from minirlhf.run.metrics import Metrics, rounded
-from minirlhf.run.terminal import Progress, duration, printable
+from minirlhf.run.terminal import Progress, printable
 
 import pytest
 import tiny
@@ -619,7 +619,7 @@ def test_a_reward_run_with_missing_or_wrong_inputs_is_one_line(
         (lambda run: (run / "base.pt").unlink(), "base.pt: No such file"),
         (
             lambda run: (run / "config.json").unlink(),
-            "config.json: no such file; is this a run folder?",
+            "config.json: No such file or directory; is ",
         ),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not a configuration"),
         (
@@ -654,7 +654,7 @@ def test_an_incomplete_or_damaged_reward_run_is_one_line(
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--reward-run", "nowhere"], "nowhere/config.json: no such file"),
+        (["--reward-run", "nowhere"], "nowhere/config.json: No such file"),
         ([], "no finished reward run under runs/"),
         (["--prompts", "none.jsonl"], "none.jsonl: cannot be read"),
         (["--max-response-length", "6"], "--max-response-length 6"),
@@ -855,21 +855,6 @@ def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):
     assert len(shown) == 40 and {len(line) for line in shown} == {29}
 
 
-@pytest.mark.parametrize(
-    "seconds, text",
-    [
-        (0, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (3599.6, "1 h 00 min"),
-        (7260, "2 h 01 min"),
-    ],
-)
-def test_durations_are_rounded_into_the_next_unit(seconds, text):
-    """Neither "60 s" nor "1 min 60 s" is printed."""
-    assert duration(seconds) == text
-
-
 def test_metrics_are_valid_json_for_any_number(tmp_path):
     """NaN and Infinity are not JSON; a strict parser would stop at that line."""
     metrics = Metrics(tmp_path / "m.jsonl", None, tensorboard=False)
@@ -934,7 +919,7 @@ def test_each_stage_has_a_tensorboard_curve_of_its_own(tmp_path, monkeypatch):
 
 def test_main_raises_user_error_instead_of_exiting(inputs, tmp_path):
     """A program of the user can call main(config) and catch the error."""
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="No such file"):
         train_reward.main(reward_config(inputs, tmp_path / "none", resume=True))
     assert signal.getsignal(signal.SIGINT) is not None
 
@@ -956,7 +941,7 @@ def test_the_time_left_does_not_include_the_evaluation_before_the_first_step(mon
     progress.start_clock()
     now[0] = 1001.0
     progress.show(1, "")
-    assert "9 s left" in capsys.readouterr().out
+    assert "0:00:09 left" in capsys.readouterr().out
 
 
 def test_training_data_with_one_prompt_is_an_error_before_training(inputs, tmp_path, capsys):

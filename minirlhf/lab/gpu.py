@@ -22,7 +22,7 @@ from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError, suggest
 from minirlhf.run.files import write_atomically
 from minirlhf.run.metrics import rounded
-from minirlhf.run.terminal import duration, echo, printable
+from minirlhf.run.terminal import echo, printable
 
 import torch
 
@@ -175,7 +175,7 @@ def describe_part(part: str, result: dict) -> str:
     failed = sum(row["ok"] is False for row in result["rows"])
     checks = f", {failed} of {len(result['rows'])} rows failed" if failed else ""
     last = f": {result['last_lines'][-1]}" if result["last_lines"] else ""
-    return f"{part}: {result['status']}{checks}, {duration(result['seconds'])}{last}"
+    return f"{part}: {result['status']}{checks}, {result['seconds']:.0f} s{last}"
 
 
 def page(results: dict) -> str:
@@ -190,7 +190,7 @@ def page(results: dict) -> str:
     lines += [markdown_table(["measurement", "ms", "MiB", "of its bound", "note", "check passes"],
                              cells), ""]
     for part, result in results["parts"].items():
-        lines.append(f"{part}: {result['status']}, {duration(result['seconds'])}")
+        lines.append(f"{part}: {result['status']}, {result['seconds']:.0f} s")
         if result["last_lines"]:
             lines += ["", "```text", *result["last_lines"], "```"]
         lines.append("")

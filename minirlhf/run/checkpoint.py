@@ -20,14 +20,13 @@ from minirlhf.run.terminal import echo, printable
 import torch
 
 FORMAT = f"minirlhf {minirlhf.__version__}"
-OLD_FORMATS = {"minirlhf 1": "1.0"}
 SEAL = re.compile(rb"\nminirlhf sha256 ([0-9a-f]{64})\Z")
 SEAL_LENGTH = len("\nminirlhf sha256 ") + 64
 
 
 def version_error(path: Path, version: str) -> UserError:
     """The error for a file of another version of this program."""
-    return UserError(f"{path}: written by minirlhf {version}, but this is minirlhf "
+    return UserError(f"{path}: written by minirlhf {printable(version[:20])}, but this is minirlhf "
                      f"{minirlhf.__version__}; use that version, or start a new run")
 
 
@@ -84,17 +83,14 @@ def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
         file_kind = loaded["kind"]
         meta = json.loads(loaded["meta"])
         states = loaded["states"]
-        if not isinstance(states, dict) or not isinstance(meta, dict):
-            raise ValueError("another format")
-        if not isinstance(file_kind, str) or not file_format.startswith("minirlhf "):
+        if [type(x) for x in (file_format, file_kind, meta, states)] != [str, str, dict, dict]:
             raise ValueError("another format")
         broken = first_not_finite(states)
     except Exception:  # a malicious file can raise anything in the restricted unpickler
         raise UserError(f"{path}: refused, because it is not a plain checkpoint of this program; "
                         "train again") from None
     if file_format != FORMAT:
-        version = OLD_FORMATS.get(file_format, file_format.removeprefix("minirlhf ")[:20])
-        raise version_error(path, printable(version))
+        raise version_error(path, file_format.removeprefix("minirlhf "))
     if file_kind != kind:
         raise UserError(f"{path}: contains a {file_kind} model, not a {kind} model; "
                         "name the right folder")

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import secrets
-import shlex
 import stat
 import weakref
 from io import BufferedReader
@@ -17,17 +16,15 @@ from typing import IO
 from minirlhf.run.errors import UserError
 from minirlhf.run.terminal import echo
 
-# first bytes -> what the file is, and what to do; FILE stands for its path
+# first bytes -> what the file is, and what to do
 FOREIGN_FORMATS = {
-    b"version https://git-lfs": "a Git-LFS pointer, which only names the content; "
-                                "fetch the content with: git lfs pull",
-    b"PAR1": "a parquet file; convert it with: python -c \"import pandas, sys; pandas.read_parquet("
-             "sys.argv[1]).to_json('new.jsonl', orient='records', lines=True)\" FILE",
-    b"\xff\xfe": "UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8 FILE > new.jsonl",
-    b"\xfe\xff": "UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8 FILE > new.jsonl",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it with: zstd -d FILE",
-    b"\xfd7zXZ\0": "compressed with xz; decompress it with: xz -d FILE",
-    b"BZh91AY&SY": "compressed with bzip2; decompress it with: bzip2 -d FILE",
+    b"version https://git-lfs": "a Git-LFS pointer; fetch the content with: git lfs pull",
+    b"PAR1": "a parquet file; convert it to JSON lines",
+    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
+    b"\x28\xb5\x2f\xfd": "compressed; decompress it with: zstd -d",
+    b"\xfd7zXZ\0": "compressed; decompress it with: xz -d",
+    b"BZh91AY&SY": "compressed; decompress it with: bzip2 -d",
 }
 # A file system that lacks locks, or cannot sync a folder, answers with one of these.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK,
@@ -55,7 +52,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     for start, problem in FOREIGN_FORMATS.items():
         if first.startswith(start):
             file.close()
-            raise UserError(f"{path}: this is {problem.replace('FILE', shlex.quote(str(path)))}")
+            raise UserError(f"{path}: this is {problem}")
     return file
 
 

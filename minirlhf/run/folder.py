@@ -15,7 +15,7 @@ from minirlhf.run.checkpoint import version_error
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import lock_file, read_file, write_atomically
 from minirlhf.run.parallel import broadcast, is_main
-from minirlhf.run.terminal import echo, printable
+from minirlhf.run.terminal import echo
 
 MAX_CONFIG = 2**20  # bytes of a config.json; one has about 3,000
 MODULES = ("task", "reward")  # settings that may name a module
@@ -50,10 +50,14 @@ def open_folder(config, name: str, facts: dict) -> tuple[Path, IO | None, str]:
 
 def run_id(settings: dict, facts: dict[str, str]) -> str:
     """Hash of the settings and input files that affect results."""
-    affects_results = {key: Path(value).name if key in MODULES else value
-                       for key, value in settings.items()
-                       if key not in NO_EFFECT + SCHEDULE + PATHS}
-    return json_digest([affects_results, {name: facts[name][:DIGEST] for name in facts}])
+    fixed = {key: value for key, value in identity(settings).items() if key not in SCHEDULE}
+    return json_digest([fixed, {name: facts[name][:DIGEST] for name in facts}])
+
+
+def identity(settings: dict) -> dict:
+    """The settings that affect results. Of a module only the name: its file may have moved."""
+    return {key: Path(value).name if key in MODULES else value
+            for key, value in settings.items() if key not in NO_EFFECT + PATHS}
 
 
 def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
@@ -86,18 +90,14 @@ def unused_folder(name: str) -> Path:
 
 def check_same_run(config, stored) -> None:
     """Raise UserError for any setting that would change the results of a resumed run."""
-    for field in dataclasses.fields(config):
-        old = getattr(stored, field.name)
-        new = getattr(config, field.name)
-        if field.name in MODULES:  # the user's file may be in another folder now
-            old, new = Path(old).name, Path(new).name
-        if old == new or field.name in NO_EFFECT + PATHS:
-            continue
-        if field.name in SCHEDULE and new > old:
-            echo(f"new schedule: {field.name} {old} -> {new}; "
+    before = identity(dataclasses.asdict(stored))
+    for name, new in identity(dataclasses.asdict(config)).items():
+        old = before[name]
+        if name in SCHEDULE and new > old:
+            echo(f"new schedule: {name} {old} -> {new}; "
                  f"the results will differ from those of a run of {old}")
-        else:
-            raise UserError(f"--resume with {field.name} = {new!r}, but the run has {old!r}; "
+        elif new != old:
+            raise UserError(f"--resume with {name} = {new!r}, but the run has {old!r}; "
                             "leave the flag out, or start a new run")
 
 
@@ -125,7 +125,7 @@ def read_run(config_class, path: Path):
         version = content.get("version", "1.0")
         settings, facts = content["settings"], content["facts"]
         if version != minirlhf.__version__:
-            raise version_error(path, printable(str(version)[:20]))
+            raise version_error(path, str(version))
         config = config_class(**with_tuples(settings))
         config.check()
         intact = content == sealed(settings, facts)

@@ -1,5 +1,6 @@
 """What the user sees during a run: safe text, and one progress line with the time left."""
 
+import datetime
 import errno
 import os
 import shutil
@@ -73,7 +74,7 @@ class Progress:
     def show(self, done: int, text: str) -> None:
         """Print how many steps are done, this text, and the time left."""
         seconds_per_step = (time.monotonic() - self.start) / max(1, done - self.first)
-        left = duration(seconds_per_step * (self.total - done))
+        left = datetime.timedelta(seconds=round(seconds_per_step * (self.total - done)))
         line = f"{self.label} {done}/{self.total}  {text}  {left} left"
         if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1  # 80 columns if the terminal says 0
@@ -81,16 +82,3 @@ class Progress:
             echo(line[:width].ljust(width), start="\r", end=end)
         elif done % self.every == 0 or done == self.total:
             echo(line)
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(5.2), duration(95), duration(3725)
-    ('5 s', '1 min 35 s', '1 h 02 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
