@@ -260,14 +260,10 @@ def evaluation_row(evaluator: Evaluator, results: dict[str, EvalResult]) -> dict
     """An evaluation's metrics with the prefix eval_; prints the most important ones."""
     metrics = evaluator.metrics(results)
     for decoding in DECODINGS:
-        row = {key.removeprefix(f"{decoding}_"): value for key, value in metrics.items()
-               if key.startswith(decoding)}
-        gold = f"gold {row['gold']:+.2f}  " if "gold" in row else ""
-        score = f"score {row['score']:+.2f}  " if "score" in row else ""
-        wins = ""
-        if "win_rate" in row:
-            wins = f"  wins {row['win_rate']:.0%} [{row['win_low']:.0%}, {row['win_high']:.0%}]"
-        echo(f"  held-out, {decoding}: {gold}{score}kl {row['kl']:.1f}{wins}")
+        names = [name for name in ("gold", "score", "kl", "win_rate")
+                 if f"{decoding}_{name}" in metrics]
+        text = "  ".join(f"{name} {metrics[f'{decoding}_{name}']:.2f}" for name in names)
+        echo(f"  held-out, {decoding}: {text}")
     return {f"eval_{key}": value for key, value in metrics.items()}
 
 

@@ -124,10 +124,8 @@ class RewardConfig(RunConfig):
         """Raise UserError for the first setting that is wrong or contradicts another."""
         check_ranges(self)
         if self.d_model % self.n_head:
-            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - self.n_head))
             raise UserError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; "
-                            f"try --n-head {nearest}")
+                            "choose a divisor")
         sizes = [vars(type(self)), *self.presets.values()]  # also those that were not asked for
         for name in ("n_layer", "n_head", "d_model"):
             value = getattr(self, name)
@@ -158,7 +156,7 @@ class PolicyConfig(RunConfig):
         "", "instead of the reward model: module:function or path/to/file.py:function, called with "
         "(prompts, responses); it returns the scores")
     iterations: int = setting(
-        60, "iterations of sample, score, update; the gold utility is flat by then", 1)
+        60, "iterations of sample, score, update; the gold utility is flat by then", 1, 10**9)
     batch_size: int = setting(
         128, "responses sampled in each iteration (dpo: prompts with all their pairs)", 1, MAX_SIZE)
     group_size: int = setting(4, "responses to each prompt (rloo, grpo)", 2, MAX_SIZE)

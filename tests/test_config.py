@@ -130,7 +130,7 @@ def test_a_list_flag_that_is_given_twice_keeps_all_files():
     "arguments, words",
     [
         (["--bf16", "True"], "unknown argument True; --help lists all flags"),
-        (["--d-model", "130"], "--n-head 4 does not divide --d-model 130; try --n-head 5"),
+        (["--d-model", "130"], "--n-head 4 does not divide --d-model 130; choose a divisor"),
     ],
 )
 def test_a_flag_that_cannot_be_used_is_one_short_line(arguments, words, capsys):

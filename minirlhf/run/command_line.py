@@ -90,14 +90,12 @@ def make_parser(config_class) -> Parser:
     for field in dataclasses.fields(config_class):
         kind = types[field.name]
         text = f"{field.metadata['reason']} (default: {field.default!r})".replace("%", "%%")
+        options: dict = dict(type=kind, metavar=kind.__name__.upper())
         if kind is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+            options = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag(field.name), action="extend", nargs="+", metavar="PATH",
-                                help=text)
-        else:
-            metavar = kind.__name__.upper()
-            parser.add_argument(flag(field.name), type=kind, metavar=metavar, help=text)
+            options = dict(action="extend", nargs="+", metavar="PATH")
+        parser.add_argument(flag(field.name), help=text, **options)
     return parser
 
 
