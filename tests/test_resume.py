@@ -538,7 +538,7 @@ def test_damaged_metrics_are_renamed_and_the_run_resumes(
     path.write_bytes(damaged)
     capsys.readouterr()
     assert resume(train_policy.main, PolicyConfig, tmp_path / "run") == 0
-    aside = path.with_name("policy_metrics.jsonl.damaged")
+    (aside,) = path.parent.glob("policy_metrics.jsonl.*.damaged")
     assert f"warning: {path}: damaged; renamed to {aside.name}" in capsys.readouterr().out
     assert aside.read_bytes() == damaged
     assert rows(path) == rows(uninterrupted_policy_run / path.name)[4:]

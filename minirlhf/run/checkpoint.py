@@ -72,11 +72,6 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
     if hashlib.sha256(payload).hexdigest().encode() != seal[1]:
         raise UserError(f"{path}: damaged (its checksum does not match); "
                         "use an older checkpoint or train again")
-    return _unpack(path, payload, kind)
-
-
-def _unpack(path: Path, payload: bytes, kind: str) -> tuple[dict, dict]:
-    """The part of load_checkpoint after the checksum test."""
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         file_format = loaded["format"]

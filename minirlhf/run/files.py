@@ -3,12 +3,10 @@
 import contextlib
 import errno
 import fcntl
-import itertools
 import math
 import os
 import secrets
 import stat
-import weakref
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
@@ -29,7 +27,6 @@ FOREIGN_FORMATS = {
 # A file system that lacks locks, or cannot sync a folder, answers with one of these.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK,
                errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
-LOCKS: weakref.WeakSet[IO] = weakref.WeakSet()  # all open ones
 
 
 def regular_only(name: str, flags: int) -> int:
@@ -109,13 +106,6 @@ def check_output(path: Path, force: bool) -> None:
         raise UserError(f"{path}: already exists; name another file, or add --force to replace it")
 
 
-def unused_path(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, ... that does not exist."""
-    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
-    return next(path.with_name(name) for name in names
-                if not os.path.lexists(path.with_name(name)))
-
-
 def lock_file(path: Path, busy: str) -> IO:
     """Create the file and lock it until it is closed or the process ends.
 
@@ -134,14 +124,5 @@ def lock_file(path: Path, busy: str) -> IO:
             raise
         echo(f"warning: {path.parent}: this file system has no locks; "
              "start no second process there")
-    LOCKS.add(lock)
+    os.register_at_fork(after_in_child=lock.close)  # a forked process may run longer
     return lock
-
-
-def close_locks() -> None:
-    """Close the inherited locks in a forked process, which may run longer than this one."""
-    for lock in LOCKS:
-        lock.close()
-
-
-os.register_at_fork(after_in_child=close_locks)

@@ -65,6 +65,8 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
     folder = Path(config.out) if config.out else unused_folder(name)
     if config.resume:
         stored, stored_facts = read_run(type(config), folder / "config.json")
+        check_same_run(config, stored)
+        check_inputs(stored_facts, facts, "this run")
     elif folder.is_file() or any(folder.glob("[!.]*")):
         # Hidden files may be left of a process that was killed before it wrote config.json.
         raise UserError(f"{folder}: already exists; add --resume to resume this run, "
@@ -72,12 +74,9 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_file(folder / ".lock", f"{folder}: another process is running there; "
                                        "wait for it to end, or use another --out")
-    if config.resume:
-        check_same_run(config, stored)
-        check_inputs(stored_facts, facts, "this run")
-        for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
-            if PARTIAL.fullmatch(path.name):  # from a write that was killed
-                path.unlink()
+    for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
+        if PARTIAL.fullmatch(path.name):  # from a write that was killed
+            path.unlink()
     return folder, lock
 
 

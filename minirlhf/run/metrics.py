@@ -3,14 +3,15 @@
 import contextlib
 import errno
 import hashlib
-import itertools
+import io
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import IO
 
-from minirlhf.run.files import refuse_link, regular_only, unused_path
+from minirlhf.run.files import refuse_link, regular_only
 from minirlhf.run.parallel import is_main
 from minirlhf.run.terminal import echo
 
@@ -35,49 +36,44 @@ def extend_digest(digest: str, row: dict) -> str:
     return hashlib.sha256((digest + json.dumps(stable)).encode()).hexdigest()
 
 
+def size_of_rows(content: bytes, count: int, digest: str) -> int | None:
+    """The bytes of the first `count` rows, or None if this is not their digest."""
+    lines = io.BytesIO(content).readlines()[:count]
+    actual = ""
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # a damaged row
+        for line in lines:
+            actual = extend_digest(actual, json.loads(line))
+    return len(b"".join(lines)) if actual == digest else None
+
+
 class Metrics:
     """Appends rows to one jsonl file.
 
     A checkpoint stores a mark of the rows written so far. A resumed run drops all rows after it.
     """
 
-    def __init__(self, path: Path, mark: list | None, tensorboard: bool):
+    def __init__(self, path: Path, mark: tuple[int, str] | None, tensorboard: bool):
         """mark: from the checkpoint that is resumed; None starts an empty file.
 
         A file that does not match the mark is renamed to *.damaged. Raises UserError for a link.
         """
-        self.count = 0
-        self.digest = ""
-        self.file = None
+        self.count, self.digest = mark or (0, "")
+        self.file: IO | None = None
         if not is_main():
             return
         refuse_link(path)
         self.file = open(path, "a+b", buffering=0, opener=regular_only)
-        expected_count, expected_digest = mark or (0, "")
-        size = self._read(self.file, expected_count)
-        if (self.count, self.digest) != (expected_count, expected_digest):
-            aside = unused_path(path.with_name(path.name + ".damaged"))
+        self.file.seek(0)
+        size = size_of_rows(self.file.read(), self.count, self.digest)
+        if size is None:
+            aside = path.with_name(f"{path.name}.{time.time_ns()}.damaged")
             echo(f"warning: {path}: damaged; renamed to {aside.name}; the new file "
                  "starts after the checkpoint")
             os.replace(path, aside)
-            self.file = open(path, "a+b", buffering=0, opener=regular_only)
-            self.count = 0
-            self.digest = ""
-            size = 0
-        self.file.truncate(size)
+            self.file = open(path, "ab", buffering=0, opener=regular_only)
+            self.count, self.digest = 0, ""
+        self.file.truncate(size or 0)
         self.writer = summary_writer(path.parent) if tensorboard else None
-
-    def _read(self, file: IO[bytes], count: int) -> int:
-        """Count and digest the first `count` rows that can be read. Returns their bytes."""
-        file.seek(0)
-        size = 0
-        # a damaged row ends the reading, and the digest will not match
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            for line in itertools.islice(file, count):
-                self.digest = extend_digest(self.digest, json.loads(line))
-                self.count += 1
-                size += len(line)
-        return size
 
     def mark(self) -> list:
         """[rows, their digest], for a checkpoint. The rows are on the disk when this returns."""

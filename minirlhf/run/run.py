@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step
@@ -11,7 +10,7 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.files import write_atomically
 from minirlhf.run.folder import module_flags, open_folder
 from minirlhf.run.metrics import Metrics
-from minirlhf.run.parallel import process_count, process_rank
+from minirlhf.run.parallel import process_count
 from minirlhf.run.signals import StopSignal
 from minirlhf.run.terminal import Progress, echo
 
@@ -29,9 +28,6 @@ class Run:
                 run.log(row, "text")
                 run.save(model, optimizer, state)
     """
-
-    folder: Path  # set by open()
-    metrics: Metrics  # set by the first resume(), once its checkpoint is known to fit
 
     def __init__(self, config, script: str):
         """script: named in the command that resumes the run."""
@@ -67,6 +63,13 @@ class Run:
                 self.checkpoints[stage] = checkpoint
             if total and (not checkpoint or checkpoint[0].get("step", 0) < total):
                 break  # this stage is not finished, so no later one has started
+        newest = [{}, *(meta for meta, _ in self.checkpoints.values())][-1]
+        path = self.folder / f"{list(stages)[-1]}_metrics.jsonl"
+        self.metrics = Metrics(path, newest.get("metrics"), self.config.tensorboard)
+        saved_with = newest.get("environment", environment())
+        if saved_with != environment():
+            echo(f"warning: saved with {saved_with}, resumed with {environment()}: "
+                 "results may differ in the last digits")
 
     def resume(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                label: str = "", plain_lines: int = 10) -> dict:
@@ -76,18 +79,10 @@ class Run:
         label: name on the progress line.
         plain_lines: about how many lines to print if the output is not a terminal.
         """
-        newest = [{}, *(meta for meta, _ in self.checkpoints.values())][-1]
         checkpoint = self.checkpoints.pop(stage, None)
         self.stage = stage
         self.total = self.stages[stage]
         self.done = restore(checkpoint, model, optimizer)
-        if not hasattr(self, "metrics"):
-            path = self.folder / f"{list(self.stages)[-1]}_metrics.jsonl"
-            self.metrics = Metrics(path, newest.get("metrics"), self.config.tensorboard)
-            saved_with = newest.get("environment", environment())
-            if saved_with != environment():
-                echo(f"warning: saved with {saved_with}, resumed with {environment()}: "
-                     "results may differ in the last digits")
         self.progress = Progress(label or stage, self.total, self.done, plain_lines)
         return checkpoint[0] if checkpoint else {}
 
@@ -142,8 +137,7 @@ class Run:
 
     def _save_bad_batch(self, batch: dict, error: UserError) -> UserError:
         """Write the batch to bad-batch-*.json; return the error with stage, step and path added."""
-        process = f"-process-{process_rank()}" if process_rank() else ""
-        path = self.folder / f"bad-batch-{self.stage}-{self.step + 1}{process}.json"
+        path = self.folder / f"bad-batch-{self.stage}-{self.step + 1}.json"
         content = json.dumps(flatten(batch), default=as_lists)
         write_atomically(path, content.encode())
         return UserError(f"{self.stage} step {self.step + 1}: {error}; the batch is in {path}; "
