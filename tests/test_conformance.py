@@ -195,7 +195,10 @@ def check(capsys, function, *flags):
     """Exit status and output of the command. A name without a colon is a function of this file."""
     name = function if ":" in function else f"{__name__}:{function}"
     capsys.readouterr()
-    status = conformance.main([name, *flags])
+    try:
+        status = conformance.main([name, *flags])
+    except SystemExit as ending:
+        status = ending.code
     output = capsys.readouterr()
     return status, output.out + output.err
 

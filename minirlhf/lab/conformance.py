@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if check_estimator(function) else 1
         return 0 if check_loss(function, options.claims, options.off_policy) else 1
     except UserError as error:
-        return fail(str(error), 2)
+        fail(str(error), 2)
 
 
 if __name__ == "__main__":

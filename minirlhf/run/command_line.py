@@ -118,9 +118,7 @@ def configure(config_class, arguments: list[str]):
     """
     given = parse_flags(config_class, arguments)
     preset = given.pop("preset", "")
-    settings = {}
-    if hasattr(config_class, "presets"):
-        settings = config_class.presets[preset or "helpdesk"]
+    settings = getattr(config_class, "presets", {}).get(preset or "helpdesk", {})
     if given.get("resume"):
         if preset or not given.get("out"):
             raise UserError("--resume needs --out, the folder of the run to resume, and no "
@@ -145,8 +143,8 @@ def run_script(main: Callable, config_class, arguments: list[str] | None = None,
             finish_processes()
         except (MemoryError, RuntimeError) as error:
             if is_lost_peer(error):
-                exit_process(fail("another process of this run ended; its own output says why; "
-                                  "resume with --resume", 1))
+                fail("another process of this run ended; its own output says why; "
+                     "resume with --resume", 1)
             if not is_out_of_memory(error):
                 raise
             raise UserError(OUT_OF_MEMORY) from None
@@ -161,12 +159,12 @@ def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        exit_process(fail(str(error), 2))
+        fail(str(error), 2)
     except OSError as error:
-        exit_process(fail(f"{error.filename or 'output'}: {error.strerror}; "
-                          "files written earlier are complete", 2))
+        fail(f"{error.filename or 'output'}: {error.strerror}; "
+             "files written earlier are complete", 2)
     except KeyboardInterrupt:
-        exit_process(fail(interrupted, 130))
+        fail(interrupted, 130)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -174,8 +172,8 @@ def is_out_of_memory(error: BaseException) -> bool:
             or "can't allocate memory" in str(error))
 
 
-def fail(message: str, status: int) -> int:
-    """Print the error as one line on stderr, once per run. Returns the given exit status."""
+def fail(message: str, status: int) -> typing.NoReturn:
+    """Print the error as one line on stderr, once per run, and exit with this status."""
     if claim_error_report():
         echo("error: " + " ".join(message.split("\n"))[:MAX_MESSAGE], stream=sys.stderr)
-    return status
+    exit_process(status)

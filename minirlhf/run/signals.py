@@ -10,13 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from minirlhf.run.command_line import fail
-from minirlhf.run.parallel import (
-    all_reduce_max,
-    error_reported,
-    exit_process,
-    is_main,
-    process_count,
-)
+from minirlhf.run.parallel import all_reduce_max, error_reported, is_main, process_count
 from minirlhf.run.terminal import echo
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -85,7 +79,7 @@ class StopSignal:
         message = "stopped; nothing was started"
         if self.flags:
             message = f"stopped; resume with: {launcher} {self.script} {shlex.join(self.flags)}"
-        exit_process(fail(message, 128 + (self.agreed or self.number)))
+        fail(message, 128 + (self.agreed or self.number))
 
 
 INSTALLED: weakref.WeakSet[StopSignal] = weakref.WeakSet()
