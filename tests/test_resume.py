@@ -1121,18 +1121,17 @@ def test_a_damaged_config_file_is_refused(name, request, tmp_path, capsys):
 # ---- one writer ----------------------------------------------------------------------------------
 
 
-def test_a_second_process_on_one_folder_is_refused(
-    reward_run, uninterrupted_policy_run, tmp_path, capsys
-):
+def test_a_second_process_on_one_folder_is_refused(reward_run, tmp_path):
     """Two processes that write the same metrics and checkpoints would damage both runs."""
     config = policy_settings(reward_run, tmp_path / "run")
-    resuming = ["--out", str(tmp_path / "run"), "--resume", *tiny.MODULES]
     messages = []
 
     def score(prompts, responses):
         if not messages:  # while the run is in its first rollout
-            for flags in (resuming, as_flags(config)):
-                messages.append(refused(capsys, train_policy.main, PolicyConfig, flags))
+            for resume in (True, False):
+                with pytest.raises(UserError) as error:
+                    train_policy.main(dataclasses.replace(config, resume=resume), score)
+                messages.append(str(error.value))
         return tiny.letters_right(prompts, responses)
 
     train_policy.main(config, reward_function=score)
