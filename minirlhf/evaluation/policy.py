@@ -16,6 +16,7 @@ import numpy as np
 
 DECODINGS = ("sampled", "greedy")  # the two decoding methods
 BATCH = 128  # prompts at a time
+BEST_OF = (1, 4, 16)  # rows of the final table
 
 
 class EvalResult(NamedTuple):
@@ -132,13 +133,11 @@ def final_evaluation(task: Task, policy: Transformer, best_of: int) -> tuple[dic
     metrics = {f"base_{key}": value for key, value in base_row.items()}
     metrics |= evaluator.metrics(results)
     metrics |= gap_closed(task, metrics)
-    of_n = []
     if best_of and task.reward.source is not None:
-        of_n = best_of_n(task, task.test.first(best_of), (1, 4, 16))
-    for row in of_n:
-        metrics |= {f"best_of_{row['n']}_{key}": row[key] for key in row if key != "n"}
+        for row in best_of_n(task, task.test.first(best_of), BEST_OF):
+            metrics |= {f"best_of_{row['n']}_{key}": row[key] for key in row if key != "n"}
     page = samples_page(task.test.texts, evaluator.base["sampled"], results["sampled"])
-    return metrics, format_table(metrics, of_n, len(task.test.texts)), page
+    return metrics, format_table(metrics, len(task.test.texts)), page
 
 
 def gap_closed(task: Task, metrics: dict) -> dict:
@@ -160,20 +159,21 @@ def gap_closed(task: Task, metrics: dict) -> dict:
 COLUMNS = (("gold", "{:+.2f}"), ("gold_se", "{:.2f}"), ("score", "{:+.2f}"), ("kl", "{:.1f}"),
            ("kl_bound", "{:.1f}"), ("length", "{:.1f}"), ("eos_rate", "{:.1%}"),
            ("win_rate", "{:.1%}"), ("win_low", "{:.1%}"), ("win_high", "{:.1%}"))
+# row of the table -> what the names of its metrics begin with
+ROWS = {**{f"base, {decoding}": f"base_{decoding}_" for decoding in DECODINGS},
+        **{f"policy, {decoding}": f"{decoding}_" for decoding in DECODINGS},
+        **{f"base, best of {n}": f"best_of_{n}_" for n in BEST_OF},
+        "best possible": "best_"}
 
 
-def format_table(metrics: dict, of_n: list[dict], prompts: int) -> str:
+def format_table(metrics: dict, prompts: int) -> str:
     """The final table as text."""
-    lines = [table_row("", {key: key for key, _ in COLUMNS})]
-    for name, mark in (("base", "base_"), ("policy", "")):
-        for decoding in DECODINGS:
-            prefix = f"{mark}{decoding}_"
-            row = {key.removeprefix(prefix): value for key, value in metrics.items()
-                   if key.startswith(prefix)}
-            lines.append(table_row(f"{name}, {decoding}", row))
-    lines += [table_row(f"base, best of {row['n']}", row) for row in of_n]
-    if "best_gold" in metrics:
-        lines.append(table_row("best possible", dict(gold=metrics["best_gold"])))
+    table = {"": [key for key, _ in COLUMNS]}
+    for name, prefix in ROWS.items():
+        table[name] = [form.format(metrics[prefix + key]) if prefix + key in metrics else ""
+                       for key, form in COLUMNS]
+    lines = [f"{name:<18}" + "".join(f"{cell:>10}" for cell in cells)
+             for name, cells in table.items() if any(cells)]
     for decoding in DECODINGS:
         if f"{decoding}_gap_closed" in metrics:
             closed = metrics[f"{decoding}_gap_closed"]
@@ -184,15 +184,6 @@ def format_table(metrics: dict, of_n: list[dict], prompts: int) -> str:
         wins = f"wins against the base model at the same decoding, by {by}"
     head = f"{prompts} test prompts; {wins}"
     return "\n".join([head, *lines])
-
-
-def table_row(name: str, row: dict) -> str:
-    """One line of the table; values are numbers or ready strings."""
-    cells = []
-    for key, form in COLUMNS:
-        value = row.get(key, "")
-        cells.append(value if isinstance(value, str) else form.format(value))
-    return f"{name:<18}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def samples_page(prompts: list[str], before: EvalResult, after: EvalResult, count: int = 8) -> str:

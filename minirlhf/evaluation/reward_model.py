@@ -4,7 +4,7 @@ from types import ModuleType
 
 from minirlhf.data.batches import PreferenceGroup, pad_right
 from minirlhf.data.prompts import encode_prompts
-from minirlhf.data.tokenizer import decode, pad_id
+from minirlhf.data.tokenizer import Ids, decode, pad_id
 from minirlhf.evaluation.statistics import bootstrap_interval
 from minirlhf.model import Transformer
 from minirlhf.model.transformer import sequence_scores
@@ -37,19 +37,13 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup],
     ground truth itself reaches on the annotator's labels.
     """
     scores = group_scores(model, groups, pad_id(encoding))
-    scale = model.score_scale.item()  # the loss is stated on the raw scale
-    gap_list, weight_list, prompts = [], [], []
-    for group, of_group in zip(groups, scores):
-        for winner, loser, _, weight in group.pairs:
-            gap_list.append(scale * (of_group[winner] - of_group[loser]))
-            weight_list.append(weight)
-            prompts.append(group.prompt)
-    gaps = np.array(gap_list)
-    weights = np.array(weight_list)
+    numbers: dict[Ids, int] = {}  # a prompt may have several groups, but counts once
+    rows = [(of_group[winner] - of_group[loser], weight,
+             numbers.setdefault(group.prompt, len(numbers)))
+            for group, of_group in zip(groups, scores) for winner, loser, _, weight in group.pairs]
+    differences, weights, number_of_pair = map(np.array, zip(*rows))
+    gaps = model.score_scale.item() * differences  # the loss is stated on the raw scale
     is_correct = np.where(gaps == 0, 0.5, gaps > 0)
-    # a prompt may have several groups, but counts once
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    number_of_pair = np.array([numbers[prompt] for prompt in prompts])
     prompt_weights = np.bincount(number_of_pair, weights)
     prompt_accuracies = np.bincount(number_of_pair, weights * is_correct) / prompt_weights
     accuracy, low, high = bootstrap_interval(prompt_accuracies, prompt_weights)
@@ -65,10 +59,8 @@ def compare_to_ground_truth(groups: list[PreferenceGroup], scores: list[np.ndarr
     """gold_correlation and ceiling, where the ground truth has the functions for them."""
     if ground_truth is None:
         return {}
-    texts = []
-    for group in groups:
-        responses = [decode(encoding, response) for response in group.responses]
-        texts.append((decode(encoding, group.prompt), responses))
+    texts = [(decode(encoding, group.prompt), [decode(encoding, ids) for ids in group.responses])
+             for group in groups]
     metrics = {}
     if hasattr(ground_truth, "gold"):
         gold = [ground_truth.gold(prompt, response, ids[-1] == encoding.eot_token)
@@ -78,14 +70,12 @@ def compare_to_ground_truth(groups: list[PreferenceGroup], scores: list[np.ndarr
         varies = np.ptp(flat) > 0 and np.ptp(gold) > 0
         metrics["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if varies else 0.0
     if hasattr(ground_truth, "preference_probability"):
-        probabilities, weights = [], []
-        for (prompt, responses), group in zip(texts, groups):
-            for w, l, _, weight in group.pairs:
-                probability = ground_truth.preference_probability(prompt, responses[w],
-                                                                  responses[l])
-                probabilities.append(max(probability, 1 - probability))
-                weights.append(weight)
-        metrics["ceiling"] = float(np.average(probabilities, weights=weights))
+        pairs = [(ground_truth.preference_probability(prompt, responses[w], responses[l]), weight)
+                 for (prompt, responses), group in zip(texts, groups)
+                 for w, l, _, weight in group.pairs]
+        probability, weights = np.array(pairs).T
+        best = np.maximum(probability, 1 - probability)
+        metrics["ceiling"] = float(np.average(best, weights=weights))
     return metrics
 
 
@@ -97,11 +87,8 @@ def calibration_error(gaps: np.ndarray, correct: np.ndarray, weights: np.ndarray
     """
     confidence = 1 / (1 + np.exp(-np.abs(gaps)))
     bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    total = 0.0
-    for b in range(bins):
-        weight = np.where(bin_of == b, weights, 0.0)
-        total += abs((weight * (confidence - correct)).sum())
-    return float(total / weights.sum())
+    errors = np.bincount(bin_of, weights * (confidence - correct))
+    return float(np.abs(errors).sum() / weights.sum())
 
 
 def evaluate_probes(model: Transformer, texts: list[str], encoding: tiktoken.Encoding,
