@@ -6,7 +6,6 @@ from pathlib import Path
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file
 
-MAX_RANK_FILE_BYTES = 64 * 2**20  # the largest public rank file has less than 4 MB
 # GPT-2's split into pieces, which merges never cross: contractions, and words, numbers or
 # punctuation with the space before them, and runs of spaces (Radford et al. 2019, released code;
 # `++` does not backtrack, which is faster).
@@ -17,7 +16,7 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a rank file in order of rank; line r + 1 is 'BASE64 r' for rank r."""
     try:
-        content = read_file(path, MAX_RANK_FILE_BYTES)
+        content = read_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); "
                         "give a rank file or a name") from error
@@ -26,17 +25,13 @@ def read_ranks(path: Path) -> list[bytes]:
         try:
             base64_token, rank = line.split()
             token = base64.b64decode(base64_token, validate=True)
-            stated = int(rank)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: is not 'BASE64 RANK'; "
-                            "give a rank file in tiktoken's format") from error
-        if stated != len(tokens) or token in tokens:
-            problem = f"should have rank {len(tokens)}"
-            if token in tokens:
-                problem = "repeats an earlier token"
-            raise UserError(f"{path}:{number}: {problem}; "
-                            "ranks count from 0 without gaps, one token each")
-        tokens[token] = stated
+            is_next = int(rank) == len(tokens) and token not in tokens
+        except ValueError:
+            is_next = False
+        if not is_next:
+            raise UserError(f"{path}:{number}: is not a new token as 'BASE64 {len(tokens)}'; "
+                            "give a rank file in tiktoken's format, whose ranks have no gaps")
+        tokens[token] = len(tokens)
     missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
     if missing:
         raise UserError(f"{path}: has no token for {len(missing)} of the 256 bytes (the first is "
