@@ -272,7 +272,7 @@ def test_invalid_utf8_does_not_end_the_program(policy_run, monkeypatch):
     [
         ([], "--run is missing"),
         (["--run", "{reward_run}"], "not a configuration of this program"),
-        (["--run", "{tmp}"], "config.json: no such file"),
+        (["--run", "{tmp}"], "config.json: No such file"),
         (["--run", "{run}", "--template", "helpdesc"], "did you mean helpdesk?"),
         (["--run", "{run}", "--temperature", "-1"], "--temperature must be from 0"),
         (

@@ -590,7 +590,7 @@ def test_the_summary_equals_counts_by_hand(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (["--run", "{tmp}/none"], "none/config.json: no such file"),
+        (["--run", "{tmp}/none"], "none/config.json: No such file"),
         ([], "--run is missing"),
         (["--run", "{reward_run}"], "not a configuration of this program"),
         (["--run", "{run}", "--count", "0"], "--judge needs --count"),

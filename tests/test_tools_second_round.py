@@ -158,7 +158,7 @@ def changes(old, new) -> dict:
     "flags, message",
     [
         ([], "--run is missing"),
-        (["--run", "{tmp}"], "config.json: no such file"),
+        (["--run", "{tmp}"], "config.json: No such file"),
         (["--run", "{run}", "--labels", "0"], "--labels must be from 1 to"),
     ],
 )
