@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 from minirlhf.config import PolicyConfig
@@ -86,7 +85,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
 
         if algorithm is None:  # dpo has no rollouts, and so a loop of its own
             train_dpo(run, policy, learner, optimizer, task, lambda: evaluate(evaluator, policy))
-            return finish(task, policy, config, run.folder)
+            return finish(task, policy, run)
 
         for step in run.steps():
             # 1. Sample a response to each prompt.
@@ -126,7 +125,7 @@ def main(config: PolicyConfig, reward_function: Callable | None = None) -> dict:
             run.log(metrics, progress_text(metrics))
             check_kl(metrics["kl"], config, step)
             run.save(policy, optimizer, dict(kl_coef=kl_coef))
-        return finish(task, policy, config, run.folder)
+        return finish(task, policy, run)
 
 
 # ---- sampling and updating -----------------------------------------------------------------------
@@ -267,7 +266,7 @@ def evaluation_row(evaluator: Evaluator, results: dict[str, EvalResult]) -> dict
     return {f"eval_{key}": value for key, value in metrics.items()}
 
 
-def finish(task: Task, policy: Transformer, config: PolicyConfig, folder: Path) -> dict:
+def finish(task: Task, policy: Transformer, run: Run) -> dict:
     """Save policy.pt, samples.md and result.json; print the final table on the test prompts.
 
     Every process must call this. Returns the metrics of the table; {} if not the main process.
@@ -275,15 +274,15 @@ def finish(task: Task, policy: Transformer, config: PolicyConfig, folder: Path) 
     policy = unsharded(policy)
     if not is_main():
         return {}
-    facts = dict(tokenizer=fingerprint(task.sampling.encoding))
-    save_model(folder / "policy.pt", "policy", policy, facts)
-    task = task._replace(test=task.test.first(config.test_prompts))
-    metrics, table, page = final_evaluation(task, policy, config.best_of_n)
-    write_atomically(folder / "samples.md", page.encode())
+    facts = dict(tokenizer=fingerprint(task.sampling.encoding), run=run.id)
+    save_model(run.folder / "policy.pt", "policy", policy, facts)
+    task = task._replace(test=task.test.first(run.config.test_prompts))
+    metrics, table, page = final_evaluation(task, policy, run.config.best_of_n)
+    write_atomically(run.folder / "samples.md", page.encode())
     result = json.dumps(rounded(metrics), indent=1) + "\n"
-    write_atomically(folder / "result.json", result.encode())
+    write_atomically(run.folder / "result.json", result.encode())
     echo(f"\n{page}\n{table}\n"
-         f"saved {folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl")
+         f"saved {run.folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl")
     return metrics
 
 

@@ -40,6 +40,7 @@ from minirlhf.model.transformer import apply_head, last_token_scores
 from minirlhf.rl.preferences import accumulate_gradient, batch_preference_loss
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import SamplingSettings, sample_responses
+from minirlhf.run.checkpoint import read_seal
 from minirlhf.run.command_line import run_script
 from minirlhf.run.device import check_processes, pick_device, prepare_training
 from minirlhf.run.errors import UserError, check_finite
@@ -83,6 +84,7 @@ def main(config: RewardConfig) -> dict:
         stages = {"sft": sft_steps(config), "reward": reward_steps(train, config)}
         name = task_name.split(".")[-1] if ground_truth else "data"
         run.open(f"reward-{name}-seed{config.seed}", facts, stages)
+        meta["run"] = run.id
         echo(f"run folder: {run.folder}   device: {device}")
 
         # 1. The base language model: fine-tuned here, or taken from a file.
@@ -115,6 +117,7 @@ def main(config: RewardConfig) -> dict:
         normalize_scores(reward_model, base, prompts, settings)
 
         path = run.folder / "reward.pt"
+        meta["base"] = read_seal(run.folder / "base.pt")
         save_model(path, "reward", reward_model, meta)  # an error in the evaluation loses nothing
 
         # 4. Evaluation.

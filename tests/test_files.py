@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import train_policy
 import train_reward
@@ -164,3 +165,74 @@ def test_samples_that_are_not_utf8_do_not_stop_the_chat(copies):
     (copies / "policy" / "samples.md").write_bytes(b"\xfa Human: \xff")
     config = chat.ChatConfig(run="policy", prompt="a 1:", task="tiny", device="cpu")
     assert len(chat.main(config)) == 1
+
+
+# ---- files of another run ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made_runs(inputs, tmp_path_factory):
+    """A reward run and a policy run, and two others that differ only by their seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(inputs, folder / "inputs")
+    (folder / "prompts.jsonl").write_text('{"prompt": "a 1:"}\n{"prompt": "b 1:"}\n')
+    with contextlib.chdir(folder):
+        for seed, name in enumerate(("", "other-")):
+            train_reward.main(reward_config(Path("inputs"), f"{name}reward", seed=seed))
+            settings = dict(seed=seed, prompts="prompts.jsonl" if seed else "")
+            train_policy.main(policy_config(Path("reward"), f"{name}policy", **settings))
+    return folder
+
+
+@pytest.fixture
+def two_runs(made_runs, tmp_path, monkeypatch):
+    """Copies of them, to be mixed, in the current folder."""
+    shutil.copytree(made_runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+JUDGE = ["--judge", "tiny:preference_probability", "--count", "2"]
+CHAT_FLAGS = ["--run", "policy", "--prompt", "b 3:", *tiny.MODULES]
+FROM_EARLIER = as_flags(
+    reward_config(Path("inputs"), "new", init_reward="reward/reward.pt", tokenizer="auto")
+)
+NEW_POLICY = as_flags(policy_config(Path("reward"), "new"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["reward/base.pt", "reward/reward.pt", "reward/base.pt reward/reward.pt", "policy/policy.pt"],
+)
+def test_models_of_another_run_are_refused(names, two_runs, capsys):
+    """They have the right sizes and a valid checksum, so nothing else would notice."""
+    for name in names.split():
+        shutil.copy(f"other-{name}", name)
+    programs = [(*CHAT, CHAT_FLAGS), (*LABEL, ["--run", "policy", *JUDGE])]
+    programs += [(*POLICY, NEW_POLICY)] if "reward" in names else []
+    for program in programs:
+        message = refused(capsys, *program)
+        assert message.startswith(f"error: {names.split()[0]}: was not written by the run that")
+    if names in ("reward/base.pt", "reward/reward.pt"):  # both together are a valid start
+        message = refused(capsys, *REWARD, FROM_EARLIER)
+        assert (
+            "reward/base.pt: not the base model from which reward/reward.pt was trained" in message
+        )
+    assert not Path("new").exists()
+
+
+def test_a_reward_model_that_was_trained_again_is_not_shown_with_an_older_policy(two_runs, capsys):
+    """The files of the reward run agree with each other, but not with the policy run."""
+    shutil.rmtree("reward")
+    train_reward.main(reward_config(Path("inputs"), "reward", lr=1e-3))
+    for program in ((*CHAT, CHAT_FLAGS), (*LABEL, ["--run", "policy", *JUDGE])):
+        message = refused(capsys, *program)
+        assert "reward/base.pt: not the file with which the policy run policy started" in message
+
+
+@pytest.mark.parametrize("name, run", [("inputs/pairs.jsonl", ""), ("prompts.jsonl", "other-")])
+def test_prompts_that_changed_after_training_are_not_labeled(name, run, two_runs, capsys):
+    """The answers would belong to prompts that the policy never saw."""
+    with open(name, "a") as file:
+        file.write('{"prompt": "d 9:", "chosen": " dd", "rejected": " x"}\n')
+    message = refused(capsys, *LABEL, ["--run", f"{run}policy", *JUDGE])
+    assert f"{name}: not the file with which the policy run {run}policy started" in message

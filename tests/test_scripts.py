@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import train_policy
 import train_reward
@@ -31,6 +32,7 @@ from tiny import (
     as_flags,
     assert_same_weights,
     contents,
+    ending,
     policy_config,
     refused,
     reward_config,
@@ -490,10 +492,16 @@ def raising(prompts, responses):
     raise RuntimeError("first line\nsecond \x1b[31mline")
 
 
+def exiting(prompts, responses):
+    """As the main() of another program does."""
+    sys.exit(0)
+
+
 @pytest.mark.parametrize(
     "reward, words",
     [
         (raising, r"raising raised RuntimeError: first line second \x1b[31mline"),
+        (exiting, "exiting raised SystemExit: 0"),
         (lambda prompts, responses: [0.0], "returned shape (1,); it must be (4,)"),
         (lambda prompts, responses: 0.0, "returned shape (); it must be (4,)"),
         (lambda prompts, responses: [[0.0]] * 4, "returned shape (4, 1); it must be (4,)"),
@@ -522,9 +530,10 @@ def test_a_reward_function_that_fails_is_one_line(reward, words, reward_run, tmp
         ("tiny:", "write module:function"),
         ("tiny:nothing", "no such function"),
         ("tiny:LETTERS", "no such function"),
-        ("nowhere:score", "cannot be imported (ModuleNotFoundError"),
-        (":score", "cannot be imported"),
-        ("broken:score", "cannot be imported (ZeroDivisionError"),
+        ("nowhere:score", "its import raised ModuleNotFoundError"),
+        (":score", "its import raised"),
+        ("broken:score", "its import raised ZeroDivisionError"),
+        ("ends.py:score", "its import raised SystemExit: 0"),
     ],
 )
 def test_a_reward_that_cannot_be_found_is_one_line(
@@ -533,9 +542,63 @@ def test_a_reward_that_cannot_be_found_is_one_line(
     """The function is looked up before any work; no folder is created."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
     flags = as_flags(policy_config(reward_run, tmp_path / "run", reward=reward))
     assert words in refused(capsys, train_policy.main, PolicyConfig, flags)
     assert not (tmp_path / "run").exists()
+
+
+OWN_FILE = """
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import pickle
+
+
+@dataclasses.dataclass
+class Length:
+    weight: float = 1.0
+
+    def of(self, response: str) -> float:
+        return self.weight * len(response)
+
+
+def score(prompts, responses):
+    length = pickle.loads(pickle.dumps(Length(2.0)))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(length.of, responses)
+"""
+
+
+@pytest.mark.parametrize("name", ["own.py", "json.py"])
+def test_the_file_of_a_reward_function_is_a_whole_module(name, tmp_path, monkeypatch):
+    """Dataclasses and pickle look for it in sys.modules, without replacing Python's own."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(OWN_FILE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for weight in (2.0, 3.0):  # a second run in the same Python session reads the file again
+        assert splits.load_function(f"{name}:score", "--reward")(["a", "a"], ["", "bcd"]) == [
+            0,
+            3 * weight,
+        ]
+        Path(name).write_text(OWN_FILE.replace("Length(2.0)", "Length(3.0)"))
+    assert sys.modules["json"] is json
+    assert sys.modules.pop("own" if name == "own.py" else "json_").__file__ == os.path.abspath(name)
+
+
+@pytest.mark.parametrize("place", ["function", "import"])
+def test_a_signal_during_the_users_code_stops_the_run(place, reward_run, tmp_path, capsys):
+    """The exit that it causes is not an error of the user's function."""
+    signal_itself = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    content = signal_itself if place == "import" else "import os, signal\n"
+    content += "def score(prompts, responses):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / "own.py").write_text(content)
+    reward = f"{tmp_path / 'own.py'}:score"
+    flags = as_flags(policy_config(reward_run, tmp_path / "run", reward=reward))
+    assert ending(train_policy.main, PolicyConfig, flags) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.startswith("error: stopped; ")
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -587,7 +650,7 @@ def test_bad_data_is_one_line_and_creates_no_folder(content, words, inputs, tmp_
             dict(init="{reward_run}/base.pt", tokenizer="helpdesk", max_prompt_length=4),
             "another tokenizer",
         ),
-        (dict(task="nowhere"), "--task nowhere: cannot be imported"),
+        (dict(task="nowhere"), "--task nowhere: its import raised"),
         (dict(holdout=0.001), "--holdout must be from 0.01 to 0.9, not 0.001"),
     ],
 )
@@ -975,6 +1038,7 @@ def test_a_model_whose_logits_overflow_is_one_line(inputs, reward_run, tmp_path,
         model.ln_f.weight.fill_(1e38)
         model.wte.weight.mul_(1e10)
     save_model(path, "base", model, meta)
-    flags = as_flags(policy_config(tmp_path / "reward", tmp_path / "run"))
+    settings = dict(reward="tiny:letters_right")  # reward.pt does not belong to this base model
+    flags = as_flags(policy_config(tmp_path / "reward", tmp_path / "run", **settings))
     message = refused(capsys, train_policy.main, PolicyConfig, flags)
     assert "the model's logits are not finite; try a smaller learning rate" in message

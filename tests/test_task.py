@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import types
 
 import train_policy
@@ -40,6 +41,7 @@ def fail(*arguments):
     "name, function, words",
     [
         ("gold", fail, "raised KeyError: 'no such\\nkey'"),
+        ("gold", lambda *arguments: sys.exit(0), "raised SystemExit: 0"),
         ("gold", lambda prompt, response: 1.0, "raised TypeError: "),
         ("gold", lambda prompt, response, *, finished=True: 1.0, "raised TypeError: "),
         ("gold", lambda *arguments: None, "returned None for '"),
@@ -195,5 +197,5 @@ def test_prompts_that_are_trained_on_and_evaluated_are_reported(
 
 
 def test_a_module_that_cannot_be_imported_names_the_flag():
-    with pytest.raises(UserError, match="--task no_such_module: cannot be imported"):
+    with pytest.raises(UserError, match="--task no_such_module: its import raised"):
         load_ground_truth("no_such_module")

@@ -238,6 +238,10 @@ def not_a_probability(prompt, a, b):
     return 2
 
 
+def exiting(prompt, a, b):
+    raise SystemExit(0)
+
+
 def test_a_program_may_answer_and_continuing_gives_the_same_file(policy_run, tmp_path):
     """Its answers are drawn with the probability that it returns."""
     longer = "test_tools_label:first_is_longer"
@@ -602,6 +606,10 @@ def test_the_summary_equals_counts_by_hand(tmp_path):
         (
             ["--run", "{run}", "--judge", "test_tools_label:make_pair"],
             "test_tools_label:make_pair raised TypeError",
+        ),
+        (
+            ["--run", "{run}", "--judge", "test_tools_label:exiting"],
+            "test_tools_label:exiting raised SystemExit: 0",
         ),
         (["--run", "{run}", "--max-response-length", "99"], "--max-response-length 99"),
         (["--run", "{run}", "--out", "{tmp}/no/l.jsonl"], "No such file or directory"),

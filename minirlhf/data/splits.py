@@ -27,7 +27,8 @@ from minirlhf.data import helpdesk
 from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import PreferencePair, read_records
 from minirlhf.data.prompts import unique_prompts, warn_of_shared_prompts
-from minirlhf.run.errors import UserError
+from minirlhf.run.checkpoint import read_seal
+from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.files import read_file
 from minirlhf.run.seeding import derive_seed
 
@@ -95,8 +96,8 @@ def file_hash(path: str | Path) -> str:
 
 
 def file_facts(files: Mapping[str, Sequence[str | Path]]) -> dict[str, str]:
-    """"SETTING NUMBER" -> "SHA-256  PATH", so that a resumed run notices changed inputs."""
-    return {f"{name} {number}": f"{file_hash(path)}  {path}"
+    """"SETTING NUMBER" -> "SHA-256  PATH", so that a later program notices changed inputs."""
+    return {f"{name} {number}": f"{read_seal(Path(path)) or file_hash(path)}  {path}"
             for name, paths in files.items() for number, path in enumerate(paths, start=1)}
 
 
@@ -138,10 +139,7 @@ def load_ground_truth(name: str, splits: Splits | None = None) -> ModuleType | N
 def ask(module: ModuleType, function: str, prompt: str, *rest) -> Any:
     """What a function of the user's module returns. Raises UserError if it fails."""
     name = f"{function}() of --task {module.__name__}"
-    try:
-        result = getattr(module, function)(prompt, *rest)
-    except Exception as error:  # the user's function can raise anything
-        raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
+    result = call_users_function(name, getattr(module, function), prompt, *rest)
     description, is_valid = RESULTS[function]
     with contextlib.suppress(Exception):  # is_valid raises if the type is wrong
         if is_valid(result):
@@ -156,16 +154,21 @@ def import_module(name: str, flag: str) -> ModuleType:
     folder = str(path.parent) if path.suffix == ".py" else ""  # "": where the script was started
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    try:
-        if path.suffix != ".py":
-            return importlib.import_module(name)
-        module = ModuleType(path.stem)
-        module.__file__ = name
-        importlib.machinery.SourceFileLoader(path.stem, name).exec_module(module)
-        return module
-    except (Exception, SystemExit) as error:  # the user's module can raise anything
-        raise UserError(f"{flag} {name}: cannot be imported "
-                        f"({type(error).__name__}: {error})") from None
+    load = load_file if folder else importlib.import_module
+    return call_users_function(f"{flag} {name}: its import", load, name)
+
+
+def load_file(name: str) -> ModuleType:
+    """The module in a file. It is in sys.modules, where dataclasses and pickle look for it."""
+    path = str(Path(name).absolute())
+    stem = Path(name).stem
+    while stem in sys.modules and getattr(sys.modules[stem], "__file__", "") != path:
+        stem += "_"  # the user's json.py must not replace Python's
+    module = ModuleType(stem)
+    module.__file__ = path
+    sys.modules[stem] = module
+    importlib.machinery.SourceFileLoader(stem, path).exec_module(module)
+    return module
 
 
 def load_function(spec: str, flag: str) -> Callable:

@@ -20,7 +20,7 @@ from minirlhf.lab.small_world import (
     state_kl,
     token_logprobs,
 )
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.seeding import generator
 
 import torch
@@ -99,10 +99,7 @@ def all_batches(shape: tuple[int, int], kl: float = 0.0) -> list[Batches]:
 
 def call(function: Callable, *arguments: Tensor):
     """What the function returns. Raises UserError."""
-    try:
-        return function(*(x.clone() for x in arguments))
-    except (Exception, SystemExit) as error:
-        raise UserError(f"the function raised {type(error).__name__}: {error}") from None
+    return call_users_function("the function", function, *(x.clone() for x in arguments))
 
 
 def call_loss(loss: Callable, *arguments: Tensor) -> Tensor:

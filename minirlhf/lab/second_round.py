@@ -23,7 +23,7 @@ from minirlhf.config import DEVICES, TASK_AGAIN, PolicyConfig, RewardConfig
 from minirlhf.data.batches import encode_preferences
 from minirlhf.data.preference_files import PreferencePair
 from minirlhf.data.prompts import encode_prompts, unique_prompts
-from minirlhf.data.splits import HELPDESK_FILES, Splits, file_hash, load_splits
+from minirlhf.data.splits import HELPDESK_FILES, Splits, file_hash
 from minirlhf.data.tokenizer import fingerprint
 from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_model
 from minirlhf.lab.common import lab_folder, markdown_table
@@ -37,7 +37,7 @@ from minirlhf.run.seeding import derive_seed
 from minirlhf.run.terminal import echo
 from minirlhf.tools.label import LabelConfig, ask_program, fresh_pairs, training_prompts
 from minirlhf.tools.labels import LabelFile
-from minirlhf.tools.trained import Trained, identity, load_trained
+from minirlhf.tools.trained import Trained, identity, load_trained, training_splits
 
 ARMS = {"base pairs": "the base model's pairs", "own pairs": "the policy's own pairs",
         "unsure pairs": "the policy's own pairs on which the reward model is least sure"}
@@ -78,7 +78,7 @@ def main(config: RoundConfig) -> dict:
         raise UserError(f"{config.run}: its task has no annotator (preference_probability); "
                         "label by hand: python -m minirlhf.tools.label")
     folder = lab_folder(config.out)
-    splits = load_splits(first.reward_config)
+    splits = training_splits(first)
     own_test = own_test_pairs(first, unique_prompts(splits.test), config)
     first_reward_run = Path(first.config.reward_run)
     results = {"round 1": evaluate(first_reward_run, first.folder, first, splits, own_test)}

@@ -35,6 +35,7 @@ from minirlhf.rl.reward import score_responses
 from minirlhf.rl.rollout import Rollout, evaluate_actions, measure, token_rewards
 from minirlhf.rl.sampling import Samples, gold_utility, sample_responses
 from minirlhf.rl.task import Task, load_task
+from minirlhf.run.checkpoint import read_seal
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file, write_atomically
@@ -86,8 +87,8 @@ class VarianceConfig:
                        f"python train_policy.py --reward-run {folder} --iterations 20 "
                        f"--out {policy_folder}")
             text = read_file(policy_folder / "config.json")
-            base_hash = file_hash(folder / "base.pt")
-            if base_hash not in str(json.loads(text)["facts"]):
+            seal = read_seal(folder / "base.pt")
+            if seal not in str(json.loads(text)["facts"]):
                 raise UserError(f"{policy_folder}: was not trained from {folder / 'base.pt'}; "
                                 "name the reward run that it was trained from")
 

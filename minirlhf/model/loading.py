@@ -6,7 +6,7 @@ from minirlhf.config import RewardConfig
 from minirlhf.data.tokenizer import fingerprint, table_rows
 from minirlhf.model.pretrained import load_weights, weight_files
 from minirlhf.model.transformer import ModelConfig, Transformer
-from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint
+from minirlhf.run.checkpoint import load_checkpoint, read_seal, save_checkpoint
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import read_config, with_tuples
 from minirlhf.run.seeding import derive_seed
@@ -25,12 +25,21 @@ def save_model(path: Path, kind: str, model: Transformer, meta: dict) -> None:
     save_checkpoint(path, kind, meta, dict(model=model.state_dict()))
 
 
-def load_model(path: Path, kind: str, tokenizer: str) -> tuple[Transformer, dict]:
+def load_model(path: Path, kind: str, tokenizer: str, run: str = "") -> tuple[Transformer, dict]:
     """(model, meta) of a file of save_model. Raises UserError.
 
     tokenizer: the fingerprint of the tokenizer that it must have been trained with.
+    run: the id of the run that must have written it, if given.
+    A reward model must lie next to the base model that it was trained from.
     """
     meta, states = load_checkpoint(path, kind)
+    if run and meta.get("run", run) != run:
+        raise UserError(f"{path}: was not written by the run that its config.json describes; "
+                        "restore the file, or train again")
+    base = path.with_name("base.pt")
+    if "base" in meta and meta["base"] != read_seal(base):
+        raise UserError(f"{base}: not the base model from which {path} was trained, or one of them "
+                        "was changed; restore both, or train again")
     if meta.get("tokenizer") != tokenizer:
         raise UserError(f"{path}: was trained with another tokenizer than its config.json names; "
                         "restore that tokenizer, or train again")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from minirlhf.model import Transformer
 from minirlhf.model.transformer import sequence_scores
 from minirlhf.rl.sampling import Samples, all_ids
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.parallel import broadcast, by_rows, is_main
 
 import torch
@@ -53,10 +53,8 @@ def call_function(reward: Reward, samples: Samples) -> Tensor:
     """[B] what the user's function returns, checked. Raises UserError."""
     assert reward.source is not None
     name = f"the reward function {reward.name}"
-    try:
-        result = reward.source(list(samples.prompts), list(samples.responses))
-    except Exception as error:  # the user's function can raise anything
-        raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
+    result = call_users_function(name, reward.source, list(samples.prompts),
+                                 list(samples.responses))
     expected = (len(samples.prompts),)
     try:
         scores = torch.as_tensor(result, dtype=torch.float32)

@@ -52,12 +52,13 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
     splits = load_splits(reward_config)
     facts = splits.facts | dict(tokenizer=f"{fingerprint(encoding)}  {reward_config.tokenizer}")
     check_inputs(reward_facts, reward_facts | facts, f"the reward run {folder}")
-    facts["reward run"] = f"{run_id(vars(reward_config), reward_facts)}  {folder}"
+    run = run_id(vars(reward_config), reward_facts)
+    facts["reward run"] = f"{run}  {folder}"
     ground_truth = load_ground_truth(task, splits)
-    base, _ = load_model(folder / "base.pt", "base", fingerprint(encoding))
+    base, _ = load_model(folder / "base.pt", "base", fingerprint(encoding), run)
     response_length = config.max_response_length or reward_config.max_response_length
     check_context(base, reward_config.max_prompt_length, response_length)
-    reward = load_reward(config, reward_config, reward_function, fingerprint(encoding))
+    reward = load_reward(config, reward_config, reward_function, fingerprint(encoding), run)
     pairs = load_pairs(config, reward_config, splits, encoding)
     for model in (base, reward.source):
         if isinstance(model, Transformer):
@@ -119,9 +120,10 @@ def load_pairs(config: PolicyConfig, reward_config: RewardConfig, splits: Splits
 
 
 def load_reward(config: PolicyConfig, reward_config: RewardConfig, reward_function: Callable | None,
-                tokenizer: str) -> Reward:
+                tokenizer: str, run: str) -> Reward:
     """The user's function, or the run's reward model.
 
+    tokenizer, run: the fingerprint and the id of the reward run, which the model must have.
     Raises UserError, also if there is neither, except for dpo.
     """
     function = reward_function
@@ -139,7 +141,7 @@ def load_reward(config: PolicyConfig, reward_config: RewardConfig, reward_functi
             return Reward("none", None, config.missing_eos_penalty)
         raise UserError(f"{path.parent}: has no reward model (--epochs 0), which only --algorithm "
                         "dpo can do without; resume it with --epochs 1, or use --reward")
-    model, _ = load_model(path, "reward", tokenizer)
+    model, _ = load_model(path, "reward", tokenizer, run)
     return Reward(str(path), model, config.missing_eos_penalty)
 
 

@@ -8,12 +8,13 @@ string.
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
 import minirlhf
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import read_file, write_atomically
+from minirlhf.run.files import open_regular, read_file, write_atomically
 from minirlhf.run.parallel import full_states, is_main, split_like
 from minirlhf.run.terminal import echo, printable
 
@@ -43,6 +44,17 @@ def save_checkpoint(path: Path, kind: str, meta: dict, states: dict) -> None:
     content = buffer.getvalue()
     seal = f"\nminirlhf sha256 {hashlib.sha256(content).hexdigest()}".encode()
     write_atomically(path, content + seal)
+
+
+def read_seal(path: Path) -> str:
+    """The digest that a checkpoint states of its content; "" if the file is no checkpoint.
+
+    load_checkpoint verifies it, so it identifies a large model without hashing it again.
+    """
+    with open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - SEAL_LENGTH))
+        seal = SEAL.match(file.read())
+    return seal[1].decode() if seal else ""
 
 
 def first_not_finite(states, name: str = "") -> str:

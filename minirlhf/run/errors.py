@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 # JSON types in words
 KINDS = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number",
@@ -11,6 +12,23 @@ KINDS = {type(None): "null", bool: "true or false", int: "a whole number", float
 
 class UserError(Exception):
     """A mistake that the user can fix: printed as one line, exit status 2, no traceback."""
+
+
+class Exit(SystemExit):
+    """This program ends the process. A SystemExit of a user's function is an error instead."""
+
+
+def call_users_function(name: str, function: Callable, *arguments) -> Any:
+    """What the function returns. Raises UserError if it raises anything, also by sys.exit(0).
+
+    name: of the function, for the error.
+    """
+    try:
+        return function(*arguments)
+    except (Exit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
 
 
 def suggest(name: str, known: Collection[str]) -> str:

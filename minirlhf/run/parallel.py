@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
+from minirlhf.run.errors import Exit
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -60,7 +62,7 @@ def exit_process(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    sys.exit(status)
+    raise Exit(status)
 
 
 def process_rank() -> int:

@@ -25,12 +25,12 @@ from minirlhf.data.prompts import (
     unique_prompts,
     without_marks,
 )
-from minirlhf.data.splits import HELPDESK_FILES, load_function, load_splits
+from minirlhf.data.splits import HELPDESK_FILES, file_facts, load_function
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import sample_responses
 from minirlhf.run.command_line import check_ranges, flag, run_script, setting
 from minirlhf.run.device import pick_device
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.seeding import derive_seed
 from minirlhf.run.signals import install_handler, restore_handlers
 from minirlhf.run.terminal import Progress, echo
@@ -43,7 +43,7 @@ from minirlhf.tools.terminal import (
     side_by_side,
     wrap,
 )
-from minirlhf.tools.trained import Trained, identity, load_trained
+from minirlhf.tools.trained import Trained, check_facts, identity, load_trained, training_splits
 
 KEYS = {"left": "left", "a": "left", "1": "left", "right": "right", "d": "right", "2": "right",
         "t": "tie", "=": "tie", "s": "skip", "u": "undo", "q": "quit", "": "quit", "\x04": "quit"}
@@ -110,13 +110,14 @@ def main(config: LabelConfig) -> dict:
 
 
 def training_prompts(trained: Trained) -> Prompts:
-    """The prompts that the policy was trained on."""
+    """The prompts that the policy was trained on. Raises UserError if a file has changed."""
     path = trained.config.prompts
     if path:
+        check_facts(trained.facts, file_facts({"prompts": [path]}), trained.folder)
         texts = read_prompts(path,
                              template=read_chat_template(trained.reward_config.tokenizer))
     else:
-        texts = unique_prompts(load_splits(trained.reward_config).train)
+        texts = unique_prompts(training_splits(trained).train)
     prompts = encode_prompts(texts, trained.encoding, trained.reward_config.max_prompt_length)
     return prompts._replace(texts=texts)  # with the marks of special tokens: training needs them
 
@@ -177,12 +178,9 @@ def ask_program(function: Callable, labels: LabelFile, pairs: Iterator[Pair],
     name = f"--judge {config.judge}"
     while len(labels.rows) < config.count:
         pair = next(pairs)
-        try:
-            probability = function(without_marks(pair.prompt), *pair.responses)
-            valid = probability is None or 0.0 <= probability <= 1.0
-        except Exception as error:  # the user's function can raise anything
-            raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
-        if not valid:
+        prompt = without_marks(pair.prompt)
+        probability = call_users_function(name, function, prompt, *pair.responses)
+        if not call_users_function(name, is_answer, probability):
             raise UserError(f"{name} returned {probability!r}; "
                             "it must be a probability, or None to skip the pair")
         drawn = random.Random(derive_seed(config.seed, "judge", pair.number)).random()
@@ -191,6 +189,10 @@ def ask_program(function: Callable, labels: LabelFile, pairs: Iterator[Pair],
         else:
             labels.add(pair, "left" if drawn < probability else "right")
         progress.show(len(labels.rows), "")
+
+
+def is_answer(probability) -> bool:
+    return probability is None or bool(0.0 <= probability <= 1.0)
 
 
 def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) -> None:
