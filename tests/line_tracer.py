@@ -22,11 +22,11 @@ fixtures: dict[str, list[str]] = {}
 owner = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
 
 
-def trace_calls(frame, event, argument):
+def trace_calls(frame, event, argument, root=ROOT):  # at exit, globals may be None
     file = frame.f_code.co_filename
-    if not file.startswith(ROOT) or file.startswith(ROOT + "tests/"):
+    if not file.startswith(root) or file.startswith(root + "tests/"):
         return None
-    name = file[len(ROOT) :]
+    name = file[len(root) :]
 
     def trace_lines(frame, event, argument):
         if event == "line":

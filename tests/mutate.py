@@ -355,8 +355,8 @@ def measure_lines(tree: Path, scratch: Path, jobs: int) -> LineMap:
         output, _ = process.communicate()
         if process.returncode:
             failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            first = failed[0] if failed else output[-300:].strip()
-            stop(f"{len(failed)} tests fail without any mutant; fix them first: {first}")
+            shown = "; ".join(failed) or output[-300:].strip()
+            stop(f"{len(failed)} tests fail without any mutant; fix them first: {shown}")
     return read_lines(traced)
 
 

@@ -333,7 +333,7 @@ def points(results: list[Result], x: str, y: str) -> dict[str, Line]:
             value = result.setting.varied[x]
             line = lines.setdefault(label.replace(f" {x}={value}", ""), [])
             line.append((value, 0.0, *mean_interval(result.values(y))))
-    return {label: sorted(line) for label, line in lines.items()}
+    return {label: sorted(line, key=lambda point: point[0]) for label, line in lines.items()}
 
 
 def curve(result: Result, x: str, y: str) -> Line:
@@ -359,6 +359,10 @@ def draw(axes, lines: dict[str, Line], x: str, y: str, legend: bool = True) -> N
     """Error bars: 95% intervals over seeds."""
     for (label, line), (color, dash, marker) in zip(lines.items(), itertools.cycle(STYLES)):
         xs, x_bars, ys, y_bars = zip(*line)
+        if x == "samples" and not any(xs):  # dpo samples nothing: where its training ends
+            axes.axhspan(ys[-1] - y_bars[-1], ys[-1] + y_bars[-1], color=color, alpha=0.15)
+            axes.axhline(ys[-1], label=f"{label} (no samples)", color=color, linestyle=dash)
+            continue
         axes.errorbar(xs, ys, yerr=y_bars, xerr=x_bars if any(x_bars) else None, label=label,
                       color=color, linestyle=dash, marker=marker, markersize=5, linewidth=1.4,
                       capsize=2, elinewidth=0.8)
