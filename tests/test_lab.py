@@ -6,6 +6,9 @@ import itertools
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import train_policy
@@ -168,6 +171,34 @@ def test_a_sweep_runs_what_is_missing_and_resumes_what_was_stopped(helpdesk_runs
         sweep.main(dataclasses.replace(config, x="sampled_kl", y="gould"))
     with pytest.raises(UserError, match="other settings or inputs"):
         sweep.main(dataclasses.replace(config, quick=False))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_twice_has_the_same_table(tmp_path):
+    check_a_sweep_that_is_stopped_twice(tmp_path, ["--algorithms", "reinforce,dpo", "--seeds", "2"])
+
+
+def check_a_sweep_that_is_stopped_twice(tmp_path: Path, flags: list[str]) -> None:
+    """The same rows and the same table, except for times, as a sweep that is not stopped."""
+    command = [sys.executable, "-m", "minirlhf.lab.sweep", "--quick", *flags, "--out"]
+    run = dict(env=tiny.environment(), stdout=subprocess.DEVNULL)
+    subprocess.run([*command, tmp_path / "whole"], check=True, **run)
+    for stage in ("reward_metrics.jsonl", "policy_metrics.jsonl"):
+        process = subprocess.Popen([*command, tmp_path / "stopped"], **run)
+        while not list((tmp_path / "stopped").glob(f"*/{stage}")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait() == 130
+    subprocess.run([*command, tmp_path / "stopped"], check=True, **run)
+    tables, rows = [], []
+    for folder in (tmp_path / "whole", tmp_path / "stopped"):
+        table = (folder / "table.md").read_text().splitlines()
+        tables.append([line.rsplit("|", 2)[0] for line in table])  # without the column of seconds
+        of_runs = common.read_rows(folder / "runs.jsonl")[1:]
+        rows.append([without_times(row) | dict(command="") for row in of_runs])
+    assert tables[0] == tables[1]
+    assert rows[0] == rows[1]
 
 
 def without_times(row: dict) -> dict:
