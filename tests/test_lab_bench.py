@@ -1,5 +1,6 @@
 """The benchmark: all ways do the same work, and the rows of the table are right."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -96,11 +97,15 @@ def test_other_libraries_compute_the_same_as_our_code():
         atol=1e-4,
     )
     peers_with("transformers")
-    model = random_model()
     ids, mask = pad_left([[1, 2, 3, 4], [5, 6, 7, 8]], 40)
-    torch.testing.assert_close(
-        peers.gpt2(model)(ids).logits, model(ids, mask) @ model.lm_weight.T, rtol=0, atol=1e-4
-    )
+    for model in (llama_model(), random_model()):
+        torch.testing.assert_close(
+            peers.peer_model(model)(ids).logits,
+            model(ids, mask) @ model.lm_weight.T,
+            rtol=0,
+            atol=1e-4,
+        )
+        peers.peer_model(model, is_classifier=True)
     lengths = torch.tensor([2, 4])
     sampled = peers.rollout(model, ids, mask, 5, lengths)["transformers"]()[:, 4:]
     assert (sampled == 0).int().argmax(1).tolist() == [1, 3]
@@ -113,6 +118,12 @@ def test_other_libraries_compute_the_same_as_our_code():
         rtol=0,
         atol=1e-4,
     )
+
+
+def llama_model() -> Transformer:
+    config = bench_cases.SHAPES["SmolLM2"].config
+    small = dict(vocab_size=60, table_rows=64, n_layer=2, n_head=6, d_model=24, n_kv_head=2)
+    return Transformer(dataclasses.replace(config, **small, d_mlp=40, context=24))
 
 
 def test_a_missing_library_gives_one_hint(capsys):
@@ -274,19 +285,20 @@ def test_every_part_runs_in_bfloat16(monkeypatch):
     assert len(rows) == 14
 
 
-def test_counted_operations_are_those_of_the_forward_pass():
+@pytest.mark.parametrize("model", [Transformer(TINY.config), llama_model()], ids=["gpt2", "llama"])
+def test_counted_operations_are_those_of_the_forward_pass(model):
     """Compared with torch's own counter. No tokens are equal, so no prefix is shared.
 
     If only 12 of 40 states are needed, the least work has no output projection and no MLP for the
     other 28 tokens in the last layer.
     """
-    model = Transformer(TINY.config)
     ids = torch.randperm(40).view(4, 10)
     with FlopCounterMode(display=False) as counter:
         model(ids, torch.ones_like(ids, dtype=torch.bool))
-    linear = counter.get_flop_counts()["Global"][torch.ops.aten.addmm]
-    assert linear == bench_cases.forward_flops(TINY.config, 40, 0, 40)
+    counts = counter.get_flop_counts()["Global"]
+    linear = counts.get(torch.ops.aten.addmm, 0) + counts.get(torch.ops.aten.mm, 0)
+    assert linear == bench_cases.forward_flops(model.config, 40, 0, 40)
     last = model.blocks[-1]
     layers = (last.attention_out, last.mlp_in, last.mlp_out)
     avoidable = 28 * sum(2 * layer.weight.numel() for layer in layers)
-    assert bench_cases.forward_flops(TINY.config, 40, 0, 12) == linear - avoidable
+    assert bench_cases.forward_flops(model.config, 40, 0, 12) == linear - avoidable

@@ -40,8 +40,9 @@ class BenchConfig:
     """Time each part, compared with plain PyTorch, other libraries and the machine's limits."""
 
     device: str = setting("auto", "auto: cuda if there is one, otherwise cpu", choices=DEVICES)
-    shape: str = setting("S", "S: 4 layers of width 128, 2048 tokens; M: GPT-2 small; tiny: only "
-                              "shows that it runs", choices=tuple(SHAPES))
+    shape: str = setting("S", "S: 4 layers of width 128, 2048 tokens; M: GPT-2 small; SmolLM2: the "
+                              "one with 135M parameters; tiny: only shows that it runs",
+                         choices=tuple(SHAPES))
     rounds: int = setting(7, "timed runs of each way, which take turns", 1)
     threads: int = setting(1, "of the CPU", 1)
     peers: bool = setting(False, "also time transformers, TRL and torchrl, if they are installed")
@@ -152,10 +153,12 @@ def growth(s: Shape, device: torch.device, limits: Limits, quick: bool) -> list[
     for kind, values in GROWTH.items():
         for value in values[:2] if quick else values:
             name = f"{kind} {value}"
-            grown = shape(c.n_layer, c.n_head, c.d_model,
-                          value if kind == "vocabulary" else c.vocab_size,
-                          value if kind == "batch" else min(s.batch, 16), s.prompt,
-                          value if kind == "response" else s.response)
+            vocab = value if kind == "vocabulary" else c.vocab_size
+            response = value if kind == "response" else s.response
+            config = dataclasses.replace(c, vocab_size=vocab, table_rows=cases.table_rows(vocab),
+                                         context=s.prompt + response)
+            batch = value if kind == "batch" else min(s.batch, 16)
+            grown = Shape(config, batch, s.prompt, response)
             per_row = 8 * grown.config.vocab_size + 8 * c.n_layer * c.d_model * grown.config.context
             needed = 4.0 * grown.batch * per_row + 16.0 * grown.config.table_rows * c.d_model
             if needed > free_bytes(device):

@@ -36,12 +36,16 @@ class Shape(NamedTuple):
     batch: int  # responses
     prompt: int  # tokens
     response: int  # tokens
+    pairs: int = 32  # of a step of the reward model
+
+
+def table_rows(vocab: int) -> int:
+    return vocab + -vocab % 64 + 64
 
 
 def shape(layers: int, heads: int, width: int, vocab: int, batch: int, prompt: int,
           response: int) -> Shape:
-    table_rows = vocab + -vocab % 64 + 64
-    config = ModelConfig(vocab, table_rows, layers, heads, width, prompt + response)
+    config = ModelConfig(vocab, table_rows(vocab), layers, heads, width, prompt + response)
     return Shape(config, batch, prompt, response)
 
 
@@ -49,6 +53,11 @@ SHAPES = {
     "tiny": shape(1, 2, 16, 300, 4, 4, 6),
     "S": shape(4, 4, 128, 2048, 64, 32, 64),
     "M": shape(12, 12, 768, 50257, 8, 32, 64),  # GPT-2 small
+    # SmolLM2-135M, with random weights
+    "SmolLM2": Shape(
+        ModelConfig(49152, 49216, 30, 9, 576, 96, n_kv_head=3, d_mlp=1536, swiglu=True,
+                    rms_norm=True, rope_base=100000.0, biases="none"),
+        8, 32, 64, pairs=8),
 }
 
 
@@ -125,11 +134,16 @@ def make_samples(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
 def forward_flops(config: ModelConfig, tokens: int, length: int, needed: int) -> float:
     """Of the hidden states of `tokens` tokens in sequences of this mean length.
 
-    24 D^2 for each layer and token, and 2 D length for causal attention. If the states of only
-    `needed` tokens are used, the others need only queries, keys and values in the last layer.
+    For each layer and token 2 for each weight of its matrices (24 D^2 in GPT-2's form), and
+    2 H d length for causal attention. If the states of only `needed` tokens are used, the others
+    need only queries, keys and values in the last layer.
     """
-    per_token = config.n_layer * (24 * config.d_model**2 + 2 * config.d_model * length)
-    return tokens * per_token - 18 * config.d_model**2 * (tokens - needed)
+    c = config
+    attention_width = c.n_head * c.head_width
+    qkv = c.d_model * (attention_width + 2 * c.kv_heads * c.head_width)
+    rest = c.d_model * (attention_width + (3 if c.swiglu else 2) * (c.d_mlp or 4 * c.d_model))
+    per_token = c.n_layer * (2 * (qkv + rest) + 2 * attention_width * length)
+    return tokens * per_token - 2 * rest * (tokens - needed)
 
 
 def logit_flops(config: ModelConfig, tokens: int, length: int, needed: int) -> float:
@@ -219,7 +233,8 @@ def rollout_case(kind: str, model: Transformer, s: Shape, device: torch.device, 
     steps = int(lengths.max())
     weights = sum(p.numel() for p in model.blocks.parameters())
     weights += config.vocab_size * config.d_model
-    cache = 2 * config.n_layer * config.d_model * sampled * (s.prompt + sampled / s.batch / 2)
+    cache = 2 * config.n_layer * config.kv_heads * config.head_width
+    cache *= sampled * (s.prompt + sampled / s.batch / 2)
     ends = lengths if is_geometric else None
     return Case(f"rollout, {kind}", sampled,
                 logit_flops(config, tokens, tokens / s.batch, sampled),
@@ -228,9 +243,9 @@ def rollout_case(kind: str, model: Transformer, s: Shape, device: torch.device, 
                 peers.rollout(model, ids, mask, s.response, ends) if peers else {})
 
 
-def reward_case(model: Transformer, s: Shape, device: torch.device, peers,
-                pairs: int = 32) -> Case:
+def reward_case(model: Transformer, s: Shape, device: torch.device, peers) -> Case:
     """One optimizer step of the reward model; texts of a quarter of the context to all of it."""
+    pairs = s.pairs
     longest = s.prompt + s.response
     lengths = torch.randint(max(2, longest // 4), longest + 1, (2 * pairs,)).tolist()
     texts = [tuple(torch.randint(2, s.config.vocab_size, (length,)).tolist())

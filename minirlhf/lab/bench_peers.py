@@ -1,9 +1,9 @@
 """The same work by transformers, TRL and torchrl, if they are installed. Nothing is downloaded.
 
-Their models are transformers' GPT-2 with this project's weights, so that they sample similar
-texts; everything else has their own defaults. Each function returns {library: run}, or for a
-trainer (library, train). If a library is missing, it prints a hint on stderr and returns an empty
-dictionary or None.
+Their models are transformers' GPT-2 or Llama with this project's weights, so that they sample
+similar texts; everything else has their own defaults. Each function returns {library: run}, or
+for a trainer (library, train). If a library is missing, it prints a hint on stderr and returns an
+empty dictionary or None.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from minirlhf.lab import bench_naive as naive
 from minirlhf.lab.bench_cases import distinct_share
 from minirlhf.model import Transformer
+from minirlhf.model.pretrained import GPT2_NAMES, GPT2_SIZES, LLAMA_NAMES, LLAMA_SIZES
 from minirlhf.run.optimizer import make_optimizer
 from minirlhf.run.terminal import echo
 
@@ -29,8 +30,6 @@ ENVIRONMENT = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VER
                    TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-
-CLASSIFIER = "GPT2ForSequenceClassification"
 
 
 @functools.cache  # so that each hint is printed once
@@ -46,28 +45,46 @@ def find(module: str, attribute: str = ""):
         return None
 
 
-def gpt2(model: Transformer, kind: str = "GPT2LMHeadModel"):
-    """transformers' GPT-2 with the model's shape and weights. kind: the name of its class."""
+def peer_model(model: Transformer, is_classifier: bool = False):
+    """transformers' GPT-2 or Llama with the model's shape and weights."""
     transformers = find("transformers")
     c = model.config
-    result = getattr(transformers, kind)(transformers.GPT2Config(
-        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model, vocab_size=c.vocab_size,
-        n_positions=c.context, num_labels=1, bos_token_id=0, eos_token_id=0, pad_token_id=1))
-    body = result.transformer
-    with torch.no_grad():
-        body.wte.weight.copy_(model.lm_weight)
-        body.wpe.weight.copy_(model.wpe.weight)
-        body.ln_f.load_state_dict(model.ln_f.state_dict())
-        for target, block in zip(body.h, model.blocks):
-            target.ln_1.load_state_dict(block.ln_1.state_dict())
-            target.ln_2.load_state_dict(block.ln_2.state_dict())
-            for layer, source in ((target.attn.c_attn, block.attention_in),
-                                  (target.attn.c_proj, block.attention_out),
-                                  (target.mlp.c_fc, block.mlp_in),
-                                  (target.mlp.c_proj, block.mlp_out)):
-                layer.weight.copy_(source.weight.T)
-                layer.bias.copy_(source.bias)
+    sizes = LLAMA_SIZES if c.rope_base else GPT2_SIZES
+    settings = {key: getattr(c, name) for name, key in sizes.items() if getattr(c, name)}
+    settings |= dict(vocab_size=c.vocab_size, num_labels=1, bos_token_id=0, eos_token_id=0,
+                     pad_token_id=1, tie_word_embeddings=c.tied)
+    if c.rope_base:
+        config = transformers.LlamaConfig(rope_theta=c.rope_base, **settings)
+        classes = "LlamaForCausalLM", "LlamaForSequenceClassification"
+    else:
+        config = transformers.GPT2Config(**settings)
+        classes = "GPT2LMHeadModel", "GPT2ForSequenceClassification"
+    result = getattr(transformers, classes[is_classifier])(config)
+    assert not result.load_state_dict(peer_weights(model), strict=False).unexpected_keys
     return result.to(model.wte.weight.device).eval()
+
+
+def peer_weights(model: Transformer) -> dict[str, Tensor]:
+    """The trunk's weights with transformers' names: the opposite of pretrained.convert."""
+    c = model.config
+    names, prefix = (LLAMA_NAMES, "model.") if c.rope_base else (GPT2_NAMES, "transformer.")
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if name.startswith(("reward_head", "value_head", "score_")):
+            continue
+        *parents, part, kind = name.split(".")
+        if part == "wte":
+            weight = weight[:c.vocab_size]
+        if parents and not c.rope_base and weight.ndim == 2:
+            weight = weight.t()
+        theirs = names[part].split()
+        rows = [len(weight) // len(theirs)] * len(theirs)
+        if len(theirs) == 3:  # queries, keys and values
+            rows = [heads * c.head_width for heads in (c.n_head, c.kv_heads, c.kv_heads)]
+        block = f"{names['blocks']}.{parents[1]}." if parents else ""
+        for their, piece in zip(theirs, weight.split(rows)):
+            weights[f"{prefix}{block}{their}.{kind}"] = piece
+    return weights
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -80,7 +97,7 @@ def rollout(model: Transformer, ids: Tensor, mask: Tensor, length: int,
         return {}
     from transformers import GenerationConfig
 
-    peer = gpt2(model)
+    peer = peer_model(model)
     eos = None if lengths is None else 0
     peer.generation_config.eos_token_id = eos
     config = GenerationConfig(max_new_tokens=length, do_sample=True, top_k=0, top_p=1.0,
@@ -128,7 +145,7 @@ def policy_update(model: Transformer, ids: Tensor, response: Tensor, old: Tensor
     selective_log_softmax = find("trl.trainer.utils", "selective_log_softmax")
     if not selective_log_softmax:
         return {}
-    peer = gpt2(model)
+    peer = peer_model(model)
     optimizer = make_optimizer(peer, 3e-6)
     text = torch.cat([ids, response], dim=1)
     mask = torch.ones_like(text)
@@ -203,7 +220,7 @@ def reward_trainer(model: Transformer, texts: list[tuple[int, ...]],
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             config = RewardConfig(max_steps=rounds, learning_rate=1e-4, max_length=None,
                                   **trainer_settings(folder, pairs, device))
-            trainer = RewardTrainer(gpt2(model, CLASSIFIER), args=config,
+            trainer = RewardTrainer(peer_model(model, True), args=config,
                                     callbacks=[timing_callback(device, between)],
                                     train_dataset=Dataset.from_list(data),
                                     processing_class=word_tokenizer(model.config.vocab_size))
@@ -250,8 +267,8 @@ def ppo_trainer(trainer_class, model: Transformer, ids: Tensor, length: int, rou
                        response_length=length, local_rollout_forward_batch_size=len(ids),
                        temperature=1.0, num_sample_generations=0, **settings)
     return trainer_class(args=config, processing_class=word_tokenizer(model.config.vocab_size),
-                         model=gpt2(model), ref_model=gpt2(model),
-                         reward_model=gpt2(model, CLASSIFIER), value_model=gpt2(model, CLASSIFIER),
+                         model=peer_model(model), ref_model=peer_model(model),
+                         reward_model=peer_model(model, True), value_model=peer_model(model, True),
                          train_dataset=data, eval_dataset=data.select(range(len(ids))),
                          callbacks=[callback])
 
@@ -263,7 +280,7 @@ def group_trainer(trainer_class, algorithm: str, model: Transformer, ids: Tensor
 
     tokenizer = word_tokenizer(model.config.vocab_size)
     folder = settings["output_dir"] + "/model"
-    gpt2(model).save_pretrained(folder)
+    peer_model(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
     def reward(completion_ids=None, **_) -> list[float]:
