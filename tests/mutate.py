@@ -2,11 +2,13 @@
 
     python -m tests.mutate --sample 500 [--seed N] [--jobs N] [--minutes N] [--files GLOB ...]
 
-Every place where one operator of OPERATORS applies is a mutant. A seeded sample of them is tried.
-Each goes into a copy of the source, and the tests that execute its lines run until one fails. Which
-test executes which line is measured first, by one run of the default tests under sys.settrace.
+Every place where one of the operators below applies is a mutant. A seeded sample of them is tried.
+Each goes into a copy of the source, and the tests that execute its lines run until one fails, the
+quick ones first, for at most --seconds. Which test executes which line is measured first, by one
+run of the default tests under sys.settrace.
 
-Results are appended to --out, one JSON line each, so that a stopped run can be continued. Survivors
+Results are appended to --out, one JSON line each, so that a stopped run can be continued. The
+executed lines are kept next to it, and are used again if no file has changed. Survivors
 are compared with tests/survivors.jsonl, where each has a kind (equivalent, speed, message) and a
 reason. The exit status is 1 if a survivor is not listed there, 2 if nothing could be measured.
 """
@@ -325,21 +327,49 @@ class LineMap(NamedTuple):
             cost[test.split("::")[0]] += self.seconds[test]
         return sorted(covering, key=lambda test: (cost[test.split("::")[0]], self.seconds[test]))
 
+    def first_tests(self, mutant: Mutant, limit: float) -> tuple[list[str], float]:
+        """(the first of tests_of that take about `limit` seconds in all, their seconds)."""
+        tests = []
+        seconds = 0.0
+        for test in self.tests_of(mutant):
+            tests.append(test)
+            seconds += self.seconds[test]
+            if seconds > limit:
+                break
+        return tests, seconds
 
-def measure_lines(tree: Path, scratch: Path, jobs: int) -> LineMap:
-    """Run the default tests under a tracer, the test files spread over `jobs` processes."""
+
+def known_lines(tree: Path, options: argparse.Namespace) -> LineMap:
+    """Of an earlier run on the same files, or measured now."""
+    digest = hashlib.sha256()
+    for path in sorted(tree.rglob("*.py")):
+        digest.update(path.relative_to(tree).as_posix().encode() + path.read_bytes())
+    traced = options.out.with_suffix(".lines")
+    mark = traced / "digest"
+    if not mark.exists() or mark.read_text() != digest.hexdigest():
+        shutil.rmtree(traced, ignore_errors=True)
+        traced.mkdir()
+        measure_lines(tree, traced.resolve(), options.jobs)
+        mark.write_text(digest.hexdigest())
+    return read_lines(traced)
+
+
+def measure_lines(tree: Path, traced: Path, jobs: int) -> None:
+    """Run the default tests under a tracer, the test files spread over `jobs` processes.
+
+    traced: the folder in which the tracer writes a file for each process.
+    """
     print("measuring which test executes which line", flush=True)
     files = sorted((tree / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
     files = [path for path in files if not path.name.endswith("_triton.py")]
     names = [path.relative_to(tree).as_posix() for path in files]
-    traced = scratch / "lines"
-    traced.mkdir()
-    (scratch / "startup").mkdir()
-    shutil.copy(tree / "tests" / "line_tracer.py", scratch / "startup" / "sitecustomize.py")
+    startup = traced / "startup"
+    startup.mkdir()
+    shutil.copy(tree / "tests" / "line_tracer.py", startup / "sitecustomize.py")
     environment = clean_environment() | {
         "LINE_TRACER_OUT": str(traced),
         "LINE_TRACER_ROOT": str(tree),
-        "PYTHONPATH": str(scratch / "startup"),
+        "PYTHONPATH": str(startup),
     }
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
     command += ["-p", "sitecustomize"]
@@ -357,7 +387,6 @@ def measure_lines(tree: Path, scratch: Path, jobs: int) -> LineMap:
             failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
             shown = "; ".join(failed) or output[-300:].strip()
             stop(f"{len(failed)} tests fail without any mutant; fix them first: {shown}")
-    return read_lines(traced)
 
 
 def clean_environment() -> dict[str, str]:
@@ -370,7 +399,7 @@ def read_lines(traced: Path) -> LineMap:
     lines: dict[str, set] = defaultdict(set)
     seconds: dict[str, float] = {}
     fixtures: dict[str, list[str]] = {}
-    for path in traced.iterdir():
+    for path in traced.glob("*.json"):
         content = json.loads(path.read_text())
         seconds |= content["seconds"]
         fixtures |= content["fixtures"]
@@ -462,7 +491,7 @@ def try_mutant(job: tuple[Mutant, list[str], float, str]) -> dict:
     return shown | {"killed_by": outcome, "tests": len(tests), "seconds": took}
 
 
-def try_all(mutants: list[Mutant], source: Path, scratch: Path, options) -> list[dict]:
+def try_all(mutants: list[Mutant], source: Path, options) -> list[dict]:
     """Results of the sample; those that --out already has are not computed again."""
     known = {}
     if options.out.exists():
@@ -473,11 +502,11 @@ def try_all(mutants: list[Mutant], source: Path, scratch: Path, options) -> list
     if not todo:
         return results
     start = time.monotonic()
-    line_map = measure_lines(source, scratch, options.jobs)
+    line_map = known_lines(source, options)
     jobs = []
     for mutant in todo:
-        tests = line_map.tests_of(mutant)
-        jobs.append((mutant, tests, sum(map(line_map.seconds.get, tests)), str(source)))
+        tests, seconds = line_map.first_tests(mutant, options.seconds)
+        jobs.append((mutant, tests, seconds, str(source)))
     import torch  # noqa: F401 (the workers inherit it)
 
     with (
@@ -551,6 +580,7 @@ def main() -> int:
     parser.add_argument("--sample", type=positive, default=500, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=0, help="stop after this time (0: never)")
     parser.add_argument("--files", nargs="+", default=["*"], metavar="GLOB", help="only these")
     parser.add_argument("--out", type=Path, default=Path("mutate.jsonl"), help="results so far")
@@ -560,7 +590,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
-        results = try_all(mutants, source, Path(folder), options)
+        results = try_all(mutants, source, options)
     return 0 if report(results, survivors) else 1
 
 
