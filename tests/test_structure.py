@@ -150,7 +150,7 @@ def test_no_module_imports_a_module_that_imports_it():
 
 
 def test_the_readme_lists_all_units_in_this_order():
-    text = read(ROOT / "README.md").partition("## Reading order\n")[2].partition("\n## ")[0]
+    text = read(ROOT / "README.md").partition("## Files\n")[2].partition("\n## ")[0]
     listed = re.findall(r"^(?:minirlhf/)?(\w+)(?:\.py|/) +\S", text, re.MULTILINE)
     assert listed == [*UNITS, "data", "tests"]
 
