@@ -5,7 +5,7 @@
 One row for each part: median time of interleaved rounds; tokens per second; the bound (the larger
 of arithmetic / the measured speed of matrix products and bytes / the measured speed of copying);
 which share of the bound is reached; peak extra memory. Then how time grows with batch, response
-length and vocabulary; on a GPU also targets that were set for one.
+length and vocabulary.
 """
 
 import contextlib
@@ -176,37 +176,6 @@ def growth(s: Shape, device: torch.device, limits: Limits, quick: bool) -> list[
     return rows
 
 
-def targets(device: torch.device, limits: Limits, s: Shape, batch: int) -> list[dict]:
-    """The targets for one GPU: log-probs of 16384 tokens, GAE of 8192 x 1024, decoding, update."""
-    logprob_shape = s._replace(batch=8 * batch // (s.prompt + s.response) * 8)
-    model = cases.make_model(s.config, device)
-
-    def logprobs() -> Case:
-        return cases.logprob_case(True, logprob_shape, device, None)
-
-    def advantages() -> Case:
-        return cases.gae_case(32 * batch, 4 * batch, device, None)
-
-    def decoding() -> Case:
-        return cases.rollout_case("fixed", model, s._replace(batch=batch), device, None, False)
-
-    def updating() -> Case:
-        return cases.update_case(model, s._replace(batch=batch // 4), device, None)
-
-    # (case, metric, target, whether less is better)
-    goals = ((logprobs, "seconds", 0.010, True), (logprobs, "peak_mib", 381, True),
-             (advantages, "reached", 0.75, False), (decoding, "tokens_per_second", 170e3, False),
-             (updating, "reached", 0.40, False))
-    rows = []
-    for make, metric, target, less_is_better in goals:
-        row = measure(make()._replace(plain=None), device, 3, limits)
-        value = row[metric]
-        is_met = value <= target if less_is_better else value >= target
-        result = "met" if is_met else "missed"
-        rows.append(row | dict(target=f"{metric} {target:g}: {result}, {value:.3g}"))
-    return rows
-
-
 # ---- output --------------------------------------------------------------------------------------
 
 
@@ -222,13 +191,13 @@ def table(rows: list[dict]) -> str:
             memory = f" ({peak:.0f} MiB)" if peak is not None else ""
             if name != "plain":
                 notes.append(f"{name} {ratio:.2f}x{memory}")
-        notes += filter(None, [row["skipped"], row.get("target", "")])
+        notes += [row["skipped"]] if row["skipped"] else []
         plain = f"{row['ratios']['plain']:.2f}x" if "plain" in row["ratios"] else ""
         lines.append([row["part"], f"{row['seconds'] * 1e3:.2f}",
                       f"{row['tokens_per_second']:,.0f}", f"{row['bound'] * 1e3:.2f}",
                       f"{row['reached']:.0%}", f"{row['peak_mib']:.0f}", plain, "; ".join(notes)])
     return markdown_table(["part", "ms", "tokens/s", "bound, ms", "reached", "peak MiB",
-                           "plain PyTorch", "others, targets"], lines)
+                           "plain PyTorch", "others"], lines)
 
 
 def print_json(row: dict, device: torch.device, threads: int, limits: Limits) -> None:
@@ -260,8 +229,6 @@ def main(config: BenchConfig) -> list[dict]:
         if config.json:
             print_json(rows[-1], device, config.threads, limits)
     more = growth(s, device, limits, config.quick) if config.growth and not config.only else []
-    if device.type == "cuda" and not config.only:
-        more += targets(device, limits, shape(12, 12, 768, 50257, 1, 64, 448), 256)
     if config.json:
         for row in more:
             print_json(row, device, config.threads, limits)

@@ -128,6 +128,15 @@ def make_samples(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor,
                    response_mask)
 
 
+def ppo_rollout(policy: Transformer, samples: Samples, config: PolicyConfig) -> Rollout:
+    """A rollout with random scores and PPO's advantages; the policy is its own reference."""
+    logprobs, values = measure(policy, samples, config)
+    scores = torch.randn(len(samples.prompt_ids), device=logprobs.device)
+    rewards = token_rewards(scores, logprobs, logprobs, samples.response_mask, config.kl_coef)
+    rollout = Rollout(samples, logprobs, logprobs, values, scores, rewards, config.kl_coef)
+    return estimate_advantages(ALGORITHMS["ppo"], rollout, config)
+
+
 # ---- the least work ------------------------------------------------------------------------------
 
 
@@ -221,8 +230,7 @@ def rollout_case(kind: str, model: Transformer, s: Shape, device: torch.device, 
     uniforms = uniforms_for(lengths, s.response).to(device)
 
     def ours():
-        with model.autocast():
-            return generate(model, ids, mask, s.response, eos, PAD, uniforms)
+        return generate(model.for_decoding(), ids, mask, s.response, eos, PAD, uniforms)
 
     def without_cache():
         with naive.autocast(device):
@@ -305,9 +313,8 @@ def iteration_case(name: str, model: Transformer, s: Shape, device: torch.device
 
     def ours():
         uniforms = row_uniforms(0, "bench", next(steps), list(range(s.batch)), s.response)
-        with policy.autocast():
-            response_ids, response_mask = generate(policy, ids, mask, s.response, EOS, PAD,
-                                                   uniforms.to(device))
+        response_ids, response_mask = generate(policy.for_decoding(), ids, mask, s.response, EOS,
+                                               PAD, uniforms.to(device))
         samples = make_samples(ids, mask, response_ids, response_mask)
         if name == "ppo":
             scores = score(reward, samples)
@@ -343,13 +350,8 @@ def update_case(model: Transformer, s: Shape, device: torch.device, peers) -> Ca
     ids, mask = random_prompts(s, device)
     response = torch.randint(2, s.config.vocab_size, (s.batch, s.response), device=device)
     samples = make_samples(ids, mask, response, torch.ones_like(response, dtype=torch.bool))
-    scores = torch.randn(s.batch, device=device)
-    logprobs, values = measure(policy, samples, config)
-    ref_logprobs, _ = measure(model, samples, config)
-    rewards = token_rewards(scores, logprobs, ref_logprobs, samples.response_mask, config.kl_coef)
-    rollout = Rollout(samples, logprobs, ref_logprobs, values, scores, rewards, config.kl_coef)
-    rollout = estimate_advantages(ALGORITHMS["ppo"], rollout, config)
-    advantages = rollout.advantages
+    rollout = ppo_rollout(policy, samples, config)
+    logprobs, advantages = rollout.logprobs, rollout.advantages
     length = s.prompt + s.response
     tokens = s.batch * length
     flops = 3 * logit_flops(s.config, tokens, length, s.batch * s.response)

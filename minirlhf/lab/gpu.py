@@ -31,7 +31,7 @@ DRY_RUN_FACTOR = 10  # a dry run may take longer: an interpreter runs the kernel
 LAST_LINES = 15  # of a failed part's output, in the results
 # part -> seconds it may take; in this order
 LIMITS = {"machine": 20, "kernels": 60, "decode": 60, "update": 60, "resume": 50, "tests": 80,
-          "debug": 40, "task": 120}
+          "task": 120}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,22 +12,22 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.kernels import discounted_returns, token_logprobs
 from minirlhf.kernels.logprob import HAS_TRITON
-from minirlhf.lab.bench_cases import make_samples
-from minirlhf.lab.bench_machine import peak_bytes, seconds, speed_limits
+from minirlhf.lab import bench, bench_cases
+from minirlhf.lab.bench import Limits
+from minirlhf.lab.bench_cases import SHAPES, Case, Shape
+from minirlhf.lab.bench_machine import speed_limits
 from minirlhf.model import ModelConfig, Transformer
-from minirlhf.model.generate import generate
-from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
-from minirlhf.rl.rollout import Rollout, measure, token_rewards
 from minirlhf.run.checkpoint import load_checkpoint
-from minirlhf.run.optimizer import make_optimizer
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPT2_SMALL = ModelConfig(50257, 50304, n_layer=12, n_head=12, d_model=768, context=1024)
-TINY = ModelConfig(300, 320, n_layer=1, n_head=2, d_model=16, context=64)
+
+
+def gpt2_shape(batch: int, response: int) -> Shape:
+    """GPT-2 small's sizes, and prompts of 64 tokens."""
+    return bench_cases.shape(12, 12, 768, 50257, batch, 64, response)
 
 
 class Row(NamedTuple):
@@ -39,13 +39,6 @@ class Row(NamedTuple):
     bound: float | None = None  # fraction of the speed limit that this machine measured
     ok: bool | None = None  # whether a check passes; None: nothing is checked
     note: str = ""
-
-
-def timed(run: Callable) -> tuple[float, float]:
-    """(milliseconds, MiB) of a call: the median of five after one warm-up call; its peak memory."""
-    run()
-    times = sorted(seconds(run, DEVICE) for _ in range(5))
-    return 1000 * times[2], peak_bytes(run, DEVICE) / 2**20
 
 
 # ---- machine -------------------------------------------------------------------------------------
@@ -65,12 +58,9 @@ def kernels(dry_run: bool) -> list[Row]:
     """Triton against float64 references, then time and memory against plain PyTorch."""
     if not HAS_TRITON:
         return [Row("kernels", note="skipped: triton is not installed (pip install triton)")]
-    flops, bytes_per_second = speed_limits(DEVICE, dry_run)
-    rows = [check_logprobs(shape, dtype) for shape in logprob_shapes(dry_run) for dtype in dtypes()]
-    rows += [check_returns(shape) for shape in ((5, 31), (7, 64), (3, 257))]
-    rows += time_logprobs(dry_run, flops)
-    rows += time_returns(dry_run, bytes_per_second)
-    return rows
+    rows = [check_logprobs(size, dtype) for size in logprob_shapes(dry_run) for dtype in dtypes()]
+    rows += [check_returns(size) for size in ((5, 31), (7, 64), (3, 257))]
+    return rows + time_kernels(dry_run)
 
 
 def dtypes() -> tuple[torch.dtype, ...]:
@@ -135,44 +125,24 @@ def check_returns(shape: tuple[int, int]) -> Row:
     return Row(f"returns {list(shape)}", ok=error < 1e-4, note=f"error {error:.1e}")
 
 
-def time_logprobs(dry_run: bool, flops: float) -> list[Row]:
-    """Forward and backward of the head, fused and with full logits. Bound: 8 N D V operations."""
-    n, d, v = (64, 32, 256) if dry_run else (16384, 768, 50257)
-    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-    hidden, weight, targets = head_inputs(n, d, v, dtype)
-
-    def fused() -> None:
-        token_logprobs(hidden, weight, targets, impl="triton").sum().backward()
-
-    def plain() -> None:
-        F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum").backward()
-
-    rows = []
-    for name, run, products in (("Triton", fused, 4), ("plain PyTorch", plain, 3)):
-        milliseconds, megabytes = timed(run)
-        bound = products * 2.0 * n * d * v / flops / (milliseconds / 1000)
-        rows.append(Row(f"log-probs forward and backward, {name}", milliseconds, megabytes, bound,
-                        note=f"N {n}, D {d}, V {v}, {products} matrix products"))
-    with torch.no_grad():
-        milliseconds, megabytes = timed(
-            lambda: token_logprobs(hidden, weight, targets, impl="triton"))
-    rows.append(Row("log-probs forward, Triton", milliseconds, megabytes,
-                    2.0 * n * d * v / flops / (milliseconds / 1000), note=f"N {n}, D {d}, V {v}"))
-    return rows
+def time_kernels(dry_run: bool) -> list[Row]:
+    """The kernels of training at GPT-2 small's size, and the same in plain PyTorch."""
+    limits = Limits(*speed_limits(DEVICE, dry_run))
+    size = SHAPES["tiny"] if dry_run else gpt2_shape(32, 448)
+    made = [bench_cases.logprob_case(backward, size, DEVICE, None) for backward in (False, True)]
+    made.append(bench_cases.returns_case(*((64, 64) if dry_run else (8192, 1024)), DEVICE))
+    return [time_case(case.name, case._replace(plain=None, peers={"plain PyTorch": case.plain}),
+                      limits) for case in made]
 
 
-def time_returns(dry_run: bool, bytes_per_second: float) -> list[Row]:
-    """The scan alone: it reads rewards and mask and writes returns, 9 bytes per element."""
-    shape = (64, 64) if dry_run else (8192, 1024)
-    rewards = torch.randn(shape, device=DEVICE)
-    mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
-    rows = []
-    for impl in ("triton", "torch"):
-        milliseconds, megabytes = timed(
-            lambda impl=impl: discounted_returns(rewards, mask, 0.99, impl=impl))
-        bound = 9.0 * rewards.numel() / bytes_per_second / (milliseconds / 1000)
-        rows.append(Row(f"returns {list(shape)}, {impl}", milliseconds, megabytes, bound))
-    return rows
+def time_case(name: str, case: Case, limits: Limits) -> Row:
+    """The median of three calls, beside other ways if the case has them."""
+    result = bench.measure(case, DEVICE, 3, limits)
+    notes = [f"{result['tokens_per_second'] / 1000:.0f} thousand tokens/s"]
+    notes += [f"{other}: {ratio:.2f} times as long, {result['peaks_mib'][other]:.0f} MiB"
+              for other, ratio in result["ratios"].items()]
+    return Row(name, 1000 * result["seconds"], result["peak_mib"], result["reached"],
+               note="; ".join(notes))
 
 
 # ---- decoding and one update ---------------------------------------------------------------------
@@ -202,79 +172,38 @@ def one_row(name: str, variant: Variant, measure_row: Callable[[Variant], Row]) 
         return Row(name, note="skipped: this GPU has too little memory")
 
 
-def make_model(variant: Variant, dry_run: bool) -> Transformer:
-    """A random model of GPT-2 small's shape."""
-    model = Transformer(TINY if dry_run else GPT2_SMALL).to(DEVICE)
+def make_model(variant: Variant, config: ModelConfig) -> Transformer:
+    """A random model. A tiny one is not compiled: that takes too long for a dry run."""
+    model = Transformer(config).to(DEVICE)
     model.bf16 = variant.bf16
-    if variant.compile and not dry_run:
+    if variant.compile and config.d_model > SHAPES["tiny"].config.d_model:
         model.compile_blocks()
     return model
 
 
-def random_samples(config: ModelConfig, batch: int, prompt: int, response: int):
-    """Samples of full length with random tokens."""
-    ids = torch.randint(config.vocab_size - 1, (batch, prompt + response), device=DEVICE)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    return make_samples(ids[:, :prompt], mask[:, :prompt], ids[:, prompt:], mask[:, prompt:])
-
-
 def decode(dry_run: bool) -> list[Row]:
     """Sampling without EOS: 256 prompts of 64 tokens, 192 new tokens each."""
-    return [one_row("decode", variant, lambda variant: decode_with(variant, dry_run))
-            for variant in VARIANTS]
+    limits = Limits(*speed_limits(DEVICE, dry_run))
+    size = SHAPES["tiny"] if dry_run else gpt2_shape(256, 192)
 
+    def measure_row(variant: Variant) -> Row:
+        model = make_model(variant, size.config).requires_grad_(False)
+        case = bench_cases.rollout_case("fixed", model, size, DEVICE, None, plain=False)
+        return time_case(f"decode, {variant.name}", case, limits)
 
-def decode_with(variant: Variant, dry_run: bool) -> Row:
-    """One row of decode(), as training samples."""
-    batch, prompt, response = (4, 6, 5) if dry_run else (256, 64, 192)
-    model = make_model(variant, dry_run).requires_grad_(False)
-    samples = random_samples(model.config, batch, prompt, response)
-    uniforms = torch.rand(batch, response, device=DEVICE)
-
-    def run() -> None:
-        # an EOS outside of the vocabulary is never sampled
-        generate(model.for_decoding(), samples.prompt_ids, samples.prompt_mask, response,
-                 model.config.table_rows, model.config.vocab_size, uniforms)
-
-    run()
-    milliseconds = 1000 * seconds(run, DEVICE)
-    megabytes = peak_bytes(run, DEVICE) / 2**20
-    rate = batch * response / milliseconds
-    return Row(f"decode, {variant.name}", milliseconds, megabytes,
-               note=f"{rate:.0f} thousand tokens/s, batch {batch}")
+    return [one_row("decode", variant, measure_row) for variant in VARIANTS]
 
 
 def update(dry_run: bool) -> list[Row]:
-    """One PPO step on 64 responses of 448 tokens to prompts of 64: as training updates."""
-    flops, _ = speed_limits(DEVICE, dry_run)
-    return [one_row("update", variant, lambda variant: update_with(variant, flops, dry_run))
-            for variant in VARIANTS]
+    """One PPO step on 32 responses of 448 tokens to prompts of 64."""
+    limits = Limits(*speed_limits(DEVICE, dry_run))
+    size = SHAPES["tiny"] if dry_run else gpt2_shape(32, 448)
 
+    def measure_row(variant: Variant) -> Row:
+        case = bench_cases.update_case(make_model(variant, size.config), size, DEVICE, None)
+        return time_case(f"update, {variant.name}", case._replace(plain=None), limits)
 
-def update_with(variant: Variant, flops: float, dry_run: bool) -> Row:
-    """One row of update()."""
-    batch, prompt, response = (4, 6, 5) if dry_run else (64, 64, 448)
-    config = PolicyConfig(batch_size=batch, minibatch_size=batch, ppo_epochs=1, lr=1e-6,
-                          micro_batch_size=0 if dry_run else 32)
-    model = make_model(variant, dry_run)
-    samples = random_samples(model.config, batch, prompt, response)
-    logprobs, values = measure(model, samples, config)
-    scores = torch.randn(batch, device=DEVICE)
-    rewards = token_rewards(scores, logprobs, logprobs, samples.response_mask, 0.05)
-    rollout = Rollout(samples, logprobs, logprobs, values, scores, rewards, 0.05)
-    rollout = estimate_advantages(ALGORITHMS["ppo"], rollout, config)
-    optimizer = make_optimizer(model, config.lr)
-
-    def run() -> None:
-        train_policy.update(model, optimizer, rollout, config, 0, response)
-
-    milliseconds, megabytes = timed(run)
-    tokens = batch * (prompt + response)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    are_finite = all(parameter.isfinite().all() for parameter in model.parameters())
-    return Row(f"update, {variant.name}", milliseconds, megabytes,
-               6.0 * parameters * tokens / flops / (milliseconds / 1000), are_finite,
-               f"{tokens / milliseconds:.0f} thousand tokens/s")
+    return [one_row("update", variant, measure_row) for variant in VARIANTS]
 
 
 # ---- the scripts ---------------------------------------------------------------------------------
@@ -296,15 +225,6 @@ def time_script(script: Callable, config, name: str) -> tuple[Row, dict]:
     metrics = script(config)
     elapsed = time.perf_counter() - start
     return Row(f"{script.__module__}.py, {name}", 1000 * elapsed), metrics
-
-
-def debug(dry_run: bool) -> list[Row]:
-    """Both scripts with the debug preset."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        reward, _ = time_script(train_reward.main, reward_settings(folder), "debug preset")
-        policy, _ = time_script(train_policy.main, policy_settings(folder), "debug preset")
-    return [reward, policy]
 
 
 def resume(dry_run: bool) -> list[Row]:
@@ -347,5 +267,5 @@ def task(dry_run: bool) -> list[Row]:
 
 
 MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {
-    "machine": machine, "kernels": kernels, "decode": decode, "update": update, "debug": debug,
+    "machine": machine, "kernels": kernels, "decode": decode, "update": update,
     "resume": resume, "task": task}

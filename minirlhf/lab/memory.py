@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.lab.bench_cases import make_samples
+from minirlhf.lab.bench_cases import make_samples, ppo_rollout
 from minirlhf.lab.bench_machine import kilobytes
 from minirlhf.lab.common import ROOT, markdown_table, run_lab
 from minirlhf.lab.memory_fit import USABLE, fit_table
 from minirlhf.model import ModelConfig, Transformer
-from minirlhf.rl.algorithms import ALGORITHMS, estimate_advantages
-from minirlhf.rl.rollout import Rollout, measure, token_rewards
 from minirlhf.run.command_line import check_ranges, setting
 from minirlhf.run.device import prepare_training
 from minirlhf.run.errors import UserError
@@ -241,13 +239,7 @@ def prepare_update(w: Work, shard: bool) -> tuple[Callable, list[Transformer]]:
                           for n in (w.prompt, w.response))
     samples = make_samples(prompts, torch.ones_like(prompts, dtype=torch.bool),
                            responses, torch.ones_like(responses, dtype=torch.bool))
-    scores = torch.randn(w.batch, generator=generator)
-    small = dataclasses.replace(config, micro_batch_size=8)
-    logprobs, values = measure(policy, samples, small)
-    ref_logprobs, _ = measure(reference, samples, small)
-    rewards = token_rewards(scores, logprobs, ref_logprobs, samples.response_mask, config.kl_coef)
-    rollout = Rollout(samples, logprobs, ref_logprobs, values, scores, rewards, config.kl_coef)
-    rollout = estimate_advantages(ALGORITHMS["ppo"], rollout, config)
+    rollout = ppo_rollout(policy, samples, dataclasses.replace(config, micro_batch_size=8))
     return (lambda: update(learner, optimizer, rollout, config, 0, w.response),
             [reference, reward_model])
 
