@@ -30,7 +30,6 @@ from minirlhf.tools.helpdesk_data import (
     MAX_WORDS,
     SPLITS,
     prompts_of,
-    sample_prompt,
     sample_response,
     write_data,
 )
@@ -52,7 +51,7 @@ def shipped(split: str) -> list[dict]:
 def samples() -> list[tuple[str, str, float]]:
     """2,000 (prompt, response, gold utility) of the average agent."""
     rng = random.Random(0)
-    prompts = [sample_prompt(rng) for _ in range(500) for _ in range(4)]
+    prompts = [rng.choice(prompts_of(rng.choice(SPLITS["train"]))) for _ in range(2000)]
     responses = [sample_response(prompt, rng) for prompt in prompts]
     return [
         (prompt, response, gold(prompt, response)) for prompt, response in zip(prompts, responses)

@@ -59,9 +59,6 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     written out in the text, as if a text of the training data had been split wrongly.
     Raises UserError if no pair is left.
     """
-    if min(max_prompt_length, max_response_length) < 1:
-        raise ValueError("lengths must be at least 1, "
-                         f"are {max_prompt_length} and {max_response_length}")
     answered = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
     groups: list[PreferenceGroup] = []
     prompts_cut = 0

@@ -77,8 +77,6 @@ def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int,
     No held-out prompt is trained on. The choice depends on the seed and the prompts' text, not on
     their order in the file. Raises UserError if there are fewer than two prompts.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, is {fraction}")
     prompts = unique_prompts(pairs)
     prompts.sort(key=lambda prompt: derive_seed(seed, "holdout", prompt))
     if len(prompts) < 2:

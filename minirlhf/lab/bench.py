@@ -20,7 +20,7 @@ from typing import NamedTuple
 from minirlhf.config import DEVICES
 from minirlhf.lab import bench_cases as cases
 from minirlhf.lab import bench_peers
-from minirlhf.lab.bench_cases import SHAPES, Case, Shape, shape
+from minirlhf.lab.bench_cases import SHAPES, Case, Shape
 from minirlhf.lab.bench_machine import free_bytes, peak_bytes, seconds, speed_limits
 from minirlhf.lab.common import markdown_table, run_lab
 from minirlhf.run.command_line import check_ranges, setting

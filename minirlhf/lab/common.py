@@ -245,19 +245,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def mean_spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation over seeds.
-
-    >>> mean_spread([1.0, 2.0, 3.0], "{:+.1f}"), mean_spread([0.5], "{:.0%}")
-    ('+2.0 ± 1.0', '50%')
-    """
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return form.format(mean)
-    deviation = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
-    return f"{form.format(mean)} ± {form.replace('+', '').format(deviation)}"
-
-
 # 97.5% quantiles of Student's t with 1, 2, 3, ... degrees of freedom
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
              2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)

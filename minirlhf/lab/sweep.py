@@ -21,7 +21,6 @@ import functools
 import itertools
 import json
 import os
-import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ from minirlhf.lab.common import (
     train_subset,
 )
 from minirlhf.rl.algorithms import ALGORITHMS
-from minirlhf.run.command_line import check_ranges, setting
+from minirlhf.run.command_line import check_ranges, flag, parse_flags, setting
 from minirlhf.run.errors import UserError, suggest
 from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import is_users_module
@@ -117,27 +116,19 @@ def read_values(text: str) -> tuple[str, str, list]:
     algorithm, _, key = target.rpartition(":")
     config_class = RewardConfig if key.startswith("reward.") else PolicyConfig
     field = key.removeprefix("reward.")
-    types = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
     if not equals or not values:
         raise UserError(f"--set {text}: write KEY=VALUE or KEY=VALUE,VALUE")
     if field not in names or field in OWN_FIELDS:
         raise UserError(f"--set {text}: {field!r} is not a setting{suggest(field, names)}")
-    return algorithm, key, [convert(types[field], value, text) for value in values.split(",")]
+    return algorithm, key, [convert(config_class, field, value) for value in values.split(",")]
 
 
-def convert(kind: Any, value: str, text: str) -> Any:
-    """The value of one setting. Raises UserError."""
-    if typing.get_origin(kind) is tuple:
-        return (value,)
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise UserError(f"--set {text}: {value!r} must be true or false")
-        return value.lower() == "true"
-    try:
-        return kind(value)
-    except ValueError:
-        raise UserError(f"--set {text}: {value!r} is not of type {kind.__name__}") from None
+def convert(config_class, field: str, value: str) -> Any:
+    """The value of one setting, read as the script's flag. Raises UserError."""
+    words = {"true": flag(field), "false": flag(f"no_{field}")}
+    word = words.get(value.lower(), f"{flag(field)}={value}")
+    return parse_flags(config_class, [word])[field]
 
 
 def settings_of(config: SweepConfig) -> list[Setting]:

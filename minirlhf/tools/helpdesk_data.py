@@ -81,10 +81,6 @@ def prompts_of(context: Context) -> list[str]:
                                                       REQUESTS[context.request])]
 
 
-def sample_prompt(rng: random.Random, split: str = "train") -> str:
-    return rng.choice(prompts_of(rng.choice(SPLITS[split])))
-
-
 # ---- responses -----------------------------------------------------------------------------------
 
 

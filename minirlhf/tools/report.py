@@ -6,10 +6,10 @@ All texts of models and files are escaped, so that they cannot become markup.
 
 import errno
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
+from minirlhf.evaluation.policy import ROWS
 from minirlhf.run.command_line import Parser, one_line_errors
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import check_output, read_file, write_atomically
@@ -131,18 +131,8 @@ def final_rows(run: RunFiles) -> list[tuple[str, dict]]:
     if not run.is_policy:
         tests = [row for row in run.rows if row.get("stage") == "test"]
         return [("test pairs", tests[-1] if tests else {})]
-    rows = []
-    for name, mark in (("base", "base_"), ("policy", "")):
-        for decoding in ("sampled", "greedy"):
-            prefix = f"{mark}{decoding}_"
-            rows.append((f"{name}, {decoding}", {
-                key.removeprefix(prefix): value for key, value in run.result.items()
-                if key.startswith(prefix)}))
-    matches = [re.fullmatch(r"best_of_(\d{1,6})_score", key) for key in run.result]
-    for n in sorted(int(match[1]) for match in matches if match):
-        metrics = {key: run.result.get(f"best_of_{n}_{key}") for key in ("gold", "score")}
-        rows.append((f"base, best of {n}", metrics))
-    return [*rows, ("best possible", dict(gold=run.result.get("best_gold")))]
+    return [(name, {key: run.result.get(prefix + key) for key, *_ in POLICY_METRICS})
+            for name, prefix in ROWS.items()]
 
 
 def probes(runs: list[RunFiles]) -> str:
