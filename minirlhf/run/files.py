@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import stat
+import weakref
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
@@ -27,6 +28,7 @@ FOREIGN_FORMATS = {
 # A file system that lacks locks, or cannot sync a folder, answers with one of these.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK,
                errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+LOCKS: weakref.WeakSet[IO] = weakref.WeakSet()  # all open ones; one that nobody holds is closed
 
 
 def regular_only(name: str, flags: int) -> int:
@@ -124,5 +126,14 @@ def lock_file(path: Path, busy: str) -> IO:
             raise
         echo(f"warning: {path.parent}: this file system has no locks; "
              "start no second process there")
-    os.register_at_fork(after_in_child=lock.close)  # a forked process may run longer
+    LOCKS.add(lock)
     return lock
+
+
+def close_locks() -> None:
+    """Close the inherited locks in a forked process, which may run longer than this one."""
+    for lock in LOCKS:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=close_locks)
