@@ -1,16 +1,13 @@
 """The labeling program, driven by keys in a pseudo-terminal: no answer is lost, however it ends."""
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import re
 import shlex
 import signal
-import struct
 import subprocess
-import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -179,36 +176,6 @@ def test_a_signal_restores_the_terminal_and_ctrl_z_is_an_ordinary_key(
     assert restored
     assert "1 answered" in screen
     assert len(rows(tmp_path / "l.jsonl")) == 1
-
-
-def test_a_resized_terminal_is_redrawn_to_its_new_width(policy_run, tmp_path, open_label):
-    terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
-    assert " │ " in terminal.read(QUIT)
-    terminal.screen = ""
-    terminal.resize(40)
-    screen = terminal.read(QUIT)
-    assert "1 LEFT" in screen
-    assert " │ " not in screen
-    assert max(map(len, screen.split("\n"))) <= 40
-
-
-def test_a_resize_while_the_screen_is_written_redraws_it(
-    policy_run, tmp_path, open_label, monkeypatch
-):
-    """The signal comes before the program waits for a key, so its handler does not redraw."""
-    show = label.show
-    widths = []
-
-    def show_and_shrink(*arguments):
-        width = show(*arguments)
-        if not widths:
-            widths.append(width)
-            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
-        return width
-
-    monkeypatch.setattr(label, "show", show_and_shrink)
-    terminal = open_label("--run", str(policy_run), "--out", str(tmp_path / "l.jsonl"))
-    assert "1 LEFT" in terminal.read("1 LEFT")
 
 
 def test_the_command_needs_a_terminal(policy_run):

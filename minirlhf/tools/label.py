@@ -9,7 +9,6 @@ import math
 import random
 import shlex
 import shutil
-import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -32,7 +31,6 @@ from minirlhf.run.command_line import check_ranges, flag, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.seeding import derive_seed
-from minirlhf.run.signals import install_handler, restore_handlers
 from minirlhf.run.terminal import Progress, echo
 from minirlhf.tools.labels import PREFERENCES, LabelFile, Pair
 from minirlhf.tools.terminal import (
@@ -203,44 +201,27 @@ def ask_person(labels: LabelFile, pairs: Iterator[Pair], config: LabelConfig) ->
     fd = sys.stdin.fileno()
     todo: list[Pair] = []  # pairs to show before new ones, the next one at the end
     note = ""
-    waiting = False  # for a key, so that a resized screen may be redrawn at any moment
-    shown_width = 0
-
-    def resize(*_) -> None:
-        nonlocal waiting, shown_width
-        while waiting and shown_width != shutil.get_terminal_size().columns:
-            waiting = False
-            shown_width = show(todo[-1], labels, note)
-            waiting = True
-
-    earlier = install_handler([signal.SIGWINCH], resize)
-    try:
-        with raw_keys(fd):
-            while not config.count or len(labels.rows) < config.count:
-                todo = todo or [next(pairs)]
-                termios.tcflush(fd, termios.TCIFLUSH)  # drop keys pressed before the pair is shown
-                shown_width = show(todo[-1], labels, note)
-                waiting = True
-                resize()  # if the terminal was resized before waiting was set
-                action = KEYS.get(read_key(fd).lower(), "")
-                waiting = False
-                note = ""
-                if action == "quit":
-                    return
-                if action == "undo":
-                    pair = labels.undo()
-                    todo += [pair] if pair else []
-                    note = "undone" if pair else "there is nothing to undo"
-                elif action:
-                    labels.add(todo.pop(), action)
-                else:
-                    note = "unknown key"
-    finally:
-        restore_handlers(earlier)
+    with raw_keys(fd):
+        while not config.count or len(labels.rows) < config.count:
+            todo = todo or [next(pairs)]
+            termios.tcflush(fd, termios.TCIFLUSH)  # drop keys pressed before the pair is shown
+            show(todo[-1], labels, note)
+            action = KEYS.get(read_key(fd).lower(), "")
+            note = ""
+            if action == "quit":
+                return
+            if action == "undo":
+                pair = labels.undo()
+                todo += [pair] if pair else []
+                note = "undone" if pair else "there is nothing to undo"
+            elif action:
+                labels.add(todo.pop(), action)
+            else:
+                note = "unknown key"
 
 
-def show(pair: Pair, labels: LabelFile, note: str) -> int:
-    """Print one screen at the terminal's current width; returns that width."""
+def show(pair: Pair, labels: LabelFile, note: str) -> None:
+    """Print one screen at the terminal's current width."""
     width = shutil.get_terminal_size().columns
     clear = "\x1b[H\x1b[2J" if can_redraw() else ""
     left, right = (response.strip() for response in pair.responses)
@@ -252,7 +233,6 @@ def show(pair: Pair, labels: LabelFile, note: str) -> int:
     lines += [note] if note else []
     sys.stdout.write(clear + "\n".join(lines) + "\n")
     sys.stdout.flush()
-    return width
 
 
 def next_command(trained: Trained, path: Path) -> str:
