@@ -16,7 +16,7 @@ from minirlhf.data.tokenizer import fingerprint
 from minirlhf.evaluation.policy import DECODINGS, EvalResult, Evaluator, final_evaluation
 from minirlhf.model import Transformer
 from minirlhf.model.loading import save_model
-from minirlhf.rl.advantages import reward_to_go
+from minirlhf.rl.advantages import centered, reward_to_go
 from minirlhf.rl.algorithms import (
     ALGORITHMS,
     Algorithm,
@@ -214,11 +214,11 @@ def describe(rollout: Rollout, ground_truth: ModuleType | None, gamma: float) ->
     finished = rollout.samples.finished
     row: dict[str, Tensor | float] = dict(
         score=rollout.scores.mean(),
-        score_std=rollout.scores.std(correction=0),
+        score_std=centered(rollout.scores).std(correction=0),
         kl=kl.mean(),
         total_reward=torch.where(mask, rollout.rewards, 0.0).sum(1).mean(),
         return_mean=masked_mean(rollout.returns, mask),
-        return_std=rollout.returns[mask].std(correction=0),
+        return_std=centered(rollout.returns[mask]).std(correction=0),
         explained_variance=explained_variance(rollout.values, received, mask),
         length=mask.sum(1).float().mean(),
         tokens=mask.sum(),

@@ -325,8 +325,7 @@ def gae(rollout: Rollout) -> Tensor:
     A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t).
     The value after the last action is 0.
     """
-    next_values = F.pad(rollout.values[:, 1:], (0, 1))
-    deltas = rollout.rewards + GAMMA * next_values - rollout.values
+    deltas = rollout.rewards + GAMMA * F.pad(rollout.values[:, 1:], (0, 1)) - rollout.values
     return discounted_returns(deltas, rollout.mask, GAMMA * LAMBDA)
 
 
@@ -345,15 +344,19 @@ def group_normalized(rollout: Rollout) -> Tensor:
 
     deviation: the standard deviation. Equal scores give 0.
     """
-    scores = rollout.scores.view(-1, GROUP_SIZE)
-    centered = scores - scores.mean(1, keepdim=True)
-    return (centered / (scores.std(1, keepdim=True) + 1e-4)).view(-1, 1) * rollout.mask
+    return standardized(rollout.scores.view(-1, GROUP_SIZE), 1).view(-1, 1) * rollout.mask
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over the real tokens."""
-    real = advantages[mask]
-    return (advantages - real.mean()) / (real.std(correction=0) + 1e-8) * mask
+    return torch.zeros_like(advantages).masked_scatter(mask, standardized(advantages[mask], 0))
+
+
+def standardized(x: Tensor, correction: int) -> Tensor:
+    """(x - mean) / standard deviation over the last dimension; 0 if all x are equal."""
+    x = x - x[..., :1]  # so that equal numbers have a deviation of exactly 0
+    std = x.std(-1, keepdim=True, correction=correction)
+    return torch.where(std == 0, 0.0, (x - x.mean(-1, keepdim=True)) / std)
 
 
 # ---- Losses of each action: all tensors [B, R] ---------------------------------------------------

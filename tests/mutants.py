@@ -163,8 +163,8 @@ MUTANTS = [
     Mutant(
         'whitens-with-padding',
         ADVANTAGES,
-        'kept = shifted[mask]',
-        'kept = shifted.flatten()',
+        'kept = standardized(advantages[mask], correction=0)',
+        'kept = standardized(advantages.flatten(), correction=0)[mask.flatten()]',
         "advantages::whitening_uses_all_real_tokens_of_the_batch",
     ),
     Mutant(

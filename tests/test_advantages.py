@@ -4,6 +4,7 @@ import math
 
 from minirlhf.config import PolicyConfig
 from minirlhf.rl.advantages import (
+    centered,
     full_return,
     gae,
     group_normalized,
@@ -66,7 +67,7 @@ FUNCTIONS = {  # each advantage as a function of rewards, values and mask
     "group_normalized": lambda r, v, m: group_normalized(SCORES, m, 2),
     "whiten": lambda r, v, m: whiten(r, m),
 }
-STD_OF_SCORES = 2**0.5 + 1e-4
+STD_OF_SCORES = 2**0.5
 BY_HAND = {
     "full_return": [[1.0, 1.0, 1.0], [3.0, 0.0, 0.0]],  # 1 - 2/2 + 4/4
     "reward_to_go": [[1.0, 0.0, 4.0], [3.0, 0.0, 0.0]],
@@ -103,8 +104,8 @@ def test_group_normalized_by_hand():
     """Mean and standard deviation are those of one group, that is, of one prompt."""
     scores = torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 40.0], dtype=torch.float64)
     advantages = group_normalized(scores, torch.ones(6, 1, dtype=torch.bool), 3)
-    std = 300**0.5 + 1e-4  # of 10, 10, 40 around 20, divided by 3 - 1
-    expected = [-1 / 1.0001, 0.0, 1 / 1.0001, -10 / std, -10 / std, 20 / std]
+    std = 300**0.5  # of 10, 10, 40 around 20, divided by 3 - 1
+    expected = [-1.0, 0.0, 1.0, -10 / std, -10 / std, 20 / std]
     assert_close(advantages, [[x] for x in expected])
 
 
@@ -114,8 +115,11 @@ def test_equal_scores_in_a_group_give_zero_advantage():
     assert torch.equal(group_normalized(torch.full((4,), 3.0), mask, 4), torch.zeros(4, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [3.7, -0.1, 12345.6, 1e-7, 1e30])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [3.7, -0.1, 12345.6, 1e-7, 1e30, 1e-30])
 def test_equal_values_of_any_size_give_exact_zeros(value, dtype):
     """Rounding in the mean gave advantages of -9.8 for equal scores of 12345.6.
 
@@ -123,13 +127,39 @@ def test_equal_values_of_any_size_give_exact_zeros(value, dtype):
     """
     mask = torch.ones(64, 37, dtype=torch.bool)
     mask[::3, 20:] = False
+    value = min(value, torch.finfo(dtype).max)
     same = torch.full((64, 37), value, dtype=dtype)
     assert (whiten(same, mask) == 0).all()
     assert (group_normalized(same[:, 0], mask, 4) == 0).all()
+    assert (centered(same[:, 0]) == 0).all()
     at_the_start = torch.zeros(64, 37, dtype=dtype)
     at_the_start[:, 0] = value
     assert (leave_one_out(at_the_start, mask, 4) == 0).all()
     assert explained_variance(torch.randn(64, 37, dtype=dtype), same, mask) == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e4, 1e30])
+def test_different_values_of_any_size_keep_their_differences(size, dtype):
+    """A fixed number in the denominator made the advantages of small scores vanish.
+
+    In float32 the square of 1e30 is infinite, and that of 1e-30 is 0.
+    """
+    scores = torch.tensor([1.0, 2.0, 3.0, 2.0], dtype=torch.float64) * size
+    scores = scores.to(dtype)
+    if not (scores.isfinite().all() and scores.min() >= torch.finfo(dtype).tiny):
+        return  # beyond float16
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    expected = [-1.0, 0.0, 1.0, 0.0]
+    error = 0.05 if dtype.itemsize == 2 else 1e-6
+    advantages = group_normalized(scores, mask, 4)
+    assert advantages.dtype == dtype
+    assert advantages[:, 0].tolist() == pytest.approx([x * 1.5**0.5 for x in expected], abs=error)
+    whitened = whiten(scores[:, None], mask)[:, 0]
+    assert whitened.tolist() == pytest.approx([x * 2**0.5 for x in expected], abs=error)
+    returns = scores[:, None].float()
+    half = explained_variance(returns / 2, returns, mask)  # G - V = G / 2
+    assert half == pytest.approx(0.75, abs=error)
 
 
 def test_discount_counts_from_the_current_step():

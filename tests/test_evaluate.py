@@ -280,8 +280,17 @@ def test_normalization_changes_only_shift_and_scale(task):
     changed = [
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     ]
-    assert changed == ["score_scale"]
-    assert model.score_scale > 0
+    assert changed == []
+    assert model.score_scale == 1.0
+    with torch.no_grad():
+        model.reward_head.weight.normal_(std=1e-20)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_reward.normalize_scores(model, task.base, task.train, sampling)
+    changed = [
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    assert changed == ["score_shift", "score_scale"]
+    assert 0 < model.score_scale < 1e-18  # scores that differ little keep their differences
 
 
 def test_equal_scores_are_normalized_to_exactly_0(task):

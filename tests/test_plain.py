@@ -417,7 +417,7 @@ def test_policy_training_is_equal_after_each_iteration(monkeypatch, name):
         for key, (x, y) in pairs.items():
             same(x[:, :length], y, f"{key} {when}")
             assert not (x * ~a.rollout.mask).any(), f"{key} on padding {when}"
-            assert y.unique().numel() > 3
+            assert y.unique().numel() > 2
         losses, norms = zip(*a.steps)
         same(sum(losses) / len(losses), b.metrics["loss"], f"loss {when}")
         same(sum(norms) / len(norms), b.metrics["grad_norm"], f"gradient norm {when}")

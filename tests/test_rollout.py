@@ -431,6 +431,15 @@ def test_padding_affects_no_metric(padding):
     assert log_row(rollout._replace(**dirty), "ppo") == log_row(rollout, "ppo")
 
 
+def test_equal_scores_and_returns_have_a_deviation_of_exactly_0():
+    """In float32 the mean of equal numbers is rounded, and the deviation was 0.00098."""
+    rollout = rollout_of_all()
+    returns = torch.where(rollout.mask, 12345.6, 0.0).float()
+    scores = torch.full_like(rollout.scores, 12345.6, dtype=torch.float32)
+    row = describe(rollout._replace(scores=scores, returns=returns), None, gamma=1.0)
+    assert row["score_std"] == row["return_std"] == 0.0
+
+
 def test_describe_by_hand():
     """kl is summed over tokens and averaged over responses, not averaged over tokens."""
     model, reference = tiny_model(1), tiny_model(2)

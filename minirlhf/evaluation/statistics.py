@@ -32,4 +32,5 @@ def standard_error(values: np.ndarray) -> float:
     """Of the mean; infinite for one value."""
     if len(values) < 2:
         return float("inf")
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    deviations = values - values[0]  # so that equal values give exactly 0
+    return float(np.std(deviations, ddof=1) / math.sqrt(len(values)))

@@ -58,7 +58,8 @@ def ensemble(reward_runs: Sequence[str], aggregate: str, base_run: str,
                                list(range(len(first.texts))))
     base_scores = scores(samples.prompts, samples.responses)
     mean = base_scores.mean(1, keepdims=True)
-    deviation = np.maximum(1e-6, base_scores.std(1, keepdims=True))
+    deviation = base_scores.std(1, keepdims=True)
+    deviation[deviation == 0] = 1.0
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         return AGGREGATES[aggregate]((scores(prompts, responses) - mean) / deviation, axis=0)

@@ -67,9 +67,7 @@ def group_normalized(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
     Equal scores give exactly 0.
     """
     groups = scores.view(-1, group_size)
-    groups = groups - groups[:, :1]  # so that equal scores give exact zeros at any size
-    centered = groups - groups.mean(1, keepdim=True)
-    return (centered / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask
+    return standardized(groups, correction=1).view(-1, 1) * mask
 
 
 def preference_weights(scores: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -93,8 +91,26 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
     Equal advantages give exactly 0.
     """
-    first = advantages[mask][0]
-    shifted = advantages - first  # so that equal advantages give exact zeros at any size
-    kept = shifted[mask]
-    std = kept.std(correction=0)
-    return torch.where(mask, (shifted - kept.mean()) / (std + 1e-8), 0.0)
+    kept = standardized(advantages[mask], correction=0)
+    return torch.zeros_like(advantages).masked_scatter(mask, kept)
+
+
+def standardized(x: Tensor, correction: int) -> Tensor:
+    """(x - mean) / standard deviation over the last dimension; exactly 0 if all x are equal.
+
+    correction: 1 divides the squares by their number minus 1, 0 by their number.
+    """
+    deviations = centered(x)
+    std = deviations.std(-1, keepdim=True, correction=correction)
+    return torch.where(std == 0, 0.0, deviations / std).to(x.dtype)
+
+
+def centered(x: Tensor) -> Tensor:
+    """x - mean over the last dimension, float64; exactly 0 if all x are equal.
+
+    The mean of equal float32 numbers is rounded, so another number is subtracted first. In float64
+    the squares of neither large nor small float32 numbers leave the range.
+    """
+    x = x.double()
+    x = x - x[..., :1]
+    return x - x.mean(-1, keepdim=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from minirlhf.config import PolicyConfig
 from minirlhf.model import Transformer
 from minirlhf.rl.advantages import (
+    centered,
     full_return,
     gae,
     group_normalized,
@@ -185,8 +186,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
     With sampled returns, even the true V stays below 1, because V does not know later tokens.
     """
-    kept = returns[mask]
-    variance = (kept - kept[0]).var(correction=0)  # exactly 0 for equal returns of any size
+    variance = centered(returns[mask]).var(correction=0)
     if not variance > 0:  # zero or NaN
         return 0.0
-    return float(1.0 - (returns - values)[mask].var(correction=0) / variance)
+    errors = returns[mask].double() - values[mask]
+    return float(1.0 - centered(errors).var(correction=0) / variance)
