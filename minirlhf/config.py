@@ -156,7 +156,7 @@ class PolicyConfig(RunConfig):
         "", "instead of the reward model: module:function or path/to/file.py:function, called with "
         "(prompts, responses); it returns the scores")
     iterations: int = setting(
-        60, "iterations of sample, score, update; the gold utility is flat by then", 1, 10**9)
+        60, "iterations of sample, score, update; the gold utility is flat by then", 1)
     batch_size: int = setting(
         128, "responses sampled in each iteration (dpo: prompts with all their pairs)", 1, MAX_SIZE)
     group_size: int = setting(4, "responses to each prompt (rloo, grpo)", 2, MAX_SIZE)

@@ -1007,6 +1007,16 @@ def test_the_time_left_does_not_include_the_evaluation_before_the_first_step(mon
     assert "0:00:09 left" in capsys.readouterr().out
 
 
+def test_any_number_of_steps_has_a_time_left(monkeypatch, capsys):
+    """Settings may be as large as int64; a duration of Python may not."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    progress = terminal.Progress("step", 2**63 - 1, plain_lines=2**63 - 1)
+    now[0] = 1.0
+    progress.show(1, "")
+    assert "days" in capsys.readouterr().out
+
+
 def test_training_data_with_one_prompt_is_an_error_before_training(inputs, tmp_path, capsys):
     """The standard deviation of one score is NaN, and scores would be divided by it."""
     path = tmp_path / "pairs.jsonl"

@@ -9,6 +9,8 @@ import time
 import unicodedata
 from typing import TextIO
 
+LONGEST = 10**12  # seconds; datetime.timedelta overflows beyond 8.6e13
+
 
 def printable(text: str) -> str:
     """Text from data or a model, with control and bidirectional characters escaped.
@@ -74,7 +76,8 @@ class Progress:
     def show(self, done: int, text: str) -> None:
         """Print how many steps are done, this text, and the time left."""
         seconds_per_step = (time.monotonic() - self.start) / max(1, done - self.first)
-        left = datetime.timedelta(seconds=round(seconds_per_step * (self.total - done)))
+        seconds = min(round(seconds_per_step * (self.total - done)), LONGEST)
+        left = datetime.timedelta(seconds=seconds)
         line = f"{self.label} {done}/{self.total}  {text}  {left} left"
         if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1  # 80 columns if the terminal says 0
