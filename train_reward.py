@@ -10,7 +10,6 @@
 
 import copy
 import dataclasses
-import shlex
 import time
 from collections.abc import Sequence
 
@@ -49,7 +48,7 @@ from minirlhf.run.folder import module_flags
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.parallel import all_reduce_sum, is_main, micro_batches, unsharded
 from minirlhf.run.run import Run
-from minirlhf.run.terminal import echo
+from minirlhf.run.terminal import echo, shell_command
 
 import tiktoken
 import torch
@@ -98,7 +97,7 @@ def main(config: RewardConfig) -> dict:
             save_model(run.folder / "base.pt", "base", base, meta)
         echo(f"saved {run.folder / 'base.pt'}")
 
-        flags = shlex.join(["--reward-run", str(run.folder), *module_flags(config)])
+        flags = shell_command(["--reward-run", str(run.folder), *module_flags(config)])
         if not config.epochs:
             echo("no reward model, because of --epochs 0; next: python train_policy.py "
                  f"--algorithm dpo {flags}")

@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import pty
+import shutil
+import subprocess
 import sys
 
 import train_reward
@@ -121,3 +123,25 @@ def test_other_code_may_print_any_character(monkeypatch):
 
 def test_examples_are_true():
     assert doctest.testmod(terminal).failed == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_printed_command_can_be_pasted(encoding, monkeypatch):
+    """A folder's name may contain anything; an escaped name would name another folder."""
+    words = ["--out", "", "my run", "a'b", "é 你", "red\x1b[31m\n'\\", "\udcff", "\u202e", "$(x)"]
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    echo(terminal.shell_command(words))
+    line = stream.buffer.getvalue()
+    monkeypatch.undo()
+    assert line.count(b"\n") == 1 and b"\x1b" not in line
+    script = b"printf '%s\\0' " + line.decode(encoding).encode()
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    assert [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]] == words
+
+
+def test_every_printed_command_is_quoted_by_one_function():
+    """shlex alone keeps characters that the terminal shows escaped."""
+    users = [path.name for path in SOURCES if "shlex" in path.read_text()]
+    assert users == ["terminal.py"]

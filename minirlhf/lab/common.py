@@ -6,7 +6,6 @@ import gzip
 import itertools
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import NO_EFFECT, read_config
 from minirlhf.run.metrics import rounded
 from minirlhf.run.signals import install_handler, restore_handlers
-from minirlhf.run.terminal import Progress, echo
+from minirlhf.run.terminal import Progress, echo, shell_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +85,7 @@ def flags_of(config) -> list[str]:
 
 def command_of(job: Job) -> str:
     """The command of a run as one would type it."""
-    return shlex.join(["python", Path(job.script).name, *flags_of(job.config)])
+    return shell_command(["python", Path(job.script).name, *flags_of(job.config)])
 
 
 def finished(job: Job) -> bool:

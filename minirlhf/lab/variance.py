@@ -41,7 +41,7 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 from minirlhf.run.seeding import derive_seed
-from minirlhf.run.terminal import Progress, echo
+from minirlhf.run.terminal import Progress, echo, shell_command
 
 import numpy as np
 import torch
@@ -80,12 +80,12 @@ class VarianceConfig:
                             f"--group-size {self.group_size}")
         folder = Path(self.reward_run)
         need_files(folder, ("config.json", "base.pt", "reward.pt"),
-                   f"python train_reward.py --out {folder}")
+                   f"python train_reward.py {shell_command(['--out', str(folder)])}")
         if self.policy_run:
             policy_folder = Path(self.policy_run)
             need_files(policy_folder, ("config.json", "policy.pt"),
-                       f"python train_policy.py --reward-run {folder} --iterations 20 "
-                       f"--out {policy_folder}")
+                       "python train_policy.py --iterations 20 " + shell_command(
+                           ["--reward-run", str(folder), "--out", str(policy_folder)]))
             text = read_file(policy_folder / "config.json")
             seal = read_seal(folder / "base.pt")
             if seal not in str(json.loads(text)["facts"]):

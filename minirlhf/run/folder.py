@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +14,7 @@ from minirlhf.run.checkpoint import version_error
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import lock_file, read_file, write_atomically
 from minirlhf.run.parallel import broadcast, is_main
-from minirlhf.run.terminal import echo
+from minirlhf.run.terminal import echo, shell_command
 
 MAX_CONFIG = 2**20  # bytes of a config.json; one has about 3,000
 MODULES = ("task", "reward")  # settings that may name a module
@@ -159,7 +158,7 @@ def trusted_module(stored: str, given: str, flag: str, path: Path) -> str:
     """
     if not given and is_users_module(stored):
         raise UserError(f"{path}: names the module {stored}, which is not part of minirlhf; "
-                        f"if you trust its code, add {shlex.join([flag, stored])}")
+                        f"if you trust its code, add {shell_command([flag, stored])}")
     return given or stored
 
 

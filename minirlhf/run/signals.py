@@ -1,7 +1,6 @@
 """Ctrl-C and kill: finish the step, save a checkpoint, print the command that resumes the run."""
 
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 
 from minirlhf.run.command_line import fail
 from minirlhf.run.parallel import all_reduce_max, error_reported, is_main, process_count
-from minirlhf.run.terminal import echo
+from minirlhf.run.terminal import echo, shell_command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -32,7 +31,7 @@ class StopSignal:
         self.flags: list[str] = []  # that resume the run, once there is a folder
         # A user's own script may define the algorithm, so it must be the one that resumes.
         is_script = sys.argv[0].endswith(".py") and sys.modules["__main__"].__spec__ is None
-        self.script = shlex.quote(sys.argv[0]) if is_script else script
+        self.script = shell_command(sys.argv[:1]) if is_script else script
         self.earlier: dict[int, Any] = {}  # signal -> the handler before install()
 
     def install(self) -> None:
@@ -78,7 +77,7 @@ class StopSignal:
             launcher = f"torchrun --standalone --nproc-per-node {process_count()}"
         message = "stopped; nothing was started"
         if self.flags:
-            message = f"stopped; resume with: {launcher} {self.script} {shlex.join(self.flags)}"
+            message = f"stopped; resume with: {launcher} {self.script} {shell_command(self.flags)}"
         fail(message, 128 + (self.agreed or self.number))
 
 

@@ -3,10 +3,12 @@
 import datetime
 import errno
 import os
+import shlex
 import shutil
 import sys
 import time
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 LONGEST = 10**12  # seconds; datetime.timedelta overflows beyond 8.6e13
@@ -25,6 +27,26 @@ def printable(text: str) -> str:
         return char.encode("unicode_escape", "surrogatepass").decode()
 
     return "".join(char if is_safe(char) else escape(char) for char in text)
+
+
+def shell_command(words: Sequence[str]) -> str:
+    """One line that bash and zsh split into these words. It survives `echo` in any encoding.
+
+    >>> print(shell_command(["--out", "my run", "red\\x1b[31m"]))
+    --out 'my run' $'red\\x1b[31m'
+    """
+    return " ".join(map(shell_word, words))
+
+
+def shell_word(word: str) -> str:
+    """The word in quotes if it needs them; as bytes in $'...' if it cannot be printed."""
+    quoted = shlex.quote(word)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if word.isprintable() and quoted.encode(encoding, "ignore").decode(encoding) == quoted:
+        return quoted
+    plain = set(range(32, 127)) - set(b"\\'")
+    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}"
+                          for byte in os.fsencode(word)) + "'"
 
 
 def echo(text: str = "", stream: TextIO | None = None, start: str = "", end: str = "\n") -> None:

@@ -7,7 +7,6 @@
 import dataclasses
 import math
 import random
-import shlex
 import shutil
 import sys
 import termios
@@ -31,7 +30,7 @@ from minirlhf.run.command_line import check_ranges, flag, run_script, setting
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.seeding import derive_seed
-from minirlhf.run.terminal import Progress, echo
+from minirlhf.run.terminal import Progress, echo, shell_command
 from minirlhf.tools.labels import PREFERENCES, LabelFile, Pair
 from minirlhf.tools.terminal import (
     can_redraw,
@@ -249,7 +248,7 @@ def next_command(trained: Trained, path: Path) -> str:
         files = getattr(earlier, name) or (() if earlier.data else HELPDESK_FILES[name])
         words += [flag(name), *files] if files else []
     words += ["--task", earlier.task] if earlier.task != "none" else []
-    return shlex.join(words)
+    return shell_command(words)
 
 
 if __name__ == "__main__":
