@@ -1,5 +1,6 @@
 """Evaluation: every reported metric has the meaning that its name states."""
 
+import copy
 import math
 import tracemalloc
 from types import SimpleNamespace
@@ -223,6 +224,15 @@ def test_ceiling_and_correlation_come_from_the_ground_truth(encoding, score_by_l
     assert result["gold_correlation"] == pytest.approx(np.corrcoef([98, 99, 99, 100], gold)[0, 1])
 
 
+def test_equal_scores_or_gold_have_no_correlation(encoding, monkeypatch, score_by_last_letter):
+    """Their deviation is 0, so the formula would divide by 0."""
+    groups = [group("b 1:", ("b", "c")), group("c 1:", ("c", "d"))]
+    monkeypatch.setattr(tiny, "gold", lambda *arguments: 1.5)
+    assert evaluate_reward_model(fresh_model(), groups, encoding, tiny)["gold_correlation"] == 0.0
+    monkeypatch.undo()
+    assert evaluate_reward_model(fresh_model(), groups, encoding, tiny)["gold_correlation"] == 0.0
+
+
 def test_probes_count_the_detected_defects(encoding, score_by_last_letter):
     """By last letter the best response " bb" beats neither " b" (a tie is a miss) nor " zz"."""
     texts = ["b 3:", "c 3:"]
@@ -372,6 +382,36 @@ def test_the_base_model_against_itself_wins_half_and_has_no_kl(task):
     assert evaluator.base["sampled"].responses != evaluator.base["greedy"].responses
 
 
+def test_the_kl_of_an_evaluation_is_that_of_the_policy_from_the_base_model(task):
+    """At the temperature of evaluation, which need not be that of training."""
+    task = task._replace(evaluation=task.evaluation._replace(temperature=0.7))
+    policy = copy.deepcopy(task.base)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    rows = list(range(len(task.heldout.texts)))
+    samples = sample_responses(
+        policy.for_decoding(), task.heldout, task.evaluation, "evaluate", rows=rows
+    )
+    expected = []
+    for row in rows:
+        logprobs = response_log_softmax(policy, samples, row, 0.7)
+        difference = logprobs - response_log_softmax(task.base, samples, row, 0.7)
+        expected.append((logprobs.exp() * difference).sum().item())
+    kl = Evaluator(task, task.heldout, "evaluate").evaluate(policy)["sampled"].kl
+    np.testing.assert_allclose(kl, expected, atol=1e-4)
+    assert kl.min() > 1e-3
+
+
+def response_log_softmax(model, samples, row, temperature):
+    """[tokens, V] log pi(. | s_t), from all logits of one sequence without padding."""
+    prompt = samples.prompt_ids[row][samples.prompt_mask[row]]
+    response = samples.response_ids[row][samples.response_mask[row]]
+    ids = torch.cat([prompt, response])[None]
+    hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0, len(prompt) - 1 : -1]
+    return (hidden @ model.lm_weight.T / temperature).log_softmax(-1)
+
+
 def test_wins_compare_gold_utility_if_it_is_known_and_the_score_otherwise(task):
     """The win rate compares utilities; the other metrics are means over all responses."""
     evaluator = Evaluator(task, task.heldout, "evaluate")
@@ -383,6 +423,7 @@ def test_wins_compare_gold_utility_if_it_is_known_and_the_score_otherwise(task):
     assert row["gold"] == pytest.approx(base.gold.mean() + 1)
     assert row["gold_se"] == pytest.approx(base.gold.std(ddof=1) / math.sqrt(count))
     assert row["eos_rate"] == pytest.approx(np.mean(base.finished))
+    assert summarize(base._replace(finished=np.zeros(count)), base)["eos_rate"] == 0.0
     assert row["length"] == pytest.approx(np.mean(base.length))
     assert summarize(better._replace(gold=None), base._replace(gold=None))["win_rate"] == 0.0
     half = base._replace(gold=base.gold + np.arange(count) % 2)
@@ -408,9 +449,10 @@ def test_gold_utility_depends_on_text_and_ending(task):
 
 def test_best_of_n_improves_with_n_and_has_the_known_kl_bound(task):
     """The bound is log n - (n - 1) / n nats: 0 for one sample, 0.636 for four."""
-    one, four, sixteen = best_of_n(task, task.heldout, (1, 4, 16))
+    one, two, four, sixteen = best_of_n(task, task.heldout, (1, 2, 4, 16))
     assert one["score"] < four["score"] < sixteen["score"]
     assert one["kl_bound"] == 0.0
+    assert two["kl_bound"] == pytest.approx(0.1931472, abs=1e-6)
     assert four["kl_bound"] == pytest.approx(0.6362944, abs=1e-6)
     rows = list(range(len(task.heldout.texts)))
     samples = sample_responses(task.base, task.heldout, task.sampling, "best of n", 0, rows)
@@ -423,6 +465,11 @@ def test_the_final_table_shows_the_share_of_the_gap_that_is_closed(task):
     metrics, table, page = final_evaluation(task, task.base, 3)
     assert metrics["sampled_gap_closed"] == metrics["greedy_gap_closed"] == 0.0
     assert metrics["best_gold"] == 2.0
+    for row in best_of_n(task, task.test.first(3), (1, 4, 16)):
+        for key in ("score", "gold", "kl_bound"):
+            assert metrics[f"best_of_{row['n']}_{key}"] == row[key]
+    base = Evaluator(task, task.test, "test").base["sampled"]
+    assert metrics["sampled_score"] == pytest.approx(base.score.mean())
     for name in (
         "base, sampled",
         "base, greedy",
@@ -437,6 +484,26 @@ def test_the_final_table_shows_the_share_of_the_gap_that_is_closed(task):
     metrics, table, _ = final_evaluation(task._replace(ground_truth=None), task.base, 0)
     assert "by score (the task has no gold utility)" in table
     assert not any("gold" in key or "best" in key for key in metrics)
+
+
+def test_final_numbers_are_those_of_the_test_prompts(task, monkeypatch):
+    """Neither the prompts of training nor those on which settings were chosen."""
+    part = [task.train.rows([row, row + 1]) for row in (0, 2, 4)]
+    task = task._replace(train=part[0], heldout=part[1], test=part[2])
+    assert len({text for prompts in part for text in prompts.texts}) == 6
+    answered = []
+
+    def recording(model, prompts, *arguments, **keywords):
+        answered.extend(prompts.texts)
+        return sample_responses(model, prompts, *arguments, **keywords)
+
+    monkeypatch.setattr(policy, "sample_responses", recording)
+    metrics, _, page = final_evaluation(task, task.base, 2)
+    assert set(answered) == set(task.test.texts)
+    assert len(answered) == 2 * (2 * 2 + 16)  # both decodings of two models, and best of 16
+    best = [tiny.gold(text, tiny.best_response(text), True) for text in task.test.texts]
+    assert metrics["best_gold"] == np.mean(best)
+    assert all(text in page for text in task.test.texts)
 
 
 def test_no_text_can_end_the_code_fence_around_it():

@@ -155,6 +155,35 @@ BY_HAND = {
 }
 
 
+def test_the_utilities_are_those_of_the_published_results():
+    """With another number, all results would be those of another task."""
+    table = {
+        f"{quality} {slot}": value
+        for slot, of_quality in helpdesk.UTILITY.items()
+        for quality, value in of_quality.items()
+    }
+    assert table == {
+        "right opening": 0.8,
+        "bad opening": -0.6,
+        "right remark": 1.0,
+        "wrong remark": -1.0,
+        "bad remark": -0.6,
+        "right action": 1.6,
+        "wrong action": -1.0,
+        "bad action": -0.6,
+        "right next step": 1.0,
+        "wrong next step": -0.8,
+        "bad next step": -0.6,
+        "right voucher": 1.0,
+        "wrong voucher": -1.2,
+        "right goodbye": 0.8,
+        "bad goodbye": -0.6,
+        "bad filler": -0.8,
+    }
+    assert (helpdesk.REPEAT, helpdesk.DISORDER) == (-1.2, -0.8)
+    assert (helpdesk.UNREADABLE, helpdesk.UNFINISHED, helpdesk.TAU) == (-0.03, -1.0, 0.5)
+
+
 @pytest.mark.parametrize("prompt, lines, names", BY_HAND.values(), ids=BY_HAND)
 def test_gold_is_the_sum_of_the_parts_counted_by_hand(prompt, lines, names):
     """Fails if a part is missed, counted twice or given a wrong utility."""

@@ -1,8 +1,11 @@
 """Token log-probs and discounted returns of the PyTorch version, against simple float64 code."""
 
 import contextlib
+import importlib.util
 import math
+import sys
 import weakref
+from types import SimpleNamespace
 
 from minirlhf.kernels import discounted_returns, logprob, token_logprobs
 
@@ -261,6 +264,55 @@ def test_no_tile_is_alive_while_the_gradients_are_cast(monkeypatch):
     with RecordCasts():
         loss.backward()
     assert tiles and alive_at_casts == [0]
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+def test_triton_runs_where_it_can(monkeypatch, interpret):
+    """On CUDA if it is installed, elsewhere only in its interpreter, which is for tests."""
+    assert logprob.HAS_TRITON == (importlib.util.find_spec("triton") is not None)
+    knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=interpret))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(knobs=knobs))
+    monkeypatch.setattr(logprob, "HAS_TRITON", True)
+    cpu = torch.zeros(1)
+    cuda = SimpleNamespace(is_cuda=True, device="cuda")
+    assert logprob.use_triton("auto", cuda, torch.float32)
+    assert logprob.use_triton("triton", cuda, torch.float32)
+    assert not logprob.use_triton("auto", cpu, torch.float32)
+    assert not logprob.use_triton("auto", cuda, torch.float64)
+    assert not logprob.use_triton("torch", cuda, torch.float32)
+    if interpret:
+        assert logprob.use_triton("triton", cpu, torch.float32)
+        with pytest.raises(ValueError, match="multiplies bfloat16 incorrectly"):
+            logprob.use_triton("triton", cpu, torch.bfloat16)
+    else:
+        assert logprob.use_triton("triton", cuda, torch.bfloat16)
+        with pytest.raises(ValueError, match="needs CUDA tensors"):
+            logprob.use_triton("triton", cpu, torch.float32)
+    monkeypatch.setattr(logprob, "HAS_TRITON", False)
+    assert not logprob.use_triton("auto", cuda, torch.float32)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_products_on_a_gpu_need_no_cast(monkeypatch, dtype):
+    """torch.mm with out_dtype exists on CUDA only."""
+    calls = []
+
+    def mm(a, b, out_dtype):
+        calls.append(out_dtype)
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    a, b = torch.randn(3, 4).to(dtype), torch.randn(4, 2).to(dtype)
+    out = torch.ones(3, 2)
+    logprob._add_product(out, a.as_subclass(OnCuda), b, 0.5)
+    torch.testing.assert_close(out, 1.0 + 0.5 * a.float() @ b.float())
+    assert calls == ([torch.float32] if dtype == torch.bfloat16 else [])
 
 
 def test_second_derivatives_are_an_error():

@@ -502,6 +502,27 @@ def test_a_sequence_longer_than_the_context_is_an_error_that_names_it():
         random_model()(ids, ids.bool())
 
 
+def test_initial_weights_have_the_stated_deviations():
+    """Mean 0, and 1 / sqrt(fan-in) for matrices, but 1 / sqrt(2 layers fan-in) for outputs."""
+    sizes = dict(vocab_size=2000, table_rows=2048, n_layer=8, n_head=4, d_model=256, context=512)
+    expected = {
+        "wte": 0.1,
+        "wpe": 0.02,
+        "attention_in": 256**-0.5,
+        "attention_out": (2 * 8 * 256) ** -0.5,
+        "mlp_in": 256**-0.5,
+        "mlp_out": (2 * 8 * 1024) ** -0.5,
+    }
+    for name, weight in Transformer(ModelConfig(**sizes)).named_parameters():
+        part = name.split(".")[-2]
+        if part in expected and name.endswith("weight"):
+            assert weight.std().item() == pytest.approx(expected[part], rel=0.02), name
+            assert abs(weight.mean().item()) < 0.02 * expected[part], name
+        else:
+            value = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+            assert (weight == value).all(), name
+
+
 def test_the_same_seed_gives_the_same_weights():
     """Initial weights do not depend on torch's global generator."""
     torch.manual_seed(1)

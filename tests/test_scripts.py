@@ -20,6 +20,7 @@ from minirlhf.data.prompts import prompts_of_step
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer
 from minirlhf.model.loading import load_model, save_model
 from minirlhf.rl.algorithms import ALGORITHMS, minibatch_loss
+from minirlhf.rl.task import load_task
 from minirlhf.run import terminal
 from minirlhf.run.errors import UserError
 from minirlhf.run.metrics import Metrics, rounded
@@ -193,8 +194,8 @@ def test_with_a_learning_rate_of_0_ratios_stay_1_and_weights_stay_the_same(
 # ---- the stages of an iteration ------------------------------------------------------------------
 
 
-def record_calls(monkeypatch, names):
-    """name -> [(arguments, result), ...] of these functions of train_policy, recorded from now."""
+def record_calls(monkeypatch, names, module=train_policy):
+    """name -> [(arguments, result), ...] of these functions of the module, recorded from now."""
     calls = {name: [] for name in names}
 
     def wrap(name, function):
@@ -206,7 +207,7 @@ def record_calls(monkeypatch, names):
         return recording
 
     for name in names:
-        monkeypatch.setattr(train_policy, name, wrap(name, getattr(train_policy, name)))
+        monkeypatch.setattr(module, name, wrap(name, getattr(module, name)))
     return calls
 
 
@@ -274,6 +275,35 @@ def test_each_stage_of_an_iteration_gets_the_result_of_the_one_before(
     assert first.prompts != second.prompts
     assert first.response_ids.shape[1] < 5  # so the length above is not that of the batch
     assert logged[0]["kl_coef"] != logged[1]["kl_coef"]
+
+
+def test_evaluations_during_training_use_held_out_prompts(reward_run):
+    task = load_task(policy_config(reward_run, ""), None, torch.device("cpu"))
+    part = [task.train.rows([row, row + 1]) for row in (0, 2, 4)]
+    task = task._replace(train=part[0], heldout=part[1], test=part[2])
+    config = policy_config(reward_run, "", eval_prompts=1)
+    assert train_policy.make_evaluator(task, config).prompts == part[1].first(1)
+
+
+def test_each_stage_of_the_reward_script_gets_its_own_data(inputs, tmp_path, monkeypatch):
+    """Both models learn from the training data, which also sets the scale of the scores.
+
+    The metrics are those of the test data.
+    """
+    letters = dict(data="abcd", heldout_data="efgh", test_data="ijkl")
+    for name, prompts in letters.items():
+        lines = [dict(prompt=f"{letter}:", chosen=" x", rejected=" y") for letter in prompts]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stages = ("finetune", "learn_preferences", "normalize_scores", "evaluate_reward_model")
+    calls = record_calls(monkeypatch, (*stages, "evaluate_probes"), train_reward)
+    files = {name: (str(tmp_path / name),) for name in letters}
+    train_reward.main(reward_config(inputs, tmp_path / "reward", **files))
+    arguments = {name: made[0][0] for name, made in calls.items()}
+    for stage, data in dict(zip(stages, ("data", "data", "data", "test_data"))).items():
+        seen = arguments[stage][2 if stage == "normalize_scores" else 1]
+        prompts = seen.ids if stage == "normalize_scores" else [group.prompt for group in seen]
+        assert sorted(bytes(ids).decode() for ids in prompts) == [f"{x}:" for x in letters[data]]
+    assert sorted(arguments["evaluate_probes"][1]) == [f"{x}:" for x in letters["test_data"]]
 
 
 def test_phases_wait_for_the_gpu(reward_run, tmp_path, monkeypatch):
