@@ -474,7 +474,8 @@ def try_mutant(job: tuple[Mutant, list[str], float, str]) -> dict:
     """The result of one mutant, in this worker's own copy of the tree."""
     mutant, tests, seconds, source = job
     tree = Path(source).with_name(f"worker-{os.getpid()}")
-    if not tree.exists():
+    if not (tree / mutant.file).exists():  # the first time, or a fault has deleted files
+        shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(source, tree)
     original = (tree / mutant.file).read_text()
     start = time.monotonic()
