@@ -485,7 +485,8 @@ def try_mutant(job: tuple[Mutant, list[str], float, str]) -> dict:
             (tree / mutant.file).write_text(mutant.source)
             outcome = run_tests(tree, tests, 5 * seconds + 60)
         finally:
-            (tree / mutant.file).write_text(original)
+            if tree.exists():
+                (tree / mutant.file).write_text(original)
     shown = mutant._asdict()
     del shown["source"]
     took = round(time.monotonic() - start, 1)
@@ -588,10 +589,16 @@ def main() -> int:
     options = parser.parse_args()
     survivors = read_survivors()
     mutants = draw(ROOT, options)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
+    # not a TemporaryDirectory: a process that a test has forked would delete it when it ends
+    folder = Path(tempfile.mkdtemp())
+    owner = os.getpid()
+    try:
+        source = folder / "source"
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
         results = try_all(mutants, source, options)
+    finally:
+        if os.getpid() == owner:
+            shutil.rmtree(folder)
     return 0 if report(results, survivors) else 1
 
 
