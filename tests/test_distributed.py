@@ -279,6 +279,29 @@ def test_gathered_rows_are_padded_like_those_of_one_process(monkeypatch):
     assert gathered.response_mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
 
 
+@pytest.mark.parametrize("main_process", [True, False])
+def test_only_the_main_process_keeps_full_states(main_process, monkeypatch):
+    """Every process takes part in the exchange of each sharded tensor, at any depth."""
+    shards = {name: torch.tensor([float(name)]) for name in "123"}
+    exchanged = []
+
+    def full_tensor(value):
+        if value is shards["3"]:
+            return value  # not sharded
+        exchanged.append(value)
+        return torch.cat([value, value])
+
+    monkeypatch.setattr(parallel, "full_tensor", full_tensor)
+    monkeypatch.setattr(parallel, "is_main", lambda: main_process)
+    states = parallel.full_states({"a": {"b": shards["1"]}, "c": shards["2"], "d": shards["3"]})
+    assert len(exchanged) == 2
+    assert states["d"] is shards["3"]
+    if main_process:
+        assert states["a"]["b"].tolist() == [1.0, 1.0] and states["c"].tolist() == [2.0, 2.0]
+    else:
+        assert states["a"]["b"] is None and states["c"] is None
+
+
 def test_a_signal_to_one_process_stops_all(monkeypatch):
     """Every process gets the largest signal number; 0 means no signal."""
     monkeypatch.setattr(parallel, "process_count", lambda: 2)

@@ -206,7 +206,9 @@ def test_loss_and_confidence_use_raw_scores(encoding, score_by_last_letter):
     assert result["calibration_error"] == pytest.approx(1 - 1 / (1 + math.exp(-3.0)))
 
 
-def test_ceiling_and_correlation_come_from_the_ground_truth(encoding, score_by_last_letter):
+def test_ceiling_and_correlation_come_from_the_ground_truth(
+    encoding, monkeypatch, score_by_last_letter
+):
     """The ceiling is the accuracy of always choosing the more probable response of a pair."""
     groups = [group("b 1:", ("b", "c")), group("c 1:", ("c", "d"))]
     result = evaluate_reward_model(fresh_model(), groups, encoding, tiny)
@@ -221,7 +223,13 @@ def test_ceiling_and_correlation_come_from_the_ground_truth(encoding, score_by_l
         tiny.gold("c 1:", "c"),
         tiny.gold("c 1:", "d"),
     ]
-    assert result["gold_correlation"] == pytest.approx(np.corrcoef([98, 99, 99, 100], gold)[0, 1])
+    expected = pytest.approx(np.corrcoef([98, 99, 99, 100], gold)[0, 1])
+    assert result["gold_correlation"] == expected
+    scores = reward_model.sequence_scores
+    monkeypatch.setattr(reward_model, "sequence_scores", lambda *batch: 0.001 * scores(*batch))
+    truth = SimpleNamespace(gold=lambda *response: 0.001 * tiny.gold(*response))
+    result = evaluate_reward_model(fresh_model(), groups, encoding, truth)
+    assert result["gold_correlation"] == expected  # no difference is too small
 
 
 def test_equal_scores_or_gold_have_no_correlation(encoding, monkeypatch, score_by_last_letter):
