@@ -357,6 +357,22 @@ def test_a_sum_times_the_largest_uniform_is_less_than_the_sum():
         assert (scaled * torch.tensor(BELOW_ONE) < scaled).all()
 
 
+def test_probabilities_are_summed_in_float64_on_a_gpu(monkeypatch):
+    """In float32 its parallel sum can fall from one token to the next."""
+    dtypes = []
+    cumsum = torch.Tensor.cumsum
+
+    def recording(x, dim, dtype):
+        dtypes.append(dtype)
+        return cumsum(x, dim, dtype=dtype)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", recording)
+    logits = torch.zeros(1, 3)
+    assert sample_tokens(logits, torch.tensor([0.5])).tolist() == [1]
+    assert sample_tokens(logits.as_subclass(tiny.OnCuda), torch.tensor([0.5])).tolist() == [1]
+    assert dtypes[0] == torch.float32 and set(dtypes[1:]) == {torch.float64}
+
+
 def test_sampling_does_not_change_its_arguments():
     """Catches logits that are divided by the temperature in place."""
     logits = torch.randn(3, 5)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from minirlhf.kernels import discounted_returns, logprob, token_logprobs
 
 import pytest
+import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -292,12 +293,6 @@ def test_triton_runs_where_it_can(monkeypatch, interpret):
     assert not logprob.use_triton("auto", cuda, torch.float32)
 
 
-class OnCuda(torch.Tensor):
-    """A tensor that claims to be on a GPU."""
-
-    is_cuda = True
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_products_on_a_gpu_need_no_cast(monkeypatch, dtype):
     """torch.mm with out_dtype exists on CUDA only."""
@@ -310,7 +305,7 @@ def test_half_precision_products_on_a_gpu_need_no_cast(monkeypatch, dtype):
     monkeypatch.setattr(torch, "mm", mm)
     a, b = torch.randn(3, 4).to(dtype), torch.randn(4, 2).to(dtype)
     out = torch.ones(3, 2)
-    logprob._add_product(out, a.as_subclass(OnCuda), b, 0.5)
+    logprob._add_product(out, a.as_subclass(tiny.OnCuda), b, 0.5)
     torch.testing.assert_close(out, 1.0 + 0.5 * a.float() @ b.float())
     assert calls == ([torch.float32] if dtype == torch.bfloat16 else [])
 

@@ -183,6 +183,12 @@ def random_model(
     return model.requires_grad_(False)
 
 
+class OnCuda(torch.Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    is_cuda = True
+
+
 def make_samples(
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
