@@ -1,12 +1,15 @@
 """Several processes train the same model as one process: same seed, same batches, same weights."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
+import importlib
 import json
 import signal
 import subprocess
 import time
+import types
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -277,6 +280,39 @@ def test_gathered_rows_are_padded_like_those_of_one_process(monkeypatch):
     assert gathered.texts == ["a", "b", "c"] and gathered.scores.tolist() == [0.5, 1.5, 2.5]
     assert gathered.prompt_ids.tolist() == [[1, 2], [0, 3], [0, 4]]
     assert gathered.response_mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
+
+
+def test_replicas_exchange_gradients_in_the_last_pass_only(monkeypatch):
+    monkeypatch.setattr(parallel, "Replica", FakeReplica)
+    learner = FakeReplica()
+    exchanges = [not learner.is_alone for _ in parallel.micro_batches(range(6), 2, learner)]
+    assert exchanges == [False, False, True]
+
+
+class FakeReplica:
+    is_alone = False
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.is_alone = True
+        yield
+        self.is_alone = False
+
+
+def test_a_full_tensor_is_split_like_the_sharded_one(monkeypatch):
+    """Without src_data_rank=None the first process would send its copy to all others."""
+    calls = []
+    monkeypatch.setattr(parallel, "is_sharded", lambda tensor: tensor is like)
+    tensors = importlib.import_module("torch.distributed.tensor")
+    monkeypatch.setattr(tensors, "distribute_tensor", lambda *a, **k: calls.append((a, k)))
+    like = types.SimpleNamespace(
+        device="cpu", device_mesh="mesh", placements="placements", shape=torch.Size([3])
+    )
+    value = torch.ones(3)
+    parallel.split_like(value, like)
+    assert calls == [((value, "mesh", "placements"), dict(src_data_rank=None))]
+    other = torch.zeros(3)
+    assert parallel.split_like(value, other) is value
 
 
 @pytest.mark.parametrize("main_process", [True, False])
