@@ -242,6 +242,13 @@ def test_every_program_uses_the_template_of_a_pretrained_model(tmp_path, capsys)
     end = "<|im_end|>\n<|im_start|>assistant\n"
     expected = {f"{start}{letter}{end}" for letter in "abcdefgh"}
     assert SEEN_PROMPTS and SEEN_PROMPTS <= expected
+    SEEN_PROMPTS.clear()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "q"}\n{"prompt": "r"}\n')
+    of_file = tiny.policy_config(
+        tmp_path / "reward", tmp_path / "other", prompts=str(tmp_path / "prompts.jsonl")
+    )
+    train_policy.main(of_file, record_prompts)
+    assert {f"{start}{letter}{end}" for letter in "qr"} <= SEEN_PROMPTS
     (answer,) = chat.main(chat.ChatConfig(run=str(policy), prompt="a", device="cpu"))
     assert answer["prompt"] == f"{start}a{end}"
     judge = "test_chat_templates:longer"

@@ -155,6 +155,11 @@ def test_the_reward_models_loss_is_the_weighted_sum_over_pairs():
         expected = textbook + auxiliary * by_hand(sums, 0.0)
         assert loss.item() == pytest.approx(expected, abs=1e-12)
         assert metrics["loss"].item() == pytest.approx(textbook, abs=1e-12)
+        correct = sum(
+            weight for winner, loser, _, weight in pairs if scores[winner] > scores[loser]
+        )
+        assert metrics["accuracy"].item() == correct / total
+    assert correct % 1.0 == 0.25  # the pair with this weight is in the right order
 
 
 # ---- the policy's losses -------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One optimizer step: learning rates, weight decay and gradient clipping."""
 
 from minirlhf.model import Transformer
-from minirlhf.run.optimizer import make_optimizer, step_optimizer
+from minirlhf.run.optimizer import make_optimizer, step_optimizer, warmup_then_decay
 
 import pytest
 import torch
@@ -59,3 +59,9 @@ def test_the_step_uses_the_clipped_norm_and_returns_the_norm_before_clipping(max
     for state in optimizer.state.values():
         moment = torch.full_like(state["exp_avg"], 0.1 * (scale or max_grad_norm / norm))
         torch.testing.assert_close(state["exp_avg"], moment, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("step, fraction", [(0, 0.02), (24, 0.5), (49, 0.951), (999, 0.001)])
+def test_the_learning_rate_rises_for_a_twentieth_of_the_steps_by_hand(step, fraction):
+    assert warmup_then_decay(step, 1000) == pytest.approx(fraction)
+    assert warmup_then_decay(0, 1) == 1.0
