@@ -13,6 +13,7 @@ import sys
 import train_reward
 from minirlhf.config import RewardConfig
 from minirlhf.run import terminal
+from minirlhf.run.command_line import one_line_errors
 from minirlhf.run.terminal import Progress, echo, prepare_output
 
 import pytest
@@ -145,3 +146,10 @@ def test_every_printed_command_is_quoted_by_one_function():
     """shlex alone keeps characters that the terminal shows escaped."""
     users = [path.name for path in SOURCES if "shlex" in path.read_text()]
     assert users == ["terminal.py"]
+
+
+def test_an_error_of_the_system_without_a_number_keeps_its_text(capsys):
+    """Libraries raise OSError with a text only; the line said "None"."""
+    with pytest.raises(SystemExit), one_line_errors():
+        raise OSError("the connection was lost")
+    assert capsys.readouterr().err.startswith("error: output: the connection was lost; ")

@@ -23,6 +23,7 @@ from minirlhf.run.command_line import run_script
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import lock_file
 from minirlhf.run.folder import open_folder, read_config
+from minirlhf.run.run import environment
 from minirlhf.run.signals import StopSignal
 
 import pytest
@@ -1050,6 +1051,10 @@ def test_another_torch_or_number_of_threads_is_reported(
     assert resume(train_policy.main, PolicyConfig, tmp_path / "same") == 0
     assert "warning" not in capsys.readouterr().out
     assert_same_policy_run(tmp_path / "same", uninterrupted_policy_run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    assert environment("auto").endswith(", A GPU")
+    assert environment("cpu").endswith(f", {torch.backends.cpu.get_cpu_capability()}")
 
 
 def test_a_preset_cannot_change_a_resumed_run(uninterrupted_policy_run, capsys):

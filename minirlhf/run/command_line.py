@@ -161,7 +161,7 @@ def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
     except UserError as error:
         fail(str(error), 2)
     except OSError as error:
-        fail(f"{error.filename or 'output'}: {error.strerror}; "
+        fail(f"{error.filename or 'output'}: {error.strerror or error}; "
              "files written earlier are complete", 2)
     except KeyboardInterrupt:
         fail(interrupted, 130)

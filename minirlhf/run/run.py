@@ -66,9 +66,10 @@ class Run:
         newest = [{}, *(meta for meta, _ in self.checkpoints.values())][-1]
         path = self.folder / f"{list(stages)[-1]}_metrics.jsonl"
         self.metrics = Metrics(path, newest.get("metrics"), self.config.tensorboard)
-        saved_with = newest.get("environment", environment())
-        if saved_with != environment():
-            echo(f"warning: saved with {saved_with}, resumed with {environment()}: "
+        resumed_with = environment(self.config.device)
+        saved_with = newest.get("environment", resumed_with)
+        if saved_with != resumed_with:
+            echo(f"warning: saved with {saved_with}, resumed with {resumed_with}: "
                  "results may differ in the last digits")
 
     def resume(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
@@ -130,7 +131,7 @@ class Run:
         if not (self.stop.requested() or self.due(self.config.save_every)):
             return
         meta = state | dict(step=self.step + 1, run=self.id, metrics=self.metrics.mark(),
-                            environment=environment())
+                            environment=environment(self.config.device))
         states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
         folder = self.folder / "checkpoints"
         save_step(folder, self.stage, meta, states, self.config.keep_checkpoints)
@@ -144,10 +145,12 @@ class Run:
                          "the last checkpoint is not affected")
 
 
-def environment() -> str:
+def environment(device: str) -> str:
     """What sums in another order, and so changes the last digits of results."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
     return (f"torch {torch.__version__}, {torch.get_num_threads()} threads, {process_count()} "
-            f"processes, {torch.backends.cpu.get_cpu_capability()}")
+            f"processes, {chip}")
 
 
 def flatten(batch: dict) -> dict:
