@@ -487,6 +487,9 @@ def test_the_final_table_shows_the_share_of_the_gap_that_is_closed(task):
         "best possible",
     ):
         assert f"\n{name} " in table
+    (line,) = (line for line in table.splitlines() if line.startswith("policy, sampled"))
+    shown = [f"{metrics[f'sampled_{key}']:+.2f}" for key in ("gold", "score")]
+    assert shown[0] in line.split() and shown[1] in line.split()
     assert "wins against the base model at the same decoding, by gold utility" in table
     assert page.count("**before**") == page.count("**after**") == len(task.test.texts[:8])
     metrics, table, _ = final_evaluation(task._replace(ground_truth=None), task.base, 0)

@@ -24,7 +24,7 @@ from minirlhf.rl.losses import (
     preference_loss,
     value_loss,
 )
-from minirlhf.rl.rollout import Rollout
+from minirlhf.rl.rollout import Rollout, token_rewards
 from train_policy import update
 from train_reward import pair_loss
 
@@ -339,6 +339,22 @@ def loss_in_micro_batches(
         total = total + loss
         sums = {key: sums.get(key, 0.0) + float(value) for key, value in metrics.items()}
     return total.item(), gradient(total, model), sums
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_new_tensors_are_on_the_device_of_the_arguments(algorithm):
+    """Otherwise the first run on a GPU would fail."""
+    config = settings(algorithm)
+    model, rollout = make_example(config)
+    with torch.device("meta"):  # a tensor that is made without a device would be there
+        rewards = token_rewards(
+            rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, 0.1
+        )
+        rollout = estimate_advantages(
+            ALGORITHMS[algorithm], rollout._replace(rewards=rewards), config
+        )
+        loss, _ = minibatch_loss(model, rollout, config, 8 * LIMIT, 8.0)
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

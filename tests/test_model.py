@@ -502,6 +502,18 @@ def test_a_sequence_longer_than_the_context_is_an_error_that_names_it():
         random_model()(ids, ids.bool())
 
 
+def test_new_tensors_are_on_the_device_of_the_arguments(form):
+    """Otherwise the first run on a GPU would fail."""
+    model = random_model()
+    samples = samples_of()
+    uniforms = torch.rand(len(samples.prompt_ids), 5)
+    prompts = samples.prompt_ids, samples.prompt_mask
+    with torch.device("meta"):  # a tensor that is made without a device would be there
+        evaluate_actions(model, samples, 1.0)[0].sum()
+        generate(model.for_decoding(), *prompts, 5, 0, PAD, uniforms, top_k=3, top_p=0.9)
+        sequence_scores(model, *prompts)
+
+
 def test_initial_weights_have_the_stated_deviations():
     """Mean 0, and 1 / sqrt(fan-in) for matrices, but 1 / sqrt(2 layers fan-in) for outputs."""
     sizes = dict(vocab_size=2000, table_rows=2048, n_layer=8, n_head=4, d_model=256, context=512)

@@ -196,8 +196,9 @@ def test_llama3_model_file(tmp_path):
     encoding = read_pretrained_tokenizer(tmp_path)
     assert encoding.encode_ordinary("the the") == [257, 258]
     names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    names.append("reserved_special_token_2")
     special = [encoding.encode_single_token(f"<|{name}|>") for name in names]
-    assert special == [259, 260, 265, 266, 268] and encoding.n_vocab == 259 + 256
+    assert special == [259, 260, 265, 266, 268, 271] and encoding.n_vocab == 259 + 256
     assert encoding.encode_ordinary("<|eot_id|>") == list(b"<|eot_id|>")
 
 
