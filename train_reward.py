@@ -22,7 +22,7 @@ from minirlhf.data.batches import (
     encode_preferences,
     pad_right,
 )
-from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts
+from minirlhf.data.prompts import Prompts, encode_prompts, unique_prompts, warn_of_shared_prompts
 from minirlhf.data.splits import Splits, file_facts, load_ground_truth, load_splits
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer, pad_id
 from minirlhf.evaluation.reward_model import evaluate_probes, evaluate_reward_model
@@ -143,6 +143,7 @@ def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardCon
         groups[name], counts = encode_preferences(
             getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
         echo(f"{name}: {describe_counts(counts)}")
+    warn_of_shared_prompts(*([group.prompt for group in split] for split in groups.values()))
     if splits.bad_lines:
         echo(f"skipped {splits.bad_lines} bad lines")
     return groups["train"], groups["test"]

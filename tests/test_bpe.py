@@ -168,6 +168,29 @@ def test_command_stops_with_one_line_and_writes_nothing(tmp_path, capsys, name, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "out, flags, message",
+    [
+        ("folder", [], "folder: is a folder; name a file in it"),
+        ("folder", ["--force"], "folder: is a folder; name a file in it"),
+        ("absent/ranks", [], "absent/ranks: No such file or directory"),
+    ],
+)
+def test_a_rank_file_that_cannot_be_written_is_named(tmp_path, capsys, out, flags, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / out), str(tmp_path / "a.txt"), *flags])
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "folder"]
+
+
+def test_more_ranks_than_the_texts_have_pairs_are_reported(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("abc abc")
+    main([str(tmp_path / "out"), str(tmp_path / "a.txt"), "--size", str(10**22)])
+    assert capsys.readouterr().out.endswith("out; the texts have no more pairs to join\n")
+
+
 def test_a_size_below_256_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(SystemExit) as stopped:

@@ -130,6 +130,7 @@ def test_a_list_flag_that_is_given_twice_keeps_all_files():
     "arguments, words",
     [
         (["--bf16", "True"], "unknown argument True; --help lists all flags"),
+        (["--data", ""], "--data takes file names, not ('',)"),
         (["--d-model", "130"], "--n-head 4 does not divide --d-model 130; choose a divisor"),
     ],
 )

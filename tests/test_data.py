@@ -214,10 +214,10 @@ def test_system_and_input_become_part_of_the_prompt(tmp_path):
         {"system": "Be kind.", "prompt": "Tea?", "chosen": "a", "rejected": "b"},
         {"system": "Be kind.", "prompt": QUESTION, "chosen": "a", "rejected": "b"},
         {"system": "Be kind.", "prompt": "Tea?"},
+        {"system_prompt": "Be kind.", "prompt": [user("Tea?")]},
+        {"system_message": "Be kind.", "system": None, "prompt": "Tea?"},
     ):
         prompts += read_prompts(write(tmp_path, [record]))
-    other = {"prompt": [user("Tea?")], "input": "of another program"}
-    assert read_prompts(write(tmp_path, [other])) == [QUESTION]
     system = "\n\nSystem: Be kind."
     assert prompts == [
         system + QUESTION,
@@ -225,21 +225,72 @@ def test_system_and_input_become_part_of_the_prompt(tmp_path):
         "Be kind.\n\nTea?",
         system + QUESTION,
         "Be kind.\n\nTea?",
+        system + QUESTION,
+        "Be kind.\n\nTea?",
     ]
 
 
-@pytest.mark.parametrize("key", ["history", "tools", "tool_calls", "images"])
+@pytest.mark.parametrize("key", preference_files.UNSUPPORTED)
 def test_a_key_that_changes_the_prompt_is_refused_by_its_name(tmp_path, key):
     for record in (
         RECORDS["strings"] | {key: [["a", "b"]]},
         {"prompt": "p", key: "x"},
         {"chosen": [user("p"), assistant("a") | {key: [1]}], "rejected": []},
     ):
-        with pytest.raises(UserError, match=f'lines.jsonl:1: "{key}" changes the prompt'):
+        with pytest.raises(UserError, match=f'lines.jsonl:1: "{key}" would change the prompt'):
             (read_prompts if len(record) == 2 and "prompt" in record else read_preferences)(
                 write(tmp_path, [record])
             )
     assert read_preferences(write(tmp_path, [RECORDS["strings"] | {key: []}]))
+
+
+def test_a_second_prompt_is_refused_by_its_name_unless_it_repeats_the_first(tmp_path):
+    """Which of the two was the annotator's prompt cannot be known."""
+    responses = {"chosen": "a", "rejected": "b"}
+    for first, second in (
+        ("prompt", "input"),
+        ("prompt", "context"),
+        ("prompt", "instruction"),
+        ("question", "context"),
+        ("instruction", "context"),
+    ):
+        record = {first: "Tea?", second: "Green."} | responses
+        key = "instruction" if second == "prompt" else second
+        with pytest.raises(UserError, match=f'lines.jsonl:1: "{key}" would change the prompt'):
+            read_preferences(write(tmp_path, [record]))
+        for same in ("Tea?", "", None):
+            assert read_preferences(write(tmp_path, [record | {second: same}]))
+    with pytest.raises(UserError, match='"input" would change'):  # of two transcripts
+        read_preferences(write(tmp_path, [RECORDS["transcripts"] | {"input": "Green."}]))
+    chat = {"prompt": "Tea?", "messages": [user("Tea?"), assistant("a")]} | responses
+    assert read_preferences(write(tmp_path, [chat]))  # UltraFeedback's
+
+
+@pytest.mark.parametrize("template", [preference_files.DIALOGUE, CHATML])
+def test_the_opening_of_the_response_is_there_once(tmp_path, template):
+    """With and without "Assistant:" at the end of the prompt or in front of the responses."""
+    expected = read_preferences(write(tmp_path, [RECORDS["strings"]]), template=template)
+    whole = {side: PROMPT + RECORDS["strings"][side] for side in ("chosen", "rejected")}
+    for record in (
+        RECORDS["strings"] | {"prompt": PROMPT.removesuffix("\n\nAssistant:")},
+        RECORDS["strings"] | {"chosen": "\n\nAssistant: Yes, please", "rejected": "Assistant: No"},
+        RECORDS["strings"] | {"chosen": "Assistant: Yes, please"},
+        RECORDS["strings"] | {"prompt": PROMPT.removesuffix("\n\nAssistant:")} | whole,
+        RECORDS["strings"] | {"chosen": whole["chosen"]},
+    ):
+        path = write(tmp_path, [record])
+        assert read_preferences(path, template=template) == expected
+        assert read_prompts(path, template=template) == [expected[0].prompt]
+    alone = write(tmp_path, [{"prompt": PROMPT.removesuffix("\n\nAssistant:")}])
+    assert read_prompts(alone, template=template) == [expected[0].prompt]
+    other = {"prompt": "Q: Tea?\nA:", "chosen": "A: Yes", "rejected": " A: No"}
+    pairs = read_preferences(write(tmp_path, [other]))
+    assert pairs == [("Q: Tea?\nA:", " Yes", " No", None, 1.0)]
+
+
+def test_a_text_that_starts_with_a_blank_becomes_a_message_with_one_blank(tmp_path):
+    record = {"question": "Tea?", "chosen": " Yes", "rejected": "No"}
+    assert read_preferences(write(tmp_path, [record])) == [(QUESTION, " Yes", " No", None, 1.0)]
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_refused(tmp_path):
@@ -258,8 +309,10 @@ def test_a_prompt_that_ends_with_the_assistant_is_refused(tmp_path):
 def test_a_prompt_repeated_in_the_responses_is_removed_from_texts_too(tmp_path):
     record = {"prompt": "Tea?", "chosen": "Tea? Yes", "rejected": "Tea? No"}
     assert read_preferences(write(tmp_path, [record])) == [("Tea?", " Yes", " No", None, 1.0)]
-    one = record | {"rejected": "No"}  # only one side: it may be what was said
+    one = record | {"rejected": "No"}  # only one side, a few words: it may be what was said
     assert read_preferences(write(tmp_path, [one])) == [("Tea?", "Tea? Yes", "No", None, 1.0)]
+    long = {"prompt": "Is there any tea?", "chosen": "Is there any tea? Yes", "rejected": " No"}
+    assert read_preferences(write(tmp_path, [long]))[0][1:3] == (" Yes", " No")
 
 
 def test_ranked_record_gives_one_pair_for_each_preference_and_a_tie_both_orders(tmp_path):
@@ -596,7 +649,18 @@ def test_a_decompression_bomb_is_one_line_after_a_second(start, unit, tmp_path):
         (b"\x28\xb5\x2f\xfd\x04", "compressed; decompress it with: zstd -d"),
         (b"\xfd7zXZ\0\0", "xz -d"),
         (b"BZh91AY&SY\0", "bzip2 -d"),
-        (GOOD.encode("utf-16"), "UTF-16 text; convert it to UTF-8"),
+        (GOOD.encode("utf-16"), "UTF-16 or UTF-32 text; convert it to UTF-8"),
+        (GOOD.encode("utf-32"), "UTF-16 or UTF-32 text; convert it to UTF-8"),
+        (GOOD.encode("utf-16-le"), "UTF-32 text without a byte order mark; convert it"),
+        (GOOD.encode("utf-16-be"), "UTF-32 text without a byte order mark; convert it"),
+        (GOOD.encode("utf-32-be"), "UTF-32 text without a byte order mark; convert it"),
+        (b"PK\3\4\x14\0\0\0", "a zip archive; unpack it with: unzip"),
+        (gzip.compress(b"PK\3\4\x14\0\0\0", mtime=0), "a zip archive; unpack it with: unzip"),
+        (gzip.compress(gzip.compress(GOOD.encode())), "compressed twice; decompress it with"),
+        (b"\n<!DOCTYPE html>\n<html>", "HTML or XML, perhaps an error page; download the file"),
+        (b"prompt,chosen,rejected\na,b,c\n", ":1: the record is not strict JSON"),
+        (b"prompt,chosen,rejected\na,b,c\n", "convert the file to JSON lines"),
+        (gzip.compress(b"\n" * 1_000_002, 1), ":1: after this line the file is damaged"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )
@@ -766,6 +830,12 @@ def test_pairs_identical_after_cutting_are_dropped_and_counted(enc):
     assert "kept 1 of 5" in describe_counts(counts) and "\n" not in describe_counts(counts)
     with pytest.raises(UserError, match="no usable pair: kept 0 of 2 pairs"):
         encode_preferences(pairs[:2], enc, 4, 3)
+
+
+def test_a_cut_prompt_counts_once_wherever_its_pairs_are(enc):
+    pairs = [PreferencePair(prompt, "a", "b") for prompt in ("01234", "56789", "01234")]
+    assert encode_preferences(pairs, enc, 3, 3)[1]["prompts_cut"] == 2
+    assert encode_preferences(pairs, enc, 5, 3)[1]["prompts_cut"] == 0
 
 
 def test_cutting_never_removes_the_whole_response(enc):

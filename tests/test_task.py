@@ -11,6 +11,7 @@ import train_reward
 from minirlhf.config import DATA, PolicyConfig, RewardConfig
 from minirlhf.data import splits
 from minirlhf.data.splits import load_ground_truth, load_splits
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.run.errors import UserError
 
 import numpy as np
@@ -182,13 +183,19 @@ def test_prompts_that_are_trained_on_and_evaluated_are_reported(
     lines = (inputs / "pairs.jsonl").read_text().splitlines(keepends=True)  # two pairs of a prompt
     (tmp_path / "some.jsonl").write_text("".join(lines[:6]) + lines[0].replace("a 0:", "a 99:"))
     same, some = str(inputs / "pairs.jsonl"), str(tmp_path / "some.jsonl")
-    load_splits(reward_config(inputs, "", heldout_data=(same,), test_data=(some,)))
-    first, second = capsys.readouterr().out.splitlines()
+
+    def warnings(**settings):
+        config = reward_config(inputs, "", **settings)
+        train_reward.encode_splits(load_splits(config), load_tokenizer(config.tokenizer), config)
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith("warning")]
+
+    first, second = warnings(heldout_data=(same,), test_data=(some,))
     assert first.startswith("warning: 20 of 20 held-out prompts are also trained on")
     assert second.startswith("warning: 3 of 4 test prompts are also trained on")
-    load_splits(reward_config(inputs, ""))
-    load_splits(RewardConfig())
-    assert capsys.readouterr().out == ""
+    assert warnings() == []
+    first, second = warnings(max_prompt_length=1)  # all end with the same token
+    assert first.startswith("warning: 1 of 1 held-out prompts are also trained on (compared after")
     config = policy_config(reward_run, tmp_path / "run", prompts=same, iterations=1)
     train_policy.main(config)
     assert "warning: 6 of 6 test prompts are also trained on" in capsys.readouterr().out

@@ -55,13 +55,13 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     Pairs with a blank response, or with identical responses after cutting, are dropped.
 
     counts: read, kept, empty, identical, eos_text (pairs; a blank response counts as empty),
-    prompts_cut (groups), responses_cut (distinct responses of the kept pairs). eos_text: EOS is
+    prompts_cut (distinct prompts), responses_cut (distinct responses of a group). eos_text: EOS is
     written out in the text, as if a text of the training data had been split wrongly.
     Raises UserError if no pair is left.
     """
     answered = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
     groups: list[PreferenceGroup] = []
-    prompts_cut = 0
+    prompts_cut = set()
     for prompt, same_prompt in groupby(answered, key=lambda pair: pair.prompt):
         neighbors = list(same_prompt)
         texts = {text for pair in neighbors for text in (pair.chosen, pair.rejected)}
@@ -69,7 +69,7 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
         kept = [pair for pair in neighbors if encoded[pair.chosen] != encoded[pair.rejected]]
         if kept:
             prompt_ids, was_cut = encode_prompt(encoding, prompt, max_prompt_length)
-            prompts_cut += was_cut
+            prompts_cut |= {prompt} if was_cut else set()
             groups += _groups(prompt_ids, encoded, kept)
     kept_pairs = sum(len(group.pairs) for group in groups)
     eos = encoding.eot_token
@@ -78,7 +78,7 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
                         for pair in pairs)
     responses_cut = sum(ids[-1] != eos for group in groups for ids in group.responses)
     counts = dict(read=len(pairs), kept=kept_pairs, empty=len(pairs) - len(answered),
-                  identical=len(answered) - kept_pairs, prompts_cut=prompts_cut,
+                  identical=len(answered) - kept_pairs, prompts_cut=len(prompts_cut),
                   responses_cut=responses_cut, eos_text=with_eos_text)
     if not groups:
         raise UserError(f"no usable pair: {describe_counts(counts)}; "

@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from minirlhf.run.errors import KINDS, UserError
-from minirlhf.run.files import open_regular
+from minirlhf.run.files import FOREIGN_FORMATS, open_regular, refuse_formats
 
 MAX_RECORD = 16 * 2**20  # characters: 1000 times a long dialogue; limits the memory of one line
 CHUNK = 2**16  # characters to read at a time
 MAX_BLANK_LINES = 10**6  # in a row; more are a damaged file, or a few compressed kilobytes
 GZIP = b"\x1f\x8b"  # first bytes
+# first bytes -> what the file is, and what to do
+NOT_TEXT = FOREIGN_FORMATS | {GZIP: "compressed twice; decompress it with: gzip -d",
+                              b"PK\3\4": "a zip archive; unpack it with: unzip"}
+NOT_JSON = NOT_TEXT | {b"<": "HTML or XML, perhaps an error page; download the file itself"}
 NOT_BLANK = re.compile(r"\S")
 
 
@@ -32,9 +36,9 @@ def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
     Everything after damage (an incomplete .gz, an array with a syntax error) is one BadRecord.
     Raises UserError for a file that cannot be opened.
     """
-    line = 0
+    line = 1
     try:
-        with open_text(path) as file:
+        with open_text(path, NOT_JSON) as file:
             for line, source in _sources(file):
                 yield line, _parse(source)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -44,10 +48,15 @@ def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def open_text(path: str) -> TextIO:
-    """Open a text file, plain or compressed with gzip. Raises OSError or UserError."""
+def open_text(path: str, formats: dict[bytes, str] = NOT_TEXT) -> TextIO:
+    """Open a text file, plain or as .gz. Raises OSError, or UserError for one of the formats."""
     file = open_regular(path)
     content = gzip.open(file) if file.peek(2).startswith(GZIP) else file
+    refuse_formats(content, path, formats)
+    if b"\0" in content.peek(32)[:32]:
+        content.close()
+        raise UserError(f"{path}: this is binary data, or UTF-16 or UTF-32 text without a byte "
+                        "order mark; convert it to JSON lines in UTF-8")
     # surrogateescape: an invalid byte makes only its own record bad
     return io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
 
@@ -124,7 +133,8 @@ def _parse(source: str) -> dict | BadRecord:
         return BadRecord("the record is nested too deeply; flatten it")
     except ValueError as error:  # bad syntax, or an integer of thousands of digits
         reason = str(error).replace("line 1 ", "")  # of the record; the message names the line
-        return BadRecord(f"the record is not strict JSON ({reason}); fix it")
+        fix = "convert the file to JSON lines" if reason.endswith("(char 0)") else "fix it"
+        return BadRecord(f"the record is not strict JSON ({reason}); {fix}")
     if not isinstance(record, dict):
         return BadRecord(f"the record is {KINDS[type(record)]}, not an object; "
                          'write {"prompt": ...}')

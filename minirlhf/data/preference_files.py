@@ -16,13 +16,13 @@ or a list of messages. Texts under "prompt" and "chosen" are used as they are if
 chat template. All others are messages: the template puts them together.
 
 `margin` and `weight` are optional; in a ranked record each may be a list with one number per
-preference. A tie is two preferences, one in each order, of weight 1/2. `system` is a system message
-before the prompt. Keys that would change the prompt and are not supported (UNSUPPORTED) make a
-record bad; other keys are ignored.
+preference. A tie is two preferences, one in each order, of weight 1/2. `system` (SYSTEM_KEYS) is a
+system message before the prompt. Keys that would change the conversation and are not supported
+(UNSUPPORTED, or a second prompt) make a record bad; other keys are ignored.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from minirlhf.run.errors import UserError
 ASSISTANT = DIALOGUE.opened("assistant")
 SPEAKERS = dict(user="user", human="user", assistant="assistant", gpt="assistant", system="system")
 PROMPT_KEYS = ("prompt", "instruction", "question", "context", "conversations", "messages")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 # The key of the label -> the keys of the two responses. A label of HelpSteer is -3 to 3: negative
 # if the first response is better. PKU-SafeRLHF's is the index of the better one.
 LABELS = {"preference_strength": ("response_1", "response_2"),
@@ -40,8 +41,12 @@ LABELS = {"preference_strength": ("response_1", "response_2"),
           "better_response_id": ("response_0", "response_1")}
 TEXT_KEYS = {"chosen", "rejected", "responses"}  # of responses that can be plain texts
 SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")
+LAST_NAME = re.compile(r"\n(\w+:)$")  # who speaks next, which some responses repeat
 HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # in a prompt of several turns
-UNSUPPORTED = ("history", "tools", "tool_calls", "images")
+# Keys of a record or a message without which it would mean something else.
+UNSUPPORTED = ("history", "tools", "tool_calls", "functions", "function_call", "documents",
+               "image", "images", "video", "videos", "audio", "audios", "reasoning_content",
+               "thinking", "chat_template_kwargs")
 MAX_BAD_RECORDS = 10_000  # more than this and than the usable ones: probably the wrong file
 SMALLEST_WEIGHT = 1e-6  # a batch of weight 0 would divide by 0
 LARGEST_NUMBER = 1e6  # larger margins and weights are mistakes, and 1e39 is infinite in float32
@@ -190,14 +195,18 @@ def _ranking(record: dict) -> tuple[list, list[list[int]]]:
 def _texts(record: dict, answers: list[tuple[str, object]],
            template: ChatTemplate) -> tuple[str, str, list[str]]:
     """(shape, prompt, responses) of a record. answers: key and value of each response."""
-    _refuse_unsupported(record)
     keys = list(dict.fromkeys(key for key, _ in answers))
     prompt_key = next((key for key in PROMPT_KEYS if key in record), "")
     if not prompt_key and keys != ["chosen", "rejected"]:
         _key(record, "prompt")
     shape = ", ".join([prompt_key or "no prompt", *keys])
     prompt = record.get(prompt_key, "")
-    system = check_text(record.get("system") or "", "system")
+    # "messages" and "conversations" are no second prompt: some files repeat the conversation there.
+    read = {prompt_key, "input"} if prompt_key == "instruction" else {prompt_key}
+    second = [key for key in (*PROMPT_KEYS[:4], "input")
+              if key not in read and record.get(key) != prompt]
+    _refuse(record, [*UNSUPPORTED, *second])
+    system = "\n".join(check_text(record[key], key) for key in SYSTEM_KEYS if record.get(key))
     has_messages = any(isinstance(value, (list, dict)) for _, value in [("", prompt), *answers])
     if has_messages or prompt_key not in ("", "prompt") or not TEXT_KEYS.issuperset(keys):
         if prompt_key == "instruction" and record.get("input"):
@@ -214,7 +223,8 @@ def _texts(record: dict, answers: list[tuple[str, object]],
     prompt = check_text(prompt, "prompt")
     if not prompt_key:
         prompt, responses = _split_transcripts(*responses)
-    elif all(response.startswith(prompt) for response in responses):
+    elif len(prompt.split()) > 3 or all(response.startswith(prompt) for response in responses):
+        # One response may begin with the words of a short prompt, but hardly with a long one.
         responses = [response.removeprefix(prompt) for response in responses]
     return shape, *_as_texts(prompt, responses, system, template)
 
@@ -223,6 +233,10 @@ def _as_texts(prompt: str, responses: list[str], system: str,
               template: ChatTemplate) -> tuple[str, list[str]]:
     """(prompt, responses), unchanged without a chat template, or as a message or a dialogue."""
     is_dialogue = prompt.startswith("\n\n") and SPEAKER.match(prompt)
+    if is_dialogue and SPEAKER.findall(prompt)[-1] != "Assistant":
+        prompt += ASSISTANT
+    if name := LAST_NAME.search(prompt):
+        responses = [re.sub(rf"^\s*{name[1]}", "", response) for response in responses]
     if template.opening and template is not DIALOGUE:
         if prompt.startswith(MARKED.sub(r"\1", template.prefix())):
             raise BadRecord("the prompt already contains the chat template; give the message alone")
@@ -309,7 +323,7 @@ def _turns(messages: object, key: str, role: str) -> list[Turn]:
     """The turns of a text (if it may be one: it has a role), of one message, or of a list."""
     if role and isinstance(messages, str):
         first, *parts = HELPSTEER_TURN.split(check_text(messages, key))
-        return [(role, first), *_named_turns(parts)]
+        return [(role, first.removeprefix(" ")), *_named_turns(parts)]
     messages = [messages] if isinstance(messages, dict) else messages
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise BadRecord(f'"{key}" must be a list of messages, '
@@ -320,17 +334,17 @@ def _turns(messages: object, key: str, role: str) -> list[Turn]:
         if not isinstance(role, str) or role not in SPEAKERS:
             raise BadRecord(f'a message in "{key}" has the role {str(role)[:20]!r}; '
                             f'use one of {", ".join(SPEAKERS)}')
-        _refuse_unsupported(message)
+        _refuse(message, UNSUPPORTED)
         text = check_text(message.get("content", message.get("value")), key)
         turns.append((SPEAKERS[role], text))
     return turns
 
 
-def _refuse_unsupported(record: dict) -> None:
-    for key in UNSUPPORTED:
+def _refuse(record: dict, keys: Iterable[str]) -> None:
+    for key in keys:
         if record.get(key):
-            raise BadRecord(f'"{key}" changes the prompt and is not supported; '
-                            "write it into the prompt, or drop the record")
+            raise BadRecord(f'"{key}" would change the prompt or response, but is not read; '
+                            "write it into the text, or remove the key")
 
 
 def _key(record: dict, key: str) -> object:

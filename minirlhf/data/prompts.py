@@ -1,6 +1,6 @@
 """Prompts: distinct ones of a data set, their ids, and which of them an iteration uses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from minirlhf.data.chat_templates import MARKED
@@ -33,14 +33,18 @@ def unique_prompts(pairs: list[PreferencePair]) -> list[str]:
     return list(dict.fromkeys(pair.prompt for pair in pairs))
 
 
-def warn_of_shared_prompts(train: list[str], heldout: list[str], test: list[str]) -> None:
-    """Print how many prompts of the evaluations are also trained on.
+def warn_of_shared_prompts(train: Iterable[Ids], heldout: Iterable[Ids],
+                           test: Iterable[Ids]) -> None:
+    """Print how many prompts of the evaluations are also trained on, as the model sees them.
 
-    This is not an error: whether a model can learn its training data by heart is a useful test.
+    Two texts whose last max_prompt_length tokens are equal are one prompt for the model. This is
+    not an error: whether a model can learn its training data by heart is a useful test.
     """
-    for name, prompts in (("held-out", heldout), ("test", test)):
-        if shared := len(set(prompts) & set(train)):
-            echo(f"warning: {shared} of {len(set(prompts))} {name} prompts are also trained on, "
+    trained = set(train)
+    for name, prompts in (("held-out", set(heldout)), ("test", set(test))):
+        if shared := len(prompts & trained):
+            echo(f"warning: {shared} of {len(prompts)} {name} prompts are also trained on "
+                 "(compared after cutting to --max-prompt-length), "
                  f"so {name} results do not show how the model does on new prompts")
 
 

@@ -26,7 +26,7 @@ from minirlhf.config import DATA, RewardConfig
 from minirlhf.data import helpdesk
 from minirlhf.data.chat_templates import read_chat_template
 from minirlhf.data.preference_files import PreferencePair, read_records
-from minirlhf.data.prompts import unique_prompts, warn_of_shared_prompts
+from minirlhf.data.prompts import unique_prompts
 from minirlhf.run.checkpoint import read_seal
 from minirlhf.run.errors import UserError, call_users_function
 from minirlhf.run.files import read_file
@@ -58,9 +58,7 @@ def load_splits(config: RewardConfig) -> Splits:
     if not heldout:
         train, heldout = split_holdout(train, config.holdout, config.seed)
     bad_lines = sum(bad for _, bad in records)
-    test = test or heldout
-    warn_of_shared_prompts(*map(unique_prompts, (train, heldout, test)))
-    return Splits(train, heldout, test, bad_lines, file_facts(files))
+    return Splits(train, heldout, test or heldout, bad_lines, file_facts(files))
 
 
 def in_this_checkout(path: str) -> str:

@@ -72,9 +72,11 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
     if config.prompts:
         texts = read_prompts(config.prompts,
                              template=read_chat_template(reward_config.tokenizer))
-        warn_of_shared_prompts(texts, *map(unique_prompts, (splits.heldout, splits.test)))
         inputs["prompts"] = [Path(config.prompts)]
-    length = reward_config.max_prompt_length
+    train, heldout, test = (
+        encode_prompts(prompts, encoding, reward_config.max_prompt_length)
+        for prompts in (texts, unique_prompts(splits.heldout), unique_prompts(splits.test)))
+    warn_of_shared_prompts([group.prompt for group in pairs] or train.ids, heldout.ids, test.ids)
     return Task(
         name=ground_truth.__name__.split(".")[-1] if ground_truth else "data",
         facts=facts | file_facts(inputs),
@@ -85,10 +87,7 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
                                     config.eval_top_k, config.eval_top_p),
         reward=reward,
         ground_truth=ground_truth,
-        train=encode_prompts(texts, encoding, length),
-        pairs=pairs,
-        heldout=encode_prompts(unique_prompts(splits.heldout), encoding, length),
-        test=encode_prompts(unique_prompts(splits.test), encoding, length))
+        train=train, pairs=pairs, heldout=heldout, test=test)
 
 
 def check_context(base: Transformer, prompt_length: int, response_length: int) -> None:
@@ -112,7 +111,6 @@ def load_pairs(config: PolicyConfig, reward_config: RewardConfig, splits: Splits
     if config.data:
         pairs, _ = read_records(config.data, reward_config.skip_bad_lines,
                                 read_chat_template(reward_config.tokenizer))
-        warn_of_shared_prompts(*map(unique_prompts, (pairs, splits.heldout, splits.test)))
     groups, counts = encode_preferences(pairs, encoding, reward_config.max_prompt_length,
                                         reward_config.max_response_length)
     echo(f"pairs: {describe_counts(counts)}")

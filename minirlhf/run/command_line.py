@@ -67,7 +67,7 @@ def check_ranges(config) -> None:
 def has_type(value, expected) -> bool:
     """Whether a value has the type of its field. A float may be written as a whole number."""
     if typing.get_origin(expected) is tuple:
-        return isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value)
+        return isinstance(value, (tuple, list)) and all(isinstance(x, str) and x for x in value)
     return type(value) is expected or (expected is float and type(value) is int)
 
 

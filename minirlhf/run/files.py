@@ -8,6 +8,7 @@ import os
 import secrets
 import stat
 import weakref
+from gzip import GzipFile
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
@@ -19,7 +20,7 @@ from minirlhf.run.terminal import echo
 FOREIGN_FORMATS = {
     b"version https://git-lfs": "a Git-LFS pointer; fetch the content with: git lfs pull",
     b"PAR1": "a parquet file; convert it to JSON lines",
-    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
+    b"\xff\xfe": "UTF-16 or UTF-32 text; convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
     b"\x28\xb5\x2f\xfd": "compressed; decompress it with: zstd -d",
     b"\xfd7zXZ\0": "compressed; decompress it with: xz -d",
@@ -47,12 +48,18 @@ def open_regular(path: str | Path) -> BufferedReader:
     Raises OSError, and UserError for a format that this program does not read.
     """
     file = open(path, "rb", opener=regular_only)
-    first = file.peek(32)
-    for start, problem in FOREIGN_FORMATS.items():
+    refuse_formats(file, path, FOREIGN_FORMATS)
+    return file
+
+
+def refuse_formats(file: BufferedReader | GzipFile, path: str | Path,
+                   formats: dict[bytes, str]) -> None:
+    """Close the file and raise UserError if it starts like one of the formats."""
+    first = file.peek(32)[:32].lstrip()
+    for start, problem in formats.items():
         if first.startswith(start):
             file.close()
             raise UserError(f"{path}: this is {problem}")
-    return file
 
 
 def read_file(path: str | Path, limit: float = math.inf) -> bytes:
@@ -75,9 +82,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:  # includes the exit that a signal causes
+    except BaseException as error:  # includes the exit that a signal causes
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the partial file, which the user did not name
         raise
     sync_folder(path.parent)
 
@@ -104,6 +113,8 @@ def refuse_link(path: Path) -> None:
 
 def check_output(path: Path, force: bool) -> None:
     """Raise UserError if a tool would replace a file, and --force is not given."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
     if os.path.lexists(path) and not force:
         raise UserError(f"{path}: already exists; name another file, or add --force to replace it")
 

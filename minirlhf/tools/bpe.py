@@ -128,7 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         texts = (text for path in options.files for text in read_texts(path))
         ranks = train_ranks(texts, options.size)
         write_ranks(options.out, ranks)
-        echo(f"{len(ranks)} ranks in {options.out}")
+        note = "; the texts have no more pairs to join" if len(ranks) < options.size else ""
+        echo(f"{len(ranks)} ranks in {options.out}{note}")
 
 
 if __name__ == "__main__":
