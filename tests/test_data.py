@@ -244,6 +244,12 @@ def test_a_key_that_changes_the_prompt_is_refused_by_its_name(tmp_path, key):
     assert read_preferences(write(tmp_path, [RECORDS["strings"] | {key: []}]))
 
 
+def test_a_system_message_in_two_places_is_there_once(tmp_path):
+    messages = [{"role": "system", "content": "Be kind."}, user("Tea?")]
+    path = write(tmp_path, [{"system": "Be kind.", "prompt": messages}])
+    assert read_prompts(path) == ["\n\nSystem: Be kind." + QUESTION]
+
+
 def test_a_second_prompt_is_refused_by_its_name_unless_it_repeats_the_first(tmp_path):
     """Which of the two was the annotator's prompt cannot be known."""
     responses = {"chosen": "a", "rejected": "b"}
@@ -283,6 +289,8 @@ def test_the_opening_of_the_response_is_there_once(tmp_path, template):
         assert read_prompts(path, template=template) == [expected[0].prompt]
     alone = write(tmp_path, [{"prompt": PROMPT.removesuffix("\n\nAssistant:")}])
     assert read_prompts(alone, template=template) == [expected[0].prompt]
+    blank = {"prompt": "Q: Tea?\nA: ", "chosen": "A: Yes", "rejected": "No"}
+    assert read_preferences(write(tmp_path, [blank]))[0].chosen == " Yes"
     other = {"prompt": "Q: Tea?\nA:", "chosen": "A: Yes", "rejected": " A: No"}
     pairs = read_preferences(write(tmp_path, [other]))
     assert pairs == [("Q: Tea?\nA:", " Yes", " No", None, 1.0)]
@@ -538,6 +546,10 @@ def test_bad_ranking_is_reported(tmp_path, change, message):
         (
             {"prompt": "p", "chosen": [], "rejected": [assistant("b")]},
             "must continue with a message of the assistant",
+        ),
+        (
+            {"prompt": "p", "chosen": [assistant("a"), user("b")], "rejected": [assistant("b")]},
+            "message of the assistant, and end with one",
         ),
         ({"chosen": [user("a")], "rejected": [user("a")]}, "share nothing up to a message of the"),
         (

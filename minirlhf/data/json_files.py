@@ -133,8 +133,8 @@ def _parse(source: str) -> dict | BadRecord:
         return BadRecord("the record is nested too deeply; flatten it")
     except ValueError as error:  # bad syntax, or an integer of thousands of digits
         reason = str(error).replace("line 1 ", "")  # of the record; the message names the line
-        fix = "convert the file to JSON lines" if reason.endswith("(char 0)") else "fix it"
-        return BadRecord(f"the record is not strict JSON ({reason}); {fix}")
+        lines = ", or convert the file to JSON lines" if reason.endswith("(char 0)") else ""
+        return BadRecord(f"the record is not strict JSON ({reason}); fix it{lines}")
     if not isinstance(record, dict):
         return BadRecord(f"the record is {KINDS[type(record)]}, not an object; "
                          'write {"prompt": ...}')

@@ -41,7 +41,7 @@ LABELS = {"preference_strength": ("response_1", "response_2"),
           "better_response_id": ("response_0", "response_1")}
 TEXT_KEYS = {"chosen", "rejected", "responses"}  # of responses that can be plain texts
 SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")
-LAST_NAME = re.compile(r"\n(\w+:)$")  # who speaks next, which some responses repeat
+LAST_NAME = re.compile(r"\n(\w+:)\s*$")  # who speaks next, which some responses repeat
 HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # in a prompt of several turns
 # Keys of a record or a message without which it would mean something else.
 UNSUPPORTED = ("history", "tools", "tool_calls", "functions", "function_call", "documents",
@@ -270,8 +270,8 @@ def _as_messages(turns: list[Turn], sides: list[list[Turn]], system: str,
         while shared and not all(_is_answer(side[shared:]) for side in sides):
             shared -= 1
         if shared == 0:
-            raise BadRecord('chosen and rejected share nothing up to a message of the assistant; '
-                            "add a prompt or drop the pair")
+            raise BadRecord('no prompt: chosen and rejected share nothing up to a message of the '
+                            "assistant; add a prompt or drop the record")
         turns = sides[0][:shared]
     answers = [side[shared:] if side[:shared] == turns else side for side in sides]
     if turns[-1][0] == "assistant":
@@ -279,14 +279,14 @@ def _as_messages(turns: list[Turn], sides: list[list[Turn]], system: str,
                         "remove it, or move it into the responses")
     if not all(map(_is_answer, answers)):
         raise BadRecord("after the prompt, chosen and rejected must continue with a message of "
-                        "the assistant; fix the record")
-    if system:
+                        "the assistant, and end with one; fix the record")
+    if system and turns[0] != ("system", system):  # some files have it in both places
         turns = [("system", system), *turns]
     return template.prompt(turns), [template.response(answer) for answer in answers]
 
 
 def _is_answer(turns: list[Turn]) -> bool:
-    return bool(turns) and turns[0][0] == "assistant"
+    return bool(turns) and turns[0][0] == turns[-1][0] == "assistant"
 
 
 def _split_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
