@@ -36,7 +36,7 @@ from minirlhf.model.loading import (
     tokenizer_name,
 )
 from minirlhf.model.transformer import apply_head, last_token_scores
-from minirlhf.rl.advantages import centered
+from minirlhf.rl.advantages import centered, in_float64
 from minirlhf.rl.preferences import accumulate_gradient, batch_preference_loss
 from minirlhf.rl.reward import Reward, score_responses
 from minirlhf.rl.sampling import SamplingSettings, sample_responses
@@ -278,7 +278,7 @@ def normalize_scores(reward_model: Transformer, base: Transformer, prompts: Prom
         samples = sample_responses(base, prompts.rows(rows), settings, NORMALIZATION, 0, rows)
         parts.append(score_responses(reward, samples))
     scores = torch.cat(parts)
-    reward_model.score_shift.copy_(scores.double().mean())  # exact if all scores are equal
+    reward_model.score_shift.copy_(in_float64(scores).mean())  # exact if all scores are equal
     scale = centered(scores).std().float()
     reward_model.score_scale.copy_(torch.where(scale > 0, scale, 1.0))
 

@@ -341,3 +341,20 @@ def test_each_algorithm_uses_its_own_advantage(algorithm, name):
     """Catches lam in place of gamma, and the function of another algorithm."""
     advantages, _ = estimate(algorithm, make_rollout(scores=SCORES), whiten="off")
     assert_close(advantages, BY_HAND[name])
+
+
+class OnMps(torch.Tensor):
+    """A tensor that claims to be on Apple's GPU, where float64 does not exist."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+
+def test_statistics_need_no_float64_where_it_does_not_exist():
+    x = torch.tensor([1.0, 2.0, 6.0])
+    torch.testing.assert_close(
+        centered(x.as_subclass(OnMps)).as_subclass(torch.Tensor), torch.tensor([-2.0, -1.0, 3.0])
+    )
+    assert centered(x).dtype == torch.float64

@@ -23,7 +23,7 @@ def group_scores(model: Transformer, groups: list[PreferenceGroup], pad: int) ->
         batch = groups[start:start + 8]
         texts = [group.prompt + response for group in batch for response in group.responses]
         ids, mask = pad_right(texts, pad)
-        flat = sequence_scores(model, ids.to(device), mask.to(device)).double().cpu().numpy()
+        flat = sequence_scores(model, ids.to(device), mask.to(device)).cpu().double().numpy()
         ends = np.cumsum([len(group.responses) for group in batch])
         scores += np.split(flat, ends[:-1])
     return scores

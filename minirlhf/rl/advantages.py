@@ -111,6 +111,11 @@ def centered(x: Tensor) -> Tensor:
     The mean of equal float32 numbers is rounded, so another number is subtracted first. In float64
     the squares of neither large nor small float32 numbers leave the range.
     """
-    x = x.double()
+    x = in_float64(x)
     x = x - x[..., :1]
     return x - x.mean(-1, keepdim=True)
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """x in float64, but unchanged on Apple's GPUs, which do not have it."""
+    return x if x.device.type == "mps" else x.double()

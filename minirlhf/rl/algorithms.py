@@ -14,6 +14,7 @@ from minirlhf.rl.advantages import (
     full_return,
     gae,
     group_normalized,
+    in_float64,
     leave_one_out,
     preference_weights,
     reward_to_go,
@@ -189,5 +190,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     variance = centered(returns[mask]).var(correction=0)
     if not variance > 0:  # zero or NaN
         return 0.0
-    errors = returns[mask].double() - values[mask]
+    errors = in_float64(returns[mask]) - values[mask]
     return float(1.0 - centered(errors).var(correction=0) / variance)
