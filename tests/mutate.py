@@ -309,7 +309,7 @@ class LineMap(NamedTuple):
     seconds: dict[str, float]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that execute a line of the mutant, quick files first.
+        """The tests that execute a line of the mutant: those of its own test file, then quick files.
 
         Lines outside of functions run at import: every test that uses the file counts.
         """
@@ -325,7 +325,13 @@ class LineMap(NamedTuple):
         cost: Counter = Counter()
         for test in covering:
             cost[test.split("::")[0]] += self.seconds[test]
-        return sorted(covering, key=lambda test: (cost[test.split("::")[0]], self.seconds[test]))
+        own_file = f"tests/test_{Path(mutant.file).stem}.py"
+
+        def order(test: str) -> tuple:
+            file = test.split("::")[0]
+            return file != own_file, cost[file], self.seconds[test]
+
+        return sorted(covering, key=order)
 
     def first_tests(self, mutant: Mutant, limit: float) -> tuple[list[str], float]:
         """(the first of tests_of that take about `limit` seconds in all, their seconds)."""

@@ -95,6 +95,19 @@ def test_the_reward_script_writes_models_metrics_and_the_next_command(inputs, tm
     assert f"python train_policy.py --reward-run {tmp_path / 'run'}" in output
 
 
+def test_all_metrics_of_a_reward_model_are_printed():
+    metrics = dict(accuracy=0.75, accuracy_low=0.7, accuracy_high=0.8, pairs=9, prompts=3)
+    metrics |= dict(calibration_error=0.125, ceiling=0.875, gold_correlation=0.5)
+    lines = train_reward.format_metrics(metrics | dict(probes={"twice": (0.25, 4)})).splitlines()
+    assert lines == [
+        "test accuracy 0.750 [0.700, 0.800] over 9 pairs of 3 prompts, calibration error 0.125",
+        "a perfect annotator would reach 0.875",
+        "correlation with gold utility 0.500",
+        "probes: the best response is ranked above the same response with one defect",
+        "  twice                 25.0%  of 4",
+    ]
+
+
 def test_the_first_preference_loss_in_the_log_is_ln_2(reward_run):
     """A new reward head gives every response the same score; any other loss is a bug."""
     logged = rows(reward_run / "reward_metrics.jsonl")
@@ -710,10 +723,7 @@ def test_a_reward_run_with_missing_or_wrong_inputs_is_one_line(
             "reward.pt: No such file or directory; is this the folder of a finished run?",
         ),
         (lambda run: (run / "base.pt").unlink(), "base.pt: No such file"),
-        (
-            lambda run: (run / "config.json").unlink(),
-            "config.json: No such file or directory; is ",
-        ),
+        (lambda run: (run / "config.json").unlink(), "config.json: No such file or directory; is "),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not a configuration"),
         (
             lambda run: (run / "reward.pt").write_bytes((run / "reward.pt").read_bytes()[:-1000]),
