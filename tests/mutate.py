@@ -309,7 +309,7 @@ class LineMap(NamedTuple):
     seconds: dict[str, float]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that execute a line of the mutant: those of its own test file, then quick files.
+        """The tests that execute a line of the mutant: of its own test file, then of quick files.
 
         Lines outside of functions run at import: every test that uses the file counts.
         """
