@@ -10,7 +10,8 @@ run of the default tests under sys.settrace.
 Results are appended to --out, one JSON line each, so that a stopped run can be continued. The
 executed lines are kept next to it, and are used again if no file has changed. Survivors
 are compared with tests/survivors.jsonl, where each has a kind (equivalent, speed, message) and a
-reason. The exit status is 1 if a survivor is not listed there, 2 if nothing could be measured.
+reason. The exit status is 1 if a survivor is not listed there (with --at-least: if fewer mutants
+are killed), 2 if nothing could be measured.
 """
 
 import argparse
@@ -590,6 +591,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--seconds", type=float, default=60, help="of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=0, help="stop after this time (0: never)")
+    parser.add_argument("--at-least", type=float, default=0, help="percent of killed mutants")
     parser.add_argument("--files", nargs="+", default=["*"], metavar="GLOB", help="only these")
     parser.add_argument("--out", type=Path, default=Path("mutate.jsonl"), help="results so far")
     options = parser.parse_args()
@@ -605,7 +607,11 @@ def main() -> int:
     finally:
         if os.getpid() == owner:
             shutil.rmtree(folder)
-    return 0 if report(results, survivors) else 1
+    all_listed = report(results, survivors)
+    if options.at_least:
+        killed = sum(bool(row["killed_by"]) for row in results)
+        return 0 if killed >= options.at_least / 100 * len(results) > 0 else 1
+    return 0 if all_listed else 1
 
 
 if __name__ == "__main__":
