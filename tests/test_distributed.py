@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import datetime
 import gc
 import importlib
 import json
@@ -313,6 +314,35 @@ def test_a_full_tensor_is_split_like_the_sharded_one(monkeypatch):
     assert calls == [((value, "mesh", "placements"), dict(src_data_rank=None))]
     other = torch.zeros(3)
     assert parallel.split_like(value, other) is value
+
+
+def test_processes_wait_an_hour_for_each_other(monkeypatch):
+    """The main process evaluates alone; torch's default would end the run after ten minutes."""
+    joined = []
+    monkeypatch.setattr(parallel, "STORE", [])
+    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(parallel.dist, "rendezvous", lambda url: iter([("store", 0, 2)]))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parallel.init_processes()
+    an_hour = datetime.timedelta(seconds=3600)
+    assert joined == [(("gloo",), dict(store="store", rank=0, world_size=2, timeout=an_hour))]
+    assert parallel.STORE == ["store"]
+
+
+def test_one_of_several_processes_ends_without_a_shutdown(monkeypatch):
+    """Its output is written and its status kept."""
+    done = []
+    stream = types.SimpleNamespace(flush=lambda: done.append("flush"))
+    monkeypatch.setattr(parallel, "STORE", ["store"])
+    monkeypatch.setattr(parallel.atexit, "_run_exitfuncs", lambda: done.append("atexit"))
+    monkeypatch.setattr(parallel.sys, "stdout", stream)
+    monkeypatch.setattr(parallel.sys, "stderr", stream)
+    monkeypatch.setattr(parallel.os, "_exit", done.append)
+    with pytest.raises(SystemExit):
+        parallel.exit_process(3)
+    monkeypatch.undo()
+    assert done == ["atexit", "flush", "flush", 3]
 
 
 @pytest.mark.parametrize("main_process", [True, False])
