@@ -398,7 +398,7 @@ def test_several_files_may_have_several_shapes(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         paths.append(write(folder, [record]))
-    pairs, n_bad = read_records(paths)
+    pairs, n_bad = read_records(paths, skip_bad_lines=False)
     assert len(pairs) == len(RECORDS) and n_bad == 0
 
 

@@ -100,7 +100,10 @@ def gpt2_options(tensors, **changes):
 ROPE3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 SCALED = dict(rope_type="llama3", original_max_position_embeddings=32) | ROPE3
 FAMILIES = dict(
-    llama=(tiny.FORMS["llama"], dict(rope_theta=100.0, attention_bias=False, rope_scaling=None)),
+    llama=(
+        tiny.FORMS["llama"],
+        dict(rope_theta=100.0, attention_bias=False, rope_scaling=None, partial_rotary_factor=1.0),
+    ),
     llama3=(tiny.FORMS["llama3"], dict(rope_parameters=dict(SCALED, rope_theta=100.0))),
     qwen2=(tiny.FORMS["qwen2"], dict(rope_theta=100.0, use_sliding_window=False, tie=False)),
     qwen3=(tiny.FORMS["qwen3"], dict(rope_theta=100.0, head_dim=6)),
@@ -434,6 +437,11 @@ def test_a_start_model_that_does_not_fit_is_refused_before_any_work(
         (dict(model_type=None), "model_type is None"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu', which is not supported"),
         (dict(attention_bias=True), "attention_bias is True"),
+        (dict(mlp_bias=True), "mlp_bias is True"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+        (dict(activation_function="relu"), "activation_function is 'relu'"),
+        (dict(scale_attn_weights=False), "scale_attn_weights is False"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
         (dict(use_sliding_window=True), "use_sliding_window is True"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "some layer_types are not"),
         (dict(quantization_config=dict(bits=4)), "quantization_config is {'bits': 4}"),

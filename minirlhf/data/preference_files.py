@@ -74,7 +74,7 @@ def read_preferences(path: str, skip_bad_lines: bool = False,
     return read_records([path], skip_bad_lines, template)[0]
 
 
-def read_records(paths: Sequence[str], skip_bad_lines: bool = False,
+def read_records(paths: Sequence[str], skip_bad_lines: bool,
                  template: ChatTemplate = DIALOGUE) -> tuple[list[PreferencePair], int]:
     """(all pairs of several files, number of bad records skipped).
 
