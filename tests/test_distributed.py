@@ -316,18 +316,24 @@ def test_a_full_tensor_is_split_like_the_sharded_one(monkeypatch):
     assert parallel.split_like(value, other) is value
 
 
-def test_processes_wait_an_hour_for_each_other(monkeypatch):
-    """The main process evaluates alone; torch's default would end the run after ten minutes."""
+@pytest.mark.parametrize("cuda, backend", [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_a_process_joins_the_others(cuda, backend, monkeypatch):
+    """It waits an hour for the evaluation in the main process; torch's default is ten minutes."""
     joined = []
+    devices = []
     monkeypatch.setattr(parallel, "STORE", [])
     monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(parallel.dist, "rendezvous", lambda url: iter([("store", 0, 2)]))
+    monkeypatch.setattr(parallel.dist, "rendezvous", lambda url: iter([("store", 0, 4)]))
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
     parallel.init_processes()
     an_hour = datetime.timedelta(seconds=3600)
-    assert joined == [(("gloo",), dict(store="store", rank=0, world_size=2, timeout=an_hour))]
+    assert joined == [((backend,), dict(store="store", rank=0, world_size=4, timeout=an_hour))]
     assert parallel.STORE == ["store"]
+    assert devices == ([1] if cuda else [])  # more processes than GPUs share them
 
 
 def test_one_of_several_processes_ends_without_a_shutdown(monkeypatch):
