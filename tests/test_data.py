@@ -876,6 +876,12 @@ def test_one_prompt_with_many_responses_makes_many_groups(enc):
     assert max(len(group.responses) for group in groups) == batches.MAX_GROUP
 
 
+def test_a_prompt_is_cut_even_if_its_last_part_has_the_maximum_length(enc, monkeypatch):
+    monkeypatch.setattr("minirlhf.data.prompts.CHUNK", 3)
+    assert encode_prompt(enc, "abcdef", 3) == (tuple(b"def"), True)
+    assert encode_prompt(enc, "abcdef", 6) == (tuple(b"abcdef"), False)
+
+
 def test_text_of_megabytes_is_cut_before_all_of_it_is_encoded(enc):
     """tiktoken fails on two million blanks, and takes seconds for a word of ten million letters."""
     for character in " a\n":

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import train_policy
 from minirlhf.config import PolicyConfig
+from minirlhf.model.transformer import Transformer
 from minirlhf.rl import rollout, sampling
 from minirlhf.run import device, parallel
 from minirlhf.run.checkpoint import load_checkpoint
@@ -31,6 +32,7 @@ from tiny import (
     environment,
     policy_config,
     python,
+    random_model,
     refused,
     reward_config,
     rows,
@@ -298,6 +300,24 @@ class FakeReplica:
         self.is_alone = True
         yield
         self.is_alone = False
+
+
+def test_an_unsharded_copy_has_all_weights(monkeypatch):
+    """FSDP2 gives a sharded model a class that is derived from its own."""
+    model = random_model()
+    assert parallel.unsharded(model) is model
+    model.__class__ = type("Sharded", (Mixin, Transformer), {})
+    model.bf16 = True
+    monkeypatch.setattr(parallel, "is_sharded", lambda x: True)
+    monkeypatch.setattr(parallel, "full_tensor", torch.clone)
+    plain = parallel.unsharded(model)
+    assert type(plain) is Transformer and plain.bf16
+    for name, value in model.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value)
+
+
+class Mixin:
+    pass
 
 
 def test_a_full_tensor_is_split_like_the_sharded_one(monkeypatch):
