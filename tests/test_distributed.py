@@ -302,6 +302,27 @@ class FakeReplica:
         self.is_alone = False
 
 
+def test_sharded_gradients_are_summed_and_not_averaged(monkeypatch):
+    """The losses divide by the whole batch. Each block is sharded, and then the rest."""
+    calls = []
+
+    def fully_shard(part, mesh):
+        calls.append((part, mesh))
+        return types.SimpleNamespace(
+            set_gradient_divide_factor=lambda factor: calls.append(("divide", factor)),
+            set_force_sum_reduction_for_comms=lambda on: calls.append(("sum", on)),
+        )
+
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    monkeypatch.setattr(fsdp, "fully_shard", fully_shard)
+    monkeypatch.setattr(parallel.dist, "init_device_mesh", lambda device, sizes: (device, sizes))
+    model = random_model()
+    parallel.shard(model, torch.device("cpu"))
+    parts = [*model.blocks, model]
+    settings = [("divide", 1.0), ("sum", True)]
+    assert calls == [call for part in parts for call in [(part, ("cpu", (1,))), *settings]]
+
+
 def test_an_unsharded_copy_has_all_weights(monkeypatch):
     """FSDP2 gives a sharded model a class that is derived from its own."""
     model = random_model()

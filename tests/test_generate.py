@@ -483,6 +483,7 @@ def test_top_p_applies_after_the_temperature():
 def test_top_p_by_hand(top_p, expected):
     """top_p keeps the smallest set of probability p: the token that reaches p is in it."""
     assert kept([0.05, 0.5, 0.15, 0.3], top_p=top_p) == expected
+    assert len(kept([0.25, 0.25, 0.25, 0.25], top_p=0.5)) == 2  # reached exactly
 
 
 def test_top_p_applies_to_the_tokens_that_top_k_keeps():
