@@ -396,7 +396,7 @@ def test_the_kl_of_an_evaluation_is_that_of_the_policy_from_the_base_model(task)
     policy = copy.deepcopy(task.base)
     with torch.no_grad():
         for weight in policy.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     rows = list(range(len(task.heldout.texts)))
     samples = sample_responses(
         policy.for_decoding(), task.heldout, task.evaluation, "evaluate", rows=rows
@@ -408,7 +408,7 @@ def test_the_kl_of_an_evaluation_is_that_of_the_policy_from_the_base_model(task)
         expected.append((logprobs.exp() * difference).sum().item())
     kl = Evaluator(task, task.heldout, "evaluate").evaluate(policy)["sampled"].kl
     np.testing.assert_allclose(kl, expected, atol=1e-4)
-    assert kl.min() > 1e-3
+    assert kl.max() > 0.01
 
 
 def response_log_softmax(model, samples, row, temperature):
