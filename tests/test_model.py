@@ -514,6 +514,20 @@ def test_new_tensors_are_on_the_device_of_the_arguments(form):
         sequence_scores(model, *prompts)
 
 
+@pytest.mark.parametrize(
+    "biases, expected",
+    [
+        ("none", set()),
+        ("qkv", {"attention_in"}),
+        ("all", {"attention_in", "attention_out", "mlp_in", "mlp_out"}),
+    ],
+)
+def test_which_matrices_of_a_block_have_a_bias(biases, expected):
+    (block,) = Transformer(ModelConfig(11, 64, 1, 2, 16, 24, rms_norm=True, biases=biases)).blocks
+    names = [name for name, _ in block.named_parameters() if name.endswith("bias")]
+    assert {name.split(".")[0] for name in names} == expected
+
+
 def test_initial_weights_have_the_stated_deviations():
     """Mean 0, and 1 / sqrt(fan-in) for matrices, but 1 / sqrt(2 layers fan-in) for outputs."""
     sizes = dict(vocab_size=2000, table_rows=2048, n_layer=8, n_head=4, d_model=256, context=512)
