@@ -92,7 +92,10 @@ COMMANDS = {
     "ruff check .": Elsewhere(step="ruff check ."),
     "mypy": Elsewhere(step="mypy"),
     "python -m tests.mutants": Elsewhere(step="python -m tests.mutants"),
-    "python -m tests.mutate --sample 500": Elsewhere(step="python -m tests.mutate --sample 100"),
+    "python -m tests.mutate --sample 500": Elsewhere(
+        step="python -m tests.mutate --sample 100 --minutes 7 --at-least 80 "
+        '--out "$work/mutate.jsonl"'
+    ),
     "python -m tests.reliability": Elsewhere(step="python -m tests.reliability brief"),
     "python -m minirlhf.plain": Elsewhere(step="python -m minirlhf.plain"),
     "python steps.py --algorithm steps": Elsewhere(test="test_tools_own_algorithm.py"),
