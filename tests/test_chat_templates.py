@@ -119,6 +119,7 @@ def test_templates_are_recognized(tmp_path, source, template):
         "[INST] {{ message.content }} [/INST]",
         SMOLLM2 + "<|im_sep|>",
         QWEN3.replace(r"\n\n</think>", "</think>"),
+        QWEN3.replace("<think>", "[think>"),
         "<|im_start|>{{ message.role | capitalize }}: {{ message.content }}<|im_end|>",
     ],
 )

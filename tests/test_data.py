@@ -625,6 +625,17 @@ def test_the_content_and_not_the_name_says_whether_a_file_is_compressed(tmp_path
     )
 
 
+def test_a_limited_number_of_blank_lines_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_BLANK_LINES", 3)
+    record = b'{"prompt": "a", "chosen": "x", "rejected": "y"}\n'
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes((b"\n" * 3 + record) * 2)
+    assert len(read_preferences(str(path))) == 2
+    path.write_bytes(b"\n" * 4 + record)
+    with pytest.raises(UserError, match="more than 3 blank lines"):
+        read_preferences(str(path))
+
+
 @pytest.mark.parametrize("start, unit", [(b"", b"\n"), (b"", b" "), (b"", b"a"), (b"[", b"\n")])
 def test_a_decompression_bomb_is_one_line_after_a_second(start, unit, tmp_path):
     """A quarter of a megabyte of compressed blank lines kept the reader busy for minutes."""
@@ -965,6 +976,13 @@ def test_every_index_occurs_once_per_epoch_and_only_the_last_batch_is_smaller(co
     assert sorted(index for batch in batches for index in batch) == list(range(count))
     assert all(len(batch) == batch_size for batch in batches[:-1]) and all(batches)
     assert batches == epoch_batches(lengths, batch_size, seed=0, epoch=3)
+
+
+def test_the_order_of_the_data_is_that_of_the_published_results():
+    """With another order, a run that was stopped would not resume after an update."""
+    lengths = [1 + 7 * i % 11 for i in range(68)]
+    first = [[49, 38, 5, 27], [51, 18, 48, 15], [4, 37, 26, 59]]
+    assert epoch_batches(lengths, 4, seed=0, epoch=1)[:3] == first
 
 
 def test_order_depends_only_on_seed_and_epoch():

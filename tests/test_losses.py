@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.data.batches import PreferenceGroup
@@ -26,7 +27,7 @@ from minirlhf.rl.losses import (
 )
 from minirlhf.rl.rollout import Rollout, token_rewards
 from train_policy import update
-from train_reward import pair_loss
+from train_reward import finetune, pair_loss
 
 import pytest
 import torch
@@ -123,6 +124,31 @@ def test_a_tie_counts_one_half_in_accuracy():
     assert metrics["accuracy"] == 0.5
     assert metrics["loss"] == pytest.approx(math.log(2))
     assert metrics["pairs"] == 6
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_fine_tuning_averages_over_all_tokens_of_the_batch(size):
+    """By hand: -log p of every token but the first, whatever the micro-batches."""
+    model = random_model().double().requires_grad_(True)
+    texts = [(1, 2, 3, 10), (4, 10), (5, 6, 10), (7, 8, 9, 1, 2, 10)]
+    groups = [PreferenceGroup(text[:1], (text[1:],), ()) for text in texts]
+    terms = []
+    for text in texts:
+        ids = torch.tensor([text])
+        hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))[0, :-1]
+        logprobs = (hidden @ model.lm_weight.T).log_softmax(-1)
+        terms.append(-logprobs.gather(1, ids[0, 1:, None]))
+    expected = torch.cat(terms).mean().item()
+    logged = []
+    run = SimpleNamespace(
+        resume=lambda *arguments: None,
+        steps=lambda: range(1),
+        total=1,
+        log=lambda row, text: logged.append(row),
+        save=lambda *arguments: None,
+    )
+    finetune(model, groups, 11, RewardConfig(sft_batch_size=4, micro_batch_size=size), run)
+    assert logged[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_reward_models_loss_is_the_weighted_sum_over_pairs():
