@@ -26,11 +26,11 @@ from minirlhf.run.terminal import Progress, echo, shell_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# (color, line, marker). Colors are safe for color-blind readers (Okabe and Ito 2008); lines and
-# markers also differ, for print without color.
+# (color, line, marker). Colors are safe for color-blind readers (seven of Okabe and Ito 2008, gray
+# and wine); lines and markers also differ, for print without color.
 STYLES = (("#000000", "-", "o"), ("#E69F00", "--", "s"), ("#56B4E9", "-.", "^"),
           ("#009E73", ":", "D"), ("#D55E00", "-", "v"), ("#0072B2", "--", "P"),
-          ("#CC79A7", "-.", "X"))
+          ("#CC79A7", "-.", "X"), ("#999999", "-", "*"), ("#882255", "--", "<"))
 
 
 def run_lab(main: Callable, config_class) -> None:
