@@ -1,7 +1,7 @@
 """Code that only a file names is not run: a run folder may come from another person."""
 
 import doctest
-import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.lab import second_round
 from minirlhf.run import folder
-from minirlhf.run.folder import is_users_module, sealed
+from minirlhf.run.folder import is_users_module
 from minirlhf.tools import chat, label, report
 
 import pytest
@@ -24,22 +24,29 @@ from tiny import *
 """
 
 
+@pytest.fixture(scope="module")
+def evil_runs(inputs, tmp_path_factory):
+    """A folder with a reward and a policy run whose settings name the module "evil"."""
+    folder = tmp_path_factory.mktemp("evil")
+    (folder / "evil.py").write_text("from tiny import *\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", ["", *sys.path])
+        settings = dict(sft_sequences=480, epochs=3, task="evil")
+        train_reward.main(reward_config(inputs, "reward", **settings))
+        reward = "evil:letters_right"
+        train_policy.main(policy_config(Path("reward"), "policy", task="evil", reward=reward))
+    sys.modules.pop("evil")
+    return folder
+
+
 @pytest.fixture
-def strangers_runs(reward_run, policy_run, tmp_path, monkeypatch):
-    """Copies of a reward and a policy run whose settings name the module "evil"."""
+def strangers_runs(evil_runs, tmp_path, monkeypatch):
+    """Copies of the two runs next to a module that leaves a mark if it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
+    shutil.copytree(evil_runs, tmp_path, dirs_exist_ok=True)
     (tmp_path / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "mark")))
-    for name, source in (("reward", reward_run), ("policy", policy_run)):
-        content = json.loads((source / "config.json").read_text())
-        changes = dict(task="evil", out=name)
-        if name == "policy":
-            changes |= dict(reward_run="reward", reward="evil:letters_right")
-        content = sealed(content["settings"] | changes, content["facts"])
-        for file in source.glob("*.*"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / file.name).write_bytes(file.read_bytes())
-        (tmp_path / name / "config.json").write_text(json.dumps(content))
     yield tmp_path
     sys.modules.pop("evil", None)
 
