@@ -244,10 +244,29 @@ def test_a_key_that_changes_the_prompt_is_refused_by_its_name(tmp_path, key):
     assert read_preferences(write(tmp_path, [RECORDS["strings"] | {key: []}]))
 
 
+@pytest.mark.parametrize("shape", ["ranking", "pair", "label"])
+def test_a_record_with_two_judgments_is_refused(tmp_path, shape):
+    """Which one the annotator meant cannot be known."""
+    pair = {"chosen": "a", "rejected": "b"}
+    ranking = {"responses": ["b", "a"], "preferences": [[0, 1]]}
+    label = {"response_1": "b", "response_2": "a", "preference_strength": -1}
+    record = {"prompt": "p"} | dict(
+        ranking=pair | ranking, pair=pair | label, label=ranking | label
+    )[shape]
+    for read in (read_preferences, read_prompts):
+        with pytest.raises(UserError, match='lines.jsonl:1: "(chosen|preference_strength)" would'):
+            read(write(tmp_path, [record]))
+
+
 def test_a_system_message_in_two_places_is_there_once(tmp_path):
     messages = [{"role": "system", "content": "Be kind."}, user("Tea?")]
     path = write(tmp_path, [{"system": "Be kind.", "prompt": messages}])
     assert read_prompts(path) == ["\n\nSystem: Be kind." + QUESTION]
+    system = {"system": "Be kind.", "system_prompt": "Be kind."}
+    for text in ("\n\nSystem: Be kind." + QUESTION, "Be kind.\n\nTea?"):
+        assert read_prompts(write(tmp_path, [system | {"prompt": text}])) == [text]
+    other = write(tmp_path, [{"system": "Be brief.", "prompt": messages}])  # both are kept
+    assert read_prompts(other) == ["\n\nSystem: Be brief.\n\nSystem: Be kind." + QUESTION]
 
 
 def test_a_second_prompt_is_refused_by_its_name_unless_it_repeats_the_first(tmp_path):

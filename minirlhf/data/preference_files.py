@@ -18,7 +18,7 @@ chat template. All others are messages: the template puts them together.
 `margin` and `weight` are optional; in a ranked record each may be a list with one number per
 preference. A tie is two preferences, one in each order, of weight 1/2. `system` (SYSTEM_KEYS) is a
 system message before the prompt. Keys that would change the conversation and are not supported
-(UNSUPPORTED, or a second prompt) make a record bad; other keys are ignored.
+(UNSUPPORTED, or a second prompt or judgment) make a record bad; other keys are ignored.
 """
 
 import re
@@ -39,7 +39,7 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 LABELS = {"preference_strength": ("response_1", "response_2"),
           "overall_preference": ("response1", "response2"),
           "better_response_id": ("response_0", "response_1")}
-TEXT_KEYS = {"chosen", "rejected", "responses"}  # of responses that can be plain texts
+TEXT_KEYS = ("chosen", "rejected", "responses")  # of responses that can be plain texts
 SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")
 LAST_NAME = re.compile(r"\n(\w+:)\s*$")  # who speaks next, which some responses repeat
 HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # in a prompt of several turns
@@ -205,10 +205,13 @@ def _texts(record: dict, answers: list[tuple[str, object]],
     read = {prompt_key, "input"} if prompt_key == "instruction" else {prompt_key}
     second = [key for key in (*PROMPT_KEYS[:4], "input")
               if key not in read and record.get(key) != prompt]
-    _refuse(record, [*UNSUPPORTED, *second])
-    system = "\n".join(check_text(record[key], key) for key in SYSTEM_KEYS if record.get(key))
+    unread = [key for key in (*TEXT_KEYS, *LABELS)  # such as a pair next to a ranking
+              if key not in keys and LABELS.get(key) != tuple(keys)]
+    _refuse(record, [*UNSUPPORTED, *second, *unread])
+    systems = [check_text(record[key], key) for key in SYSTEM_KEYS if record.get(key)]
+    system = "\n".join(dict.fromkeys(systems))
     has_messages = any(isinstance(value, (list, dict)) for _, value in [("", prompt), *answers])
-    if has_messages or prompt_key not in ("", "prompt") or not TEXT_KEYS.issuperset(keys):
+    if has_messages or prompt_key not in ("", "prompt") or not set(keys).issubset(TEXT_KEYS):
         if prompt_key == "instruction" and record.get("input"):
             prompt = f"{check_text(prompt, prompt_key)}\n{check_text(record['input'], 'input')}"
         turns = _turns(prompt, prompt_key, "user") if prompt_key else []
@@ -249,7 +252,8 @@ def _as_texts(prompt: str, responses: list[str], system: str,
         return _as_messages(turns, [_dialogue(ASSISTANT + each) for each in responses], system,
                             template)
     if system:
-        prompt = (DIALOGUE.message("system", system) if is_dialogue else f"{system}\n\n") + prompt
+        first = DIALOGUE.message("system", system) if is_dialogue else f"{system}\n\n"
+        prompt = first + prompt.removeprefix(first)  # some files have it in both places
     return template.start + prompt, responses
 
 
