@@ -1,7 +1,9 @@
 """Evaluation: every reported metric has the meaning that its name states."""
 
 import copy
+import doctest
 import math
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -144,11 +146,16 @@ def test_calibration_error_by_hand():
 
 
 def test_a_prompt_counts_once_in_any_number_of_groups(score_by_last_letter, encoding):
-    """Pairs of a prompt may be anywhere in a file. Counted twice, the interval is too narrow."""
+    """Pairs of a prompt may be anywhere in a file. Counted twice, the interval is too narrow.
+
+    In the correlation, a response counts once in any number of groups.
+    """
     apart = [group("a", ("y", "x")), group("b", ("x", "y")), group("a", ("x", "z"), ("z", "x"))]
     together = [group("a", ("y", "x"), ("x", "z"), ("z", "x")), group("b", ("x", "y"))]
+    truth = SimpleNamespace(gold=lambda prompt, response, finished: response == "x")
     results = [
-        evaluate_reward_model(fresh_model(), groups, encoding, None) for groups in (apart, together)
+        evaluate_reward_model(fresh_model(), groups, encoding, truth)
+        for groups in (apart, together)
     ]
     assert results[0] == pytest.approx(results[1])
     assert results[0]["prompts"] == 2
@@ -425,7 +432,8 @@ def test_wins_compare_gold_utility_if_it_is_known_and_the_score_otherwise(task):
     evaluator = Evaluator(task, task.heldout, "evaluate")
     base = evaluator.base["sampled"]
     count = len(base.responses)
-    better = base._replace(gold=base.gold + 1.0, score=base.score - 1.0)
+    others = [f"{text}!" for text in base.responses]
+    better = base._replace(responses=others, gold=base.gold + 1.0, score=base.score - 1.0)
     row = summarize(better, base)
     assert row["win_rate"] == 1.0
     assert row["gold"] == pytest.approx(base.gold.mean() + 1)
@@ -434,9 +442,17 @@ def test_wins_compare_gold_utility_if_it_is_known_and_the_score_otherwise(task):
     assert summarize(base._replace(finished=np.zeros(count)), base)["eos_rate"] == 0.0
     assert row["length"] == pytest.approx(np.mean(base.length))
     assert summarize(better._replace(gold=None), base._replace(gold=None))["win_rate"] == 0.0
-    half = base._replace(gold=base.gold + np.arange(count) % 2)
+    half = base._replace(responses=others, gold=base.gold + np.arange(count) % 2)
     expected = (0.5 * -(-count // 2) + count // 2) / count
     assert summarize(half, base)["win_rate"] == pytest.approx(expected)
+
+
+def test_equal_responses_are_a_tie_whatever_the_rounding_of_their_scores(task):
+    """The score of a text differs in the last digits between batches of other shapes."""
+    base = Evaluator(task, task.heldout, "evaluate").base["sampled"]._replace(gold=None)
+    rounded = base._replace(score=base.score + 1e-7)
+    assert summarize(rounded, base)["win_rate"] == 0.5
+    assert summarize(rounded._replace(finished=~base.finished), base)["win_rate"] == 1.0
 
 
 def test_gold_utility_depends_on_text_and_ending(task):
@@ -468,6 +484,23 @@ def test_best_of_n_improves_with_n_and_has_the_known_kl_bound(task):
     assert one["score"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_best_of_n_samples_few_prompts_at_a_time(task, monkeypatch):
+    """All at once could fill the memory at the end of a run; the samples are the same."""
+    assert doctest.testmod(policy).failed == 0
+    expected = best_of_n(task, task.train, (1, 4))
+    counts = []
+
+    def recording(model, prompts, *arguments):
+        counts.append(len(prompts.texts))
+        return sample_responses(model, prompts, *arguments)
+
+    monkeypatch.setattr(policy, "BATCH", 4)
+    monkeypatch.setattr(policy, "sample_responses", recording)
+    for row, other in zip(expected, best_of_n(task, task.train, (1, 4))):
+        assert row == pytest.approx(other, abs=1e-5)
+    assert max(counts) == 4 and sum(counts) == 4 * len(task.train.texts)
+
+
 def test_the_final_table_shows_the_share_of_the_gap_that_is_closed(task):
     """The share is 0 for the base model. The table shows both models at both decodings."""
     metrics, table, page = final_evaluation(task, task.base, 3)
@@ -491,9 +524,10 @@ def test_the_final_table_shows_the_share_of_the_gap_that_is_closed(task):
     shown = [f"{metrics[f'sampled_{key}']:+.2f}" for key in ("gold", "score")]
     assert shown[0] in line.split() and shown[1] in line.split()
     assert "wins against the base model at the same decoding, by gold utility" in table
+    assert table.endswith("best of n: on the first 3 of these prompts")
     assert page.count("**before**") == page.count("**after**") == len(task.test.texts[:8])
     metrics, table, _ = final_evaluation(task._replace(ground_truth=None), task.base, 0)
-    assert "by score (the task has no gold utility)" in table
+    assert "by score (the task has no gold utility)" in table and "best of n" not in table
     assert not any("gold" in key or "best" in key for key in metrics)
 
 
@@ -526,6 +560,9 @@ def test_no_text_can_end_the_code_fence_around_it():
         assert not any(line.startswith(last) for line in inside)
         assert "\x1b" not in page
         assert "\u202e" not in page
+    start = time.process_time()
+    assert len(fenced("`" * 200_000)) == 600_008  # takes linear time
+    assert time.process_time() - start < 2
 
 
 def test_the_last_row_of_a_reward_run_has_its_test_metrics(reward_run):

@@ -1,6 +1,7 @@
 """Evaluation of a policy: compared with the base model, with the same decoding method."""
 
 import math
+import re
 from typing import NamedTuple
 
 from minirlhf.data.prompts import Prompts
@@ -37,13 +38,21 @@ class EvalResult(NamedTuple):
         return self.score if self.gold is None else self.gold
 
 
+def row_batches(count: int) -> list[list[int]]:
+    """The row numbers 0 to count - 1, at most BATCH at a time: more could fill the memory.
+
+    >>> [len(rows) for rows in row_batches(300)]
+    [128, 128, 44]
+    """
+    return [list(range(count))[start:start + BATCH] for start in range(0, count, BATCH)]
+
+
 def evaluate_decoding(model: Transformer, task: Task, prompts: Prompts, greedy: bool,
                       purpose: str) -> EvalResult:
     """Answer the prompts in batches and measure every response."""
     responses, score, gold, kl, length, finished = [], [], [], [], [], []
     decoder = model.for_decoding()
-    for start in range(0, len(prompts.texts), BATCH):
-        rows = list(range(start, min(start + BATCH, len(prompts.texts))))
+    for rows in row_batches(len(prompts.texts)):
         samples = sample_responses(decoder, prompts.rows(rows), task.evaluation, purpose,
                                    rows=None if greedy else rows)
         responses += samples.responses
@@ -64,7 +73,11 @@ def summarize(result: EvalResult, base: EvalResult) -> dict[str, float]:
     if result.score is not None:
         row |= dict(score=result.score.mean(), score_se=standard_error(result.score))
     if result.utility is not None:
-        wins = np.where(result.utility == base.utility, 0.5, result.utility > base.utility)
+        # Equal responses of two batches may have scores that differ by rounding.
+        are_equal = np.array(result.responses) == np.array(base.responses)
+        are_equal &= result.finished == base.finished
+        is_tie = are_equal | (result.utility == base.utility)
+        wins = np.where(is_tie, 0.5, result.utility > base.utility)
         row |= dict(zip(("win_rate", "win_low", "win_high"), bootstrap_interval(wins)))
     if result.gold is not None:
         row |= dict(gold=result.gold.mean(), gold_se=standard_error(result.gold))
@@ -101,20 +114,23 @@ def best_of_n(task: Task, prompts: Prompts, counts: tuple[int, ...]) -> list[dic
     Its KL from the base model is at most log n - (n - 1) / n nats (Stiennon et al. 2020; proof that
     it is a bound: Beirami et al. 2024).
     """
-    rows = list(range(len(prompts.texts)))
     base = task.base.for_decoding()
-    all_samples = [sample_responses(base, prompts, task.evaluation, "best of n", number, rows)
+    score_parts, gold_parts = [], []
+    for rows in row_batches(len(prompts.texts)):
+        samples = [sample_responses(base, prompts.rows(rows), task.evaluation, "best of n", number,
+                                    rows)
                    for number in range(max(counts))]
-    scores = np.array([score_responses(task.reward, samples).tolist()
-                       for samples in all_samples])  # [max(counts), prompts]
-    gold = np.array([gold_utility(samples, task.ground_truth) or [] for samples in all_samples])
+        score_parts.append([score_responses(task.reward, each).tolist() for each in samples])
+        gold_parts.append([gold_utility(each, task.ground_truth) or [] for each in samples])
+    scores = np.concatenate(score_parts, axis=1)  # [max(counts), prompts]
+    gold = np.concatenate(gold_parts, axis=1)
     table = []
     for n in counts:
         best = scores[:n].argmax(axis=0)
         row = dict(n=n, kl_bound=math.log(n) - (n - 1) / n,
                    score=float(scores[:n].max(axis=0).mean()))
         if gold.size:
-            row["gold"] = float(gold[best, rows].mean())
+            row["gold"] = float(gold[best, range(len(best))].mean())
         table.append(row)
     return table
 
@@ -136,8 +152,11 @@ def final_evaluation(task: Task, policy: Transformer, best_of: int) -> tuple[dic
     if best_of and task.reward.source is not None:
         for row in best_of_n(task, task.test.first(best_of), BEST_OF):
             metrics |= {f"best_of_{row['n']}_{key}": row[key] for key in row if key != "n"}
+    table = format_table(metrics, len(task.test.texts))
+    if "best_of_1_score" in metrics and best_of < len(task.test.texts):
+        table += f"\nbest of n: on the first {best_of} of these prompts"
     page = samples_page(task.test.texts, evaluator.base["sampled"], results["sampled"])
-    return metrics, format_table(metrics, len(task.test.texts)), page
+    return metrics, table, page
 
 
 def gap_closed(task: Task, metrics: dict) -> dict:
@@ -203,7 +222,5 @@ def samples_page(prompts: list[str], before: EvalResult, after: EvalResult, coun
 def fenced(text: str) -> str:
     """The text in a code fence longer than any in it, so that it cannot end the fence."""
     text = printable(text)
-    ticks = "```"
-    while ticks in text:
-        ticks += "`"
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}text\n{text}\n{ticks}"

@@ -62,11 +62,13 @@ def compare_to_ground_truth(groups: list[PreferenceGroup], scores: list[np.ndarr
     texts = [(decode(encoding, group.prompt), [decode(encoding, ids) for ids in group.responses])
              for group in groups]
     metrics = {}
+    eos = encoding.eot_token
     if hasattr(ground_truth, "gold"):
-        gold = [ground_truth.gold(prompt, response, ids[-1] == encoding.eot_token)
-                for (prompt, responses), group in zip(texts, groups)
-                for response, ids in zip(responses, group.responses)]
-        flat = np.concatenate(scores)
+        # A response of several groups of its prompt counts once.
+        points = {(group.prompt, ids): (score, ground_truth.gold(prompt, response, ids[-1] == eos))
+                  for (prompt, responses), group, of_group in zip(texts, groups, scores)
+                  for response, ids, score in zip(responses, group.responses, of_group)}
+        flat, gold = np.array([*points.values()], float).T
         varies = np.ptp(flat) > 0 and np.ptp(gold) > 0
         metrics["gold_correlation"] = float(np.corrcoef(flat, gold)[0, 1]) if varies else 0.0
     if hasattr(ground_truth, "preference_probability"):
