@@ -430,6 +430,8 @@ def test_bad_input_is_one_line(reward_run, base_only, tmp_path, capsys):
     assert f"{prompts}:1: " in message and '"chosen"' in message
     message = error(capsys, flags_of(reward_run, out, reward="tiny:letters_right"))
     assert "preference pairs" in message and "--reward" in message
+    message = error(capsys, flags_of(reward_run, out, prompts=str(prompts)))
+    assert "--prompts" in message and "--data" in message
     for beta in ("0", "-1", "nan"):
         message = error(capsys, [*flags_of(reward_run, out), f"--dpo-beta={beta}"])
         assert "--dpo-beta" in message

@@ -107,6 +107,8 @@ def load_pairs(config: PolicyConfig, reward_config: RewardConfig, splits: Splits
             raise UserError("--data: only --algorithm dpo learns from pairs; leave it out, or name "
                             "prompts with --prompts")
         return []
+    if config.prompts:
+        raise UserError("--prompts: dpo learns from pairs; leave it out, or name pairs with --data")
     pairs = splits.train
     if config.data:
         pairs, _ = read_records(config.data, reward_config.skip_bad_lines,
