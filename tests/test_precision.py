@@ -9,8 +9,10 @@ from minirlhf.data.batches import pad_left, pad_right
 from minirlhf.model import Transformer
 from minirlhf.model.cache import KVCache
 from minirlhf.model.fast_decode import fast_linear_layers
+from minirlhf.model.loading import load_model, save_model
 from minirlhf.model.transformer import sequence_scores
 from minirlhf.rl.rollout import evaluate_actions
+from minirlhf.run.checkpoint import restore
 from minirlhf.run.command_line import run_script
 from minirlhf.run.device import pick_device
 from minirlhf.run.errors import UserError
@@ -196,6 +198,9 @@ OUT_OF_MEMORY = [
         "[enforce fail at alloc_cpu.cpp:126] err == 0. "
         "DefaultCPUAllocator: can't allocate memory: you tried"
     ),
+    RuntimeError("CUDA error: out of memory"),  # another program has filled the GPU
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"),
 ]
 
 
@@ -212,6 +217,28 @@ def test_out_of_memory_is_one_line_that_names_the_flag(error, capsys):
     assert stopped.value.code == 2
     assert message.count("\n") == 1
     assert "out of memory" in message and "--micro-batch-size 1" in message
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_file_is_not_blamed_if_memory_runs_out(error, tmp_path, monkeypatch):
+    """To delete it, or to train again, would be wrong advice."""
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    model = random_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    path = tmp_path / "base.pt"
+    save_model(path, "base", model, dict(tokenizer="t"))
+    monkeypatch.setattr(Transformer, "load_state_dict", fail)
+    with pytest.raises(type(error)):
+        restore((dict(step=1), states), model, optimizer)
+    with pytest.raises(type(error)):
+        load_model(path, "base", "t")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        load_model(path, "base", "t")
 
 
 def test_any_other_runtime_error_keeps_its_traceback():

@@ -7,7 +7,7 @@ from minirlhf.data.tokenizer import fingerprint, table_rows
 from minirlhf.model.pretrained import load_weights, weight_files
 from minirlhf.model.transformer import ModelConfig, Transformer
 from minirlhf.run.checkpoint import load_checkpoint, read_seal, save_checkpoint
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import UserError, raise_if_out_of_memory
 from minirlhf.run.folder import read_config, with_tuples
 from minirlhf.run.seeding import derive_seed
 from minirlhf.run.terminal import echo
@@ -52,6 +52,7 @@ def load_model(path: Path, kind: str, tokenizer: str, run: str = "") -> tuple[Tr
                    for name, tensor in states["model"].items()}
         model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise_if_out_of_memory(error)
         reason = str(error).splitlines()[-1].strip()[:200]
         raise UserError(f"{path}: its tensors do not fit the sizes it states ({reason}); "
                         "train again") from None

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import minirlhf
-from minirlhf.run.errors import UserError
+from minirlhf.run.errors import UserError, raise_if_out_of_memory
 from minirlhf.run.files import open_regular, read_file, write_atomically
 from minirlhf.run.parallel import full_states, is_main, split_like
 from minirlhf.run.terminal import echo, printable
@@ -93,7 +93,8 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict, dict]:
         if [type(x) for x in (file_format, file_kind, meta, states)] != [str, str, dict, dict]:
             raise ValueError("another format")
         broken = first_not_finite(states)
-    except Exception:  # a malicious file can raise anything in the restricted unpickler
+    except Exception as error:  # a malicious file can raise anything in the restricted unpickler
+        raise_if_out_of_memory(error)
         raise UserError(f"{path}: refused, because it is not a plain checkpoint of this program; "
                         "train again") from None
     if file_format != FORMAT:
@@ -165,6 +166,7 @@ def restore(checkpoint: tuple[dict, dict] | None, model: torch.nn.Module,
                 moments[key] = split_like(value, parameters[number])
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise_if_out_of_memory(error)
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:200]
         raise UserError(f"a checkpoint does not fit its run ({reason}); "
                         "delete it, or start a new run") from None

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minirlhf.run.errors import KINDS, UserError, suggest
+from minirlhf.run.errors import KINDS, UserError, is_out_of_memory, suggest
 from minirlhf.run.folder import MODULES, read_config, trusted_module, with_tuples
 from minirlhf.run.parallel import (
     claim_error_report,
@@ -20,8 +20,6 @@ from minirlhf.run.parallel import (
     is_lost_peer,
 )
 from minirlhf.run.terminal import echo, prepare_output
-
-import torch
 
 MAX_MESSAGE = 2000  # characters; an error may quote a value of any size
 # Without a bound of its own, a setting must fit int64, or have a finite square in float32.
@@ -142,12 +140,12 @@ def run_script(main: Callable, config_class, arguments: list[str] | None = None,
             main(configure(config_class, sys.argv[1:] if arguments is None else arguments))
             finish_processes()
         except (MemoryError, RuntimeError) as error:
-            if is_lost_peer(error):
-                fail("another process of this run ended; its own output says why; "
-                     "resume with --resume", 1)
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                raise UserError(OUT_OF_MEMORY) from None
+            if not is_lost_peer(error):
                 raise
-            raise UserError(OUT_OF_MEMORY) from None
+            fail("another process of this run ended; its own output says why; "
+                 "resume with --resume", 1)
 
 
 @contextlib.contextmanager
@@ -165,11 +163,6 @@ def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
              "files written earlier are complete", 2)
     except KeyboardInterrupt:
         fail(interrupted, 130)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "can't allocate memory" in str(error))
 
 
 def fail(message: str, status: int) -> typing.NoReturn:

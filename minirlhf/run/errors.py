@@ -18,6 +18,18 @@ class Exit(SystemExit):
     """This program ends the process. A SystemExit of a user's function is an error instead."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the main memory or a GPU's is full."""
+    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise the error again if memory ran out: the file that was being read is not its cause."""
+    if is_out_of_memory(error):
+        raise error
+
+
 def call_users_function(name: str, function: Callable, *arguments) -> Any:
     """What the function returns. Raises UserError if it raises anything, also by sys.exit(0).
 
