@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.model.transformer import Transformer
 from minirlhf.rl.algorithms import pick_algorithm
+from minirlhf.run import folder as run_folder
 from minirlhf.run import run as run_module
 from minirlhf.run.command_line import flag, parse_flags, run_script
 from minirlhf.run.errors import UserError
@@ -341,6 +343,18 @@ def test_a_damaged_config_file_is_refused_in_one_line(config_class, content, tmp
         message = str(error.value)
         assert "\n" not in message
         assert "written by" not in message
+
+
+def test_a_config_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """Its permissions or its disk are the problem, and a new run would not help."""
+
+    def fail(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(run_folder, "read_file", fail)
+    with pytest.raises(UserError, match="config.json: Permission denied;") as error:
+        read_config(RewardConfig, tmp_path / "config.json")
+    assert "start a new run" not in str(error.value)
 
 
 def test_settings_read_from_the_file_equal_those_written(tmp_path):

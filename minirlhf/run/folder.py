@@ -128,9 +128,9 @@ def read_run(config_class, path: Path):
         config.check()
         intact = content == sealed(settings, facts)
         facts = {name: str(value) for name, value in facts.items()}
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {path.parent} a run folder?") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
             RecursionError) as error:
         raise UserError(f"{path}: not a configuration of this program ({error}); "
                         "start a new run") from None
