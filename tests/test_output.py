@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import sys
 import train_reward
 from minirlhf.config import RewardConfig
 from minirlhf.run import terminal
-from minirlhf.run.command_line import one_line_errors
+from minirlhf.run.command_line import one_line_errors, parse_flags
 from minirlhf.run.terminal import Progress, echo, prepare_output
 
 import pytest
@@ -140,6 +141,13 @@ def test_a_printed_command_can_be_pasted(encoding, monkeypatch):
     script = b"printf '%s\\0' " + line.decode(encoding).encode()
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     assert [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]] == words
+
+
+@pytest.mark.parametrize("name", ["-run", "--Run", "--out/x", "-"])
+def test_a_folder_whose_name_starts_like_a_flag_can_be_named_by_a_printed_command(name):
+    """A user may have written --out=-run, or --out ./-run."""
+    words = shlex.split(terminal.shell_command(["--out", name, "--resume"]))
+    assert parse_flags(RewardConfig, words) == dict(out=f"./{name}", resume=True)
 
 
 def test_every_printed_command_is_quoted_by_one_function():

@@ -3,6 +3,7 @@
 import datetime
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -32,10 +33,12 @@ def printable(text: str) -> str:
 def shell_command(words: Sequence[str]) -> str:
     """One line that bash and zsh split into these words. It survives `echo` in any encoding.
 
+    A path that begins like a flag gets "./" before it.
+
     >>> print(shell_command(["--out", "my run", "red\\x1b[31m"]))
     --out 'my run' $'red\\x1b[31m'
     """
-    return " ".join(map(shell_word, words))
+    return " ".join(shell_word(re.sub(r"^-(?!-[a-z-]+\Z)", "./-", word)) for word in words)
 
 
 def shell_word(word: str) -> str:
