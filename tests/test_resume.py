@@ -1021,6 +1021,24 @@ def test_a_users_module_may_move(reward_run, uninterrupted_policy_run, tmp_path,
     assert_same_policy_run(tmp_path / "run", uninterrupted_policy_run)
 
 
+def test_changed_code_of_the_user_is_reported(reward_run, tmp_path, monkeypatch, capsys):
+    """A corrected function may resume a run, so this is no error."""
+    code = tmp_path / "mine.py"
+    shutil.copy(tiny.__file__, code)
+    after_row(monkeypatch, 3, tiny.write_and_signal())
+    reward = f"{code}:letters_right"
+    assert start_policy_run(reward_run, tmp_path / "run", reward=reward) == 130
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    for name, warnings in (("same", 0), ("run", 1)):
+        capsys.readouterr()
+        flags = "--reward", reward
+        assert resume(train_policy.main, PolicyConfig, tmp_path / name, *flags) == 0
+        lines = [line for line in capsys.readouterr().out.split("\n") if "warning" in line]
+        assert len(lines) == warnings
+        assert all(line.count("mine.py ") == 2 for line in lines)
+        code.write_bytes(code.read_bytes() + b"\n")
+
+
 def test_shipped_files_are_found_after_the_checkout_has_moved(tmp_path):
     """A run of --preset debug records their paths."""
     path = "/old/checkout/data/helpdesk-validation.jsonl"

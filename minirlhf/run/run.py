@@ -1,13 +1,16 @@
 """The class Run: folder, signals, checkpoints, metrics, progress and times of a training run."""
 
+import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step
 from minirlhf.run.errors import UserError
-from minirlhf.run.files import write_atomically
+from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import module_flags, open_folder
 from minirlhf.run.metrics import Metrics
 from minirlhf.run.parallel import process_count
@@ -66,11 +69,11 @@ class Run:
         newest = [{}, *(meta for meta, _ in self.checkpoints.values())][-1]
         path = self.folder / f"{list(stages)[-1]}_metrics.jsonl"
         self.metrics = Metrics(path, newest.get("metrics"), self.config.tensorboard)
-        resumed_with = environment(self.config.device)
-        saved_with = newest.get("environment", resumed_with)
-        if saved_with != resumed_with:
-            echo(f"warning: saved with {saved_with}, resumed with {resumed_with}: "
-                 "results may differ in the last digits")
+        self.environment = environment(self.config.device) + users_files(self.config)
+        saved_with = newest.get("environment", self.environment)
+        if saved_with != self.environment:
+            echo(f"warning: saved with {saved_with}, resumed with {self.environment}: "
+                 "results may differ")
 
     def resume(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                label: str = "", plain_lines: int = 10) -> dict:
@@ -131,7 +134,7 @@ class Run:
         if not (self.stop.requested() or self.due(self.config.save_every)):
             return
         meta = state | dict(step=self.step + 1, run=self.id, metrics=self.metrics.mark(),
-                            environment=environment(self.config.device))
+                            environment=self.environment)
         states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
         folder = self.folder / "checkpoints"
         save_step(folder, self.stage, meta, states, self.config.keep_checkpoints)
@@ -151,6 +154,14 @@ def environment(device: str) -> str:
     chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
     return (f"torch {torch.__version__}, {torch.get_num_threads()} threads, {process_count()} "
             f"processes, {chip}")
+
+
+def users_files(config) -> str:
+    """Name and hash of each file with the user's code: a corrected one may resume the run."""
+    names = [word.partition(":")[0] for word in module_flags(config)[1::2]]
+    paths = [Path(getattr(sys.modules.get(name), "__file__", None) or name) for name in names]
+    return "".join(f", {path.name} {hashlib.sha256(read_file(path)).hexdigest()[:8]}"
+                   for path in paths if path.is_file())
 
 
 def flatten(batch: dict) -> dict:
