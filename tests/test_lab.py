@@ -4,6 +4,8 @@ import dataclasses
 import doctest
 import itertools
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -171,6 +173,32 @@ def test_a_sweep_runs_what_is_missing_and_resumes_what_was_stopped(helpdesk_runs
         sweep.main(dataclasses.replace(config, x="sampled_kl", y="gould"))
     with pytest.raises(UserError, match="other settings or inputs"):
         sweep.main(dataclasses.replace(config, quick=False))
+
+
+COMPARISON = tiny.ROOT / "minirlhf" / "lab" / "COMPARISON.md"
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^python -m minirlhf.lab.sweep (.*)$", COMPARISON.read_text(), re.M)
+)
+def test_a_published_table_is_drawn_again_from_its_runs(command, tmp_path, monkeypatch, capsys):
+    """Nothing runs. The numbers of the page are those of the table."""
+    config = sweep.SweepConfig(**parse_flags(sweep.SweepConfig, shlex.split(command)))
+    published = tiny.ROOT / config.out
+    shutil.copy(published / "runs.jsonl", tmp_path)
+    (tmp_path / ".lab").touch()
+    monkeypatch.setattr(sweep, "run_jobs", lambda *arguments: pytest.fail("a run is missing"))
+    table = sweep.main(dataclasses.replace(config, out=str(tmp_path)))
+    if config.seeds < 5:
+        return
+    assert table == (published / "table.md").read_text()
+    for row in re.findall(
+        r"^\| `(\S+)` \| \de-4 \|(.*)$|^\| `(\S+)` \| 1e-3 \|(.*)$", COMPARISON.read_text(), re.M
+    ):
+        name, cells = row[0] or row[2], row[1] or row[3]
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` "))
+        for cell in cells.split("|")[:3]:
+            assert cell in line, f"{name}: {cell}"
 
 
 @pytest.mark.slow
