@@ -340,11 +340,11 @@ def leave_one_out(rollout: Rollout) -> Tensor:
 
 
 def group_normalized(rollout: Rollout) -> Tensor:
-    """GRPO: (score - mean) / deviation over the responses to one prompt (Shao et al. 2024).
+    """GRPO: (score - mean) / (deviation + 1e-4) over a prompt's responses (Shao et al. 2024).
 
     deviation: the standard deviation. Equal scores give 0.
     """
-    return standardized(rollout.scores.view(-1, GROUP_SIZE), 1).view(-1, 1) * rollout.mask
+    return standardized(rollout.scores.view(-1, GROUP_SIZE), 1, 1e-4).view(-1, 1) * rollout.mask
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -352,11 +352,11 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(advantages).masked_scatter(mask, standardized(advantages[mask], 0))
 
 
-def standardized(x: Tensor, correction: int) -> Tensor:
-    """(x - mean) / standard deviation over the last dimension; 0 if all x are equal."""
+def standardized(x: Tensor, correction: int, floor: float = 0.0) -> Tensor:
+    """(x - mean) / (deviation + floor) over the last dimension; 0 if all x are equal."""
     x = x - x[..., :1]  # so that equal numbers have a deviation of exactly 0
     std = x.std(-1, keepdim=True, correction=correction)
-    return torch.where(std == 0, 0.0, (x - x.mean(-1, keepdim=True)) / std)
+    return torch.where(std == 0, 0.0, (x - x.mean(-1, keepdim=True)) / (std + floor))
 
 
 # ---- Losses of each action: all tensors [B, R] ---------------------------------------------------

@@ -284,10 +284,11 @@ def test_a_mean_that_includes_the_response_scales_the_gradient(size):
 
 
 def test_grpo_in_pairs_keeps_only_the_sign():
-    """With K = 2, (s_i - mean) / std is the sign of s_i - s_j over sqrt 2."""
+    """With K = 2, (s_i - mean) / std is the sign of s_i - s_j over sqrt 2, up to the 1e-4."""
     p = probabilities(SMALL.world, SMALL.pi)
     difference = SMALL.scores[:, None] - SMALL.scores
-    advantage = (difference.sign() / math.sqrt(2)) @ p
+    deviation = difference.abs() / math.sqrt(2)
+    advantage = (difference / 2 / (deviation + 1e-4)) @ p
     expected = score_gradient(SMALL._replace(scores=advantage))
     assert error(mean_gradient("own mean / deviation, K = 2", SMALL), expected) < EXACT
 
@@ -300,7 +301,7 @@ def binary_factor(p: float, size: int) -> float:
         for own, sign in ((1, 1.0), (0, -1.0)):
             mean = (ones + own) / size
             std = math.sqrt(size / (size - 1) * mean * (1 - mean))
-            total += sign * weight * (own - mean) / std if std else 0.0
+            total += sign * weight * (own - mean) / (std + 1e-4)
     return total
 
 

@@ -190,7 +190,7 @@ def test_grpo_equals_its_own_exact_value():
                 continue
             mean = (own + other) / 2
             deviation = ((own - mean) ** 2 + (other - mean) ** 2) ** 0.5  # of a sample of 2
-            advantage = (own - mean) / deviation if deviation else 0.0
+            advantage = (own - mean) / (deviation + 1e-4)
             weight += c.probabilities[j].item() * prompts * advantage
         expected = expected + logprobs[i].exp() / prompts * weight
     for state, probability in visit_probabilities(c.policy, c.mdp).items():

@@ -60,14 +60,15 @@ def leave_one_out(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
 
 
 def group_normalized(scores: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """GRPO: (score - mean) / standard deviation within the group (Shao et al. 2024).
+    """GRPO: (score - mean) / (standard deviation + 1e-4) within the group (Shao et al. 2024).
 
     Biased: the standard deviation reweights prompts and depends on the action. (The mean includes
     the response itself. With K responses, that only scales all weights by (K - 1) / K.)
     Equal scores give exactly 0.
     """
     groups = scores.view(-1, group_size)
-    return standardized(groups, correction=1).view(-1, 1) * mask
+    # 1e-4: equal responses can have scores that differ by rounding, and must not get full weight
+    return standardized(groups, correction=1, floor=1e-4).view(-1, 1) * mask
 
 
 def preference_weights(scores: Tensor, log_ratios: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -95,14 +96,14 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(advantages).masked_scatter(mask, kept)
 
 
-def standardized(x: Tensor, correction: int) -> Tensor:
-    """(x - mean) / standard deviation over the last dimension; exactly 0 if all x are equal.
+def standardized(x: Tensor, correction: int, floor: float = 0.0) -> Tensor:
+    """(x - mean) / (deviation + floor) over the last dimension; exactly 0 if all x are equal.
 
     correction: 1 divides the squares by their number minus 1, 0 by their number.
     """
     deviations = centered(x)
     std = deviations.std(-1, keepdim=True, correction=correction)
-    return torch.where(std == 0, 0.0, deviations / std).to(x.dtype)
+    return torch.where(std == 0, 0.0, deviations / (std + floor)).to(x.dtype)
 
 
 def centered(x: Tensor) -> Tensor:
