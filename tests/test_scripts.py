@@ -588,8 +588,10 @@ def test_a_reward_that_cannot_be_found_is_one_line(
     (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     flags = as_flags(policy_config(reward_run, tmp_path / "run", reward=reward))
+    modules = set(sys.modules)
     assert words in refused(capsys, train_policy.main, PolicyConfig, flags)
     assert not (tmp_path / "run").exists()
+    assert not {"broken", "ends", "nowhere"} & (set(sys.modules) - modules)
 
 
 OWN_FILE = """
@@ -655,7 +657,7 @@ def test_a_signal_during_the_users_code_stops_the_run(place, reward_run, tmp_pat
         (b"\n\n", "no usable record"),
         (b"nonsense\n", ":1: the record is not strict JSON"),
         (b'{"prompt": "a", "chosen": "b"}\n', ':1: the key "rejected" is missing'),
-        (b"\x1f\x8b\x08 torn", ":0: after this line"),
+        (b"\x1f\x8b\x08 torn", ":1: after this line"),
         (
             b'{"prompt": "a:", "chosen": "b", "rejected": "b"}\n'
             b'{"prompt": "b:", "chosen": "b", "rejected": "b"}\n',

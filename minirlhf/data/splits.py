@@ -163,7 +163,11 @@ def load_file(name: str) -> ModuleType:
     module = ModuleType(stem)
     module.__file__ = path
     sys.modules[stem] = module
-    importlib.machinery.SourceFileLoader(stem, path).exec_module(module)
+    try:
+        importlib.machinery.SourceFileLoader(stem, path).exec_module(module)
+    except BaseException:
+        del sys.modules[stem]  # as an import statement does
+        raise
     return module
 
 
