@@ -290,6 +290,22 @@ def test_each_stage_of_an_iteration_gets_the_result_of_the_one_before(
     assert logged[0]["kl_coef"] != logged[1]["kl_coef"]
 
 
+def test_the_smallest_minibatch_needs_a_row_for_each_process(reward_run, tmp_path, monkeypatch):
+    """The check comes before any work."""
+    checked = []
+
+    def check(config, device, count, what):
+        checked.append((count, what))
+        raise UserError("too many processes")
+
+    monkeypatch.setattr(train_policy, "check_processes", check)
+    config = policy_config(reward_run, tmp_path / "run", batch_size=8, minibatch_size=3)
+    with pytest.raises(UserError, match="too many"):
+        train_policy.main(config)
+    assert checked == [(2, "the smallest minibatch")]
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluations_during_training_use_held_out_prompts(reward_run):
     task = load_task(policy_config(reward_run, ""), None, torch.device("cpu"))
     part = [task.train.rows([row, row + 1]) for row in (0, 2, 4)]
