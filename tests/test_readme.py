@@ -197,9 +197,6 @@ COMMANDS = {
     "python -m minirlhf.lab.gpu --out DIR": Elsewhere(
         step="python -m minirlhf.lab.gpu --dry-run --out \"$work/gpu\""
     ),
-    "python -m minirlhf.lab.second_round --run runs/POLICY": Run(
-        " --quick", "runs/second-round/second_round.md", slow=True
-    ),
     "python -m minirlhf.lab.bench": Run(BENCH, "says: not yet measured on a GPU", slow=True),
     "python -m minirlhf.lab.bench --peers": Run(
         BENCH + " --only gae", "says: not yet measured on a GPU", slow=True

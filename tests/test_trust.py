@@ -8,7 +8,6 @@ from pathlib import Path
 import train_policy
 import train_reward
 from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.lab import second_round
 from minirlhf.run import folder
 from minirlhf.run.folder import is_users_module
 from minirlhf.tools import chat, label, report
@@ -52,7 +51,6 @@ def strangers_runs(evil_runs, tmp_path, monkeypatch):
 
 
 CHAT = ["--run", "policy", "--prompt", "b 3:", "--device", "cpu"]
-ROUND = ["--run", "policy", "--out", "round"]
 NEW = as_flags(policy_config(Path("reward"), "new", task=""))
 
 
@@ -70,9 +68,8 @@ NEW = as_flags(policy_config(Path("reward"), "new", task=""))
             "policy",
             "--reward evil:letters_right",
         ),
-        (second_round.main, second_round.RoundConfig, ROUND, "reward", "--task evil"),
     ],
-    ids=["resume-reward", "resume-policy", "policy", "chat", "chat-reward", "second-round"],
+    ids=["resume-reward", "resume-policy", "policy", "chat", "chat-reward"],
 )
 def test_a_module_that_only_a_file_names_is_not_imported(
     main, config_class, flags, file, advice, strangers_runs, capsys
