@@ -2,7 +2,7 @@
 
 `python train_reward.py --help`
 
-    1. base.pt: supervised fine-tuning, next-token loss on every text
+    1. base.pt: supervised fine-tuning, next-token loss on texts of the data
     2. reward.pt: preference loss on every pair
     3. scores are normalized on the base model's own samples
     4. evaluation on prompts that were never trained on
@@ -154,7 +154,7 @@ def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardCon
 
 def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config: RewardConfig,
              run: Run) -> None:
-    """Supervised fine-tuning on every text, good and bad.
+    """Supervised fine-tuning on texts of the data, good and bad: --sft-sequences of them.
 
     A text is a prompt and a response. The model learns to write like an average author of the data.
     """
@@ -293,7 +293,8 @@ def format_metrics(metrics: dict) -> str:
              f"{metrics['pairs']} pairs of {metrics['prompts']} prompts, "
              f"calibration error {metrics['calibration_error']:.3f}"]
     if "ceiling" in metrics:
-        lines.append(f"a perfect annotator would reach {metrics['ceiling']:.3f}")
+        lines.append("a reward model equal to the gold utility would reach "
+                     f"{metrics['ceiling']:.3f} on average, because the annotator makes errors")
     if "gold_correlation" in metrics:
         lines.append(f"correlation with gold utility {metrics['gold_correlation']:.3f}")
     if "probes" in metrics:

@@ -10,8 +10,9 @@ It contains the main algorithms of the project, without evaluation, checkpoints 
 The tests compare the rest of the project with this file. In float64, with the same initial weights
 and the same random numbers, both give the same numbers to 1e-9.
 
-Shapes: B responses, prompts of at most P tokens, responses of at most R tokens, T = P + R,
-model width D, H heads, vocabulary size V. A mask is bool, True on real tokens, False on padding.
+Shapes: B responses, prompts of at most P tokens, responses of at most R tokens, L tokens
+in a sequence (P + R in a rollout), model width D, H heads, vocabulary size V. A mask is bool, True
+on real tokens, False on padding.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from torch.optim import AdamW
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
-# Settings of the policy training
+# Settings of the policy training: smaller and faster than the defaults of config.py
 ITERATIONS = 20
 BATCH_SIZE = 64  # responses per iteration
 GROUP_SIZE = 4  # responses to each prompt (rloo, grpo)
@@ -68,12 +69,12 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * d_model, d_model)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. Attention is softmax(Q K^T / sqrt(D / H)) V for each head.
+        """x [B, L, D] -> [B, L, D]. Attention is softmax(Q K^T / sqrt(D / H)) V for each head.
 
-        visible: bool [B, T, T], True where a query (row) may attend to a key (column).
+        visible: bool [B, L, L], True where a query (row) may attend to a key (column).
         """
         qkv = self.attention_in(self.ln_1(x)).view(*x.shape[:2], 3, self.n_head, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
         similarity = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
         attention = similarity.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
         x = x + self.attention_out((attention @ value).transpose(1, 2).reshape(x.shape))
@@ -89,8 +90,7 @@ class Transformer(nn.Module):
 
     def __init__(self, vocab_size: int, n_layer: int, n_head: int, d_model: int, context: int):
         super().__init__()
-        self.eos = vocab_size - 1
-        self.pad = vocab_size
+        self.eos, self.pad = vocab_size - 1, vocab_size
         self.wte = nn.Embedding((vocab_size // 64 + 1) * 64, d_model)  # with PAD and unused rows
         self.wpe = nn.Embedding(context, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_head) for _ in range(n_layer))
@@ -101,10 +101,11 @@ class Transformer(nn.Module):
         self.register_buffer("score_scale", torch.ones(()))
         nn.init.normal_(self.wte.weight, std=0.1)
         nn.init.normal_(self.wpe.weight, std=0.02)
-        nn.init.zeros_(self.value_head.weight)
+        for weight in (*self.reward_head.parameters(), *self.value_head.parameters()):
+            nn.init.zeros_(weight)  # so the first preference loss is ln 2, and V starts at 0
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of ids [B, T] with mask [B, T].
+        """Hidden states [B, L, D] of ids [B, L] with mask [B, L].
 
         Position ids count real tokens, so the states do not depend on the side of the padding.
         A padding token attends to itself, because a softmax over no keys is NaN. No real token
@@ -163,7 +164,7 @@ def step_optimizer(model: Transformer, optimizer: AdamW, loss: Tensor, lr: float
 def next_token_loss(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean of -log p(token | tokens before it) over all real tokens but the first, in nats.
 
-    ids, mask [B, T], right-padded.
+    ids, mask [B, L], right-padded.
     """
     states = model(ids, mask)[:, :-1]
     is_target = mask[:, 1:]
@@ -171,7 +172,7 @@ def next_token_loss(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def score(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
-    """Score [B] of each text [B, T]: (reward head at the last real token - shift) / scale."""
+    """Score [B] of each text [B, L]: (reward head at the last real token - shift) / scale."""
     last = (mask * torch.arange(ids.shape[1])).argmax(1)
     hidden = model(ids, mask)[torch.arange(len(ids)), last]
     return (model.reward_head(hidden).squeeze(1) - model.score_shift) / model.score_scale
@@ -187,12 +188,12 @@ def preference_loss(scores: Tensor, chosen: Tensor, rejected: Tensor, weight: Te
 
 
 def reward_loss(model: Transformer, ids: Tensor, mask: Tensor, *pairs: Tensor) -> Tensor:
-    """The preference loss of the scores of N texts, ids and mask [N, T]."""
+    """The preference loss of the scores of N texts, ids and mask [N, L]."""
     return preference_loss(score(model, ids, mask), *pairs)
 
 
 def response_logprobs(model: Transformer, ids: Tensor, mask: Tensor, is_response: Tensor) -> Tensor:
-    """log p(response | prompt) [N]. is_response: bool [N, T], True on response tokens and EOS."""
+    """log p(response | prompt) [N]. is_response: bool [N, L], True on response tokens and EOS."""
     states = model(ids, mask)[:, :-1]
     return token_logprobs(model, states, ids[:, 1:], is_response[:, 1:]).sum(1)
 
@@ -227,7 +228,7 @@ def train(model: Transformer, batches: list[tuple], loss_function: Callable, pea
 def normalize_scores(reward_model: Transformer, ids: Tensor, mask: Tensor) -> None:
     """Set shift and scale so that the scores of these texts have mean 0 and standard deviation 1.
 
-    ids, mask [B, T], samples of the base model. KL_COEF then means the same for any reward model.
+    ids, mask [B, L], samples of the base model. KL_COEF then means the same for any reward model.
     """
     scores = score(reward_model, ids, mask).detach()
     reward_model.score_shift = scores.mean()
@@ -493,7 +494,7 @@ def load_encoding() -> tiktoken.Encoding:
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T] of B sequences, padded on the "left" or "right".
+    """Ids and mask [B, L] of B sequences, padded on the "left" or "right".
 
     The sequences must not contain pad_id.
     """

@@ -323,6 +323,15 @@ def test_samples_log_probs_and_values_are_equal():
         same(ours.detach(), theirs, name)
 
 
+def test_a_new_model_gives_the_score_and_the_value_zero():
+    """So the first preference loss is ln 2, as in the project."""
+    model = plain.Transformer(VOCAB, n_layer=1, n_head=1, d_model=4, context=3)
+    ids = torch.tensor([[1, 2, EOS]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert plain.score(model, ids, mask).tolist() == [0.0]
+    assert model.value_head(model(ids, mask)).squeeze().tolist() == [0.0, 0.0, 0.0]
+
+
 def test_supervised_fine_tuning_is_equal_after_each_step(monkeypatch):
     real = real_model(5)
     batches = [plain.pad(ragged(seed, 6, 2, 9), PAD, "right") for seed in range(5)]

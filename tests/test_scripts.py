@@ -101,7 +101,8 @@ def test_all_metrics_of_a_reward_model_are_printed():
     lines = train_reward.format_metrics(metrics | dict(probes={"twice": (0.25, 4)})).splitlines()
     assert lines == [
         "test accuracy 0.750 [0.700, 0.800] over 9 pairs of 3 prompts, calibration error 0.125",
-        "a perfect annotator would reach 0.875",
+        "a reward model equal to the gold utility would reach 0.875 on average, because the "
+        "annotator makes errors",
         "correlation with gold utility 0.500",
         "probes: the best response is ranked above the same response with one defect",
         "  twice                 25.0%  of 4",

@@ -33,8 +33,8 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup],
                           encoding: tiktoken.Encoding, ground_truth: ModuleType | None) -> dict:
     """Metrics on test pairs: accuracy (a tie counts one half) with its interval, calibration.
 
-    With a ground truth also its correlation with the scores, and the ceiling: the accuracy that the
-    ground truth itself reaches on the annotator's labels.
+    With a ground truth also its correlation with the scores, and the ceiling: the accuracy of the
+    ground truth itself, in expectation over the annotator's errors.
     """
     scores = group_scores(model, groups, pad_id(encoding))
     numbers: dict[Ids, int] = {}  # a prompt may have several groups, but counts once
