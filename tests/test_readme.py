@@ -170,7 +170,7 @@ COMMANDS = {
     "python -m minirlhf.lab.sweep --algorithms ppo,rloo --seeds 5 "
     "--set kl_coef=0.01,0.025,0.05": Run(" --seeds 1 --quick", "runs/sweep/table.md", slow=True),
     "python -m minirlhf.lab.sweep --algorithms "
-    "reinforce,reward-to-go,baseline,gae,ppo,rloo,grpo,dpo --seeds 3": Run(
+    "reinforce,reward-to-go,baseline,gae,ppo,rloo,grpo,online-dpo,dpo --seeds 3": Run(
         " --seeds 1 --quick", "runs/sweep/table.md", slow=True
     ),
     "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/HALF": Run(
