@@ -192,9 +192,9 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollo
 
 
 def check_rollout(rollout: Rollout) -> None:
-    """Raise UserError if scores, log-probs or values are not finite."""
+    """Raise UserError if scores, log-probs, values or advantages are not finite."""
     check_finite(float(rollout.scores.sum()), "sum of the scores")
-    for name in ("logprobs", "ref_logprobs", "values"):
+    for name in ("logprobs", "ref_logprobs", "values", "advantages"):
         mean = masked_mean(getattr(rollout, name), rollout.mask)
         check_finite(float(mean), f"mean of the {name}")
 

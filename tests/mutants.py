@@ -235,8 +235,8 @@ MUTANTS = [
     Mutant(
         'policy-loss-per-sampled-token',
         ALGORITHMS,
-        'loss = algorithm.loss(logprobs, rollout, config, denominator)',
-        'loss = algorithm.loss(logprobs, rollout, config, tokens)',
+        'loss = call_row(algorithm.loss, (), logprobs, rollout, config, denominator)',
+        'loss = call_row(algorithm.loss, (), logprobs, rollout, config, tokens)',
         STEP,
     ),
     # The loop.

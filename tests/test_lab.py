@@ -103,7 +103,7 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(inputs, tmp_path, monk
     dependent = common.Job(
         "train_policy.py", tiny.policy_config(bad.folder, tmp_path / "dependent"), bad.config.out
     )
-    message = r"bad failed: error: .*no such file.*the other runs are kept"
+    message = r"bad failed: .*no such file.*the other runs are kept"
     with pytest.raises(UserError, match=message):
         common.run_jobs([bad, dependent, good], 2, tmp_path / "logs")
     assert common.finished(good)
@@ -175,12 +175,14 @@ def test_a_sweep_runs_what_is_missing_and_resumes_what_was_stopped(helpdesk_runs
         sweep.main(dataclasses.replace(config, quick=False))
 
 
-COMPARISON = tiny.ROOT / "minirlhf" / "lab" / "COMPARISON.md"
-
-
-@pytest.mark.parametrize(
-    "command", re.findall(r"^python -m minirlhf.lab.sweep (.*)$", COMPARISON.read_text(), re.M)
+COMPARISON, SENSITIVITY = (
+    (tiny.ROOT / "minirlhf" / "lab" / name).read_text()
+    for name in ("COMPARISON.md", "SENSITIVITY.md")
 )
+COMMAND = re.compile(r"^python -m minirlhf.lab.sweep (.*)$", re.M)
+
+
+@pytest.mark.parametrize("command", COMMAND.findall(COMPARISON + SENSITIVITY))
 def test_a_published_table_is_drawn_again_from_its_runs(command, tmp_path, monkeypatch, capsys):
     """Nothing runs. The numbers of the page are those of the table."""
     config = sweep.SweepConfig(**parse_flags(sweep.SweepConfig, shlex.split(command)))
@@ -189,16 +191,35 @@ def test_a_published_table_is_drawn_again_from_its_runs(command, tmp_path, monke
     (tmp_path / ".lab").touch()
     monkeypatch.setattr(sweep, "run_jobs", lambda *arguments: pytest.fail("a run is missing"))
     table = sweep.main(dataclasses.replace(config, out=str(tmp_path)))
-    if config.seeds < 5:
+    if config.best:
         return
     assert table == (published / "table.md").read_text()
+    if config.one_at_a_time:
+        return
     for row in re.findall(
-        r"^\| `(\S+)` \| \de-4 \|(.*)$|^\| `(\S+)` \| 1e-3 \|(.*)$", COMPARISON.read_text(), re.M
+        r"^\| `(\S+)` \| \de-4 \|(.*)$|^\| `(\S+)` \| 1e-3 \|(.*)$", COMPARISON, re.M
     ):
         name, cells = row[0] or row[2], row[1] or row[3]
         (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` "))
         for cell in cells.split("|")[:3]:
             assert cell in line, f"{name}: {cell}"
+
+
+def test_the_differences_of_the_sensitivity_page_are_those_of_its_runs():
+    rows = common.read_rows(tiny.ROOT / "data/studies/sensitivity/runs.jsonl")[1:]
+    runs = {(json.dumps(row["settings"]), row["seed"]): row["metrics"] for row in rows}
+    name = ""
+    cells = re.findall(r"^\| (`\w+`)? ?\| ([\d.e-]+) \| (.*) \| (.*) \|$", SENSITIVITY, re.M)
+    assert len(cells) == 10
+    for setting, value, *expected in cells:
+        name = setting.strip("`") or name
+        kind = type(getattr(PolicyConfig(), name))
+        key = json.dumps({name: kind(value)})
+        actual = []
+        for metric, form in (("sampled_gold", "{:+.2f}"), ("sampled_kl", "{:+.1f}")):
+            differences = [runs[key, seed][metric] - runs["{}", seed][metric] for seed in range(3)]
+            actual.append(sweep.show(differences, form))
+        assert actual == expected, (name, value)
 
 
 @pytest.mark.slow
@@ -263,7 +284,9 @@ def test_settings_of_a_sweep_are_all_combinations():
         (["--set", "kl_coeff=0.1"], "'kl_coeff' is not a setting; did you mean kl_coef"),
         (["--set", "kl_coef"], "write KEY=VALUE"),
         (["--set", "kl_coef=low"], "--kl-coef: invalid float value: 'low'"),
-        (["--set", "seed=1,2"], "'seed' is not a setting"),
+        (["--set", "seed=1,2"], "the sweep sets 'seed' itself; see --algorithms, --seeds"),
+        (["--set", "poo:kl_coef=1"], "'poo' is not one of --algorithms; did you mean ppo?"),
+        (["--set", "kl_coef=0.1", "kl_coef=0.2"], "given twice; write all values as kl_coef=VALUE"),
         (["--set", "reward.task=a,b"], "runs of different tasks are not comparable"),
         (["--script", "none.py"], "no such file"),
         (["--out", "README.md"], "is a file"),
@@ -313,10 +336,63 @@ def test_points_of_a_plot_are_means_over_seeds_with_intervals():
     final = sweep.points(some_results(), "sampled_kl", "sampled_gold")
     assert final["rloo"] == [(4.0, 0.0, 3.0, half)]
     swept = sweep.points(some_results(), "kl_coef", "sampled_gold")
-    assert swept == {"ppo": [(0.1, 0.0, 2.0, half), (0.3, 0.0, 4.0, half)]}
-    assert sweep.panels(some_results(), "sampled_gold") == {"kl_coef": swept}
+    assert swept == {
+        "ppo": [(0.1, 0.0, 2.0, half), (0.3, 0.0, 4.0, half)],
+        "rloo": [(None, 0.0, 3.0, half)],  # a horizontal line
+    }
+    assert sweep.panels(some_results(), "sampled_gold") == {"kl_coef": dict(ppo=swept["ppo"])}
     with pytest.raises(UserError, match="not evaluated during training"):
         sweep.points(some_results(), "samples", "best_gold")
+
+
+def test_the_table_has_differences_from_the_first_setting_paired_over_seeds():
+    """Gold 1 and 3 against 3 and 5: the difference is 2 on both seeds, so its interval is 0."""
+    first, second, third = sweep.result_table(some_results(), "sampled_gold").splitlines()[2:]
+    assert first.endswith("|  |")
+    assert second.endswith("| +2.00 ± 0.00 |")
+    assert third.endswith("| +1.00 ± 0.00 |")
+
+
+SCRIPT = """import train_policy
+from minirlhf.config import PolicyConfig
+from minirlhf.run.command_line import run_script
+
+{line}
+"""
+CALL = "run_script(train_policy.main, PolicyConfig)"
+
+
+def test_a_script_in_another_folder_runs_and_is_known_by_its_content(tmp_path, monkeypatch):
+    """It need not be next to the two scripts. Results of an edited one are not mixed in."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.py"
+    config = sweep.SweepConfig(script="mine.py")
+    path.write_text(SCRIPT.format(line=CALL))
+    version = sweep.script_version(config)
+    assert re.fullmatch(r"mine.py [0-9a-f]{16}", version)
+    assert sweep.script_version(sweep.SweepConfig()) == "train_policy.py"
+    path.write_text(SCRIPT.format(line=CALL + "  # edited"))
+    assert sweep.script_version(config) != version
+    job = common.Job(str(path), PolicyConfig(algorithm="mine"))
+    assert common.command_of(job) == "python mine.py --algorithm mine"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("1 / 0", "--script mine.py fails: ZeroDivisionError: division by zero"),
+        ("", "prints nothing with --help; its last line must be run_script("),
+    ],
+)
+def test_a_script_that_cannot_run_is_refused_before_any_training(
+    line, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCRIPT.format(line=line))
+    flags = ["--script", "mine.py", "--out", "out", "--quick"]
+    assert message in refused(capsys, sweep.main, sweep.SweepConfig, flags)
+    assert not list((tmp_path / "out").glob("reward-*"))
 
 
 def test_only_the_best_setting_of_each_algorithm_is_kept():

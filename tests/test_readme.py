@@ -165,7 +165,8 @@ COMMANDS = {
     # labs
     **{
         command: Elsewhere(test="test_lab.py")
-        for command in re.findall(r"^python .*", TEXTS["minirlhf/lab/COMPARISON.md"], re.M)
+        for page in ("COMPARISON", "SENSITIVITY")
+        for command in re.findall(r"^python .*", TEXTS[f"minirlhf/lab/{page}.md"], re.M)
     },
     "python -m minirlhf.lab.sweep --algorithms ppo,rloo --seeds 5 "
     "--set kl_coef=0.01,0.025,0.05": Run(" --seeds 1 --quick", "runs/sweep/table.md", slow=True),

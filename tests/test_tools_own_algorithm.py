@@ -1,19 +1,22 @@
 """The code of minirlhf/rl/EXTENDING.md, a user's own algorithm, works as the page describes it."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import types
 
+import train_policy
 from minirlhf.config import PolicyConfig
-from minirlhf.rl.algorithms import ALGORITHMS, pick_algorithm
+from minirlhf.rl.algorithms import ALGORITHMS, Algorithm, on_policy, pick_algorithm
 from minirlhf.rl.losses import policy_gradient_loss
 from minirlhf.rl.rollout import Rollout
+from minirlhf.run.errors import UserError
 
 import pytest
 import tiny
 import torch
-from tiny import as_flags, policy_config
+from tiny import as_flags, policy_config, refused
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +139,67 @@ def test_the_expected_gradient_equals_that_of_reward_to_go(steps):
     expected = expected_gradient("reward-to-go")
     assert expected.abs().max() > 0.01
     assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def scores_only(rollout, config):
+    return rollout.scores
+
+
+def whole_numbers(rollout, config):
+    return rollout.mask.long()
+
+
+def raising(rollout, config):
+    return {}["a"]
+
+
+def differentiable(rollout, config):
+    return rollout.values.clone().requires_grad_()
+
+
+def not_finite(rollout, config):
+    return torch.where(rollout.mask, float("nan"), rollout.values)
+
+
+def right(rollout, config):
+    return rollout.rewards
+
+
+def detached(logprobs, rollout, config, denominator):
+    return logprobs.sum().detach()
+
+
+def vector(logprobs, rollout, config, denominator):
+    return logprobs.sum(1)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (Algorithm(scores_only, on_policy), "scores_only returned a tensor of shape (8,)"),
+        (Algorithm(whole_numbers, on_policy), "torch.int64; it must return one floating-point"),
+        (Algorithm(raising, on_policy), "raising raised KeyError: "),
+        (Algorithm(raising, on_policy), "(test_tools_own_algorithm.py:"),
+        (Algorithm(differentiable, on_policy), "with a gradient; it must"),
+        (Algorithm(lambda rollout, config: None, on_policy), "<lambda> returned a NoneType"),
+        (Algorithm(not_finite, on_policy), "mean of the advantages is nan"),
+        (Algorithm(detached, right), "function detached raised TypeError"),
+        (
+            Algorithm(right, detached),
+            "detached returned a tensor of shape () and torch.float32; it",
+        ),
+        (Algorithm(right, vector), "must return one number that is differentiable"),
+        (right, "must be an Algorithm(advantages, loss)"),
+    ],
+)
+def test_a_wrong_row_is_refused_in_one_line(row, words, reward_run, tmp_path, monkeypatch, capsys):
+    """[B] advantages would train without an error if B equals R, each with another's score."""
+    monkeypatch.setitem(ALGORITHMS, "wrong", row)
+    config = dataclasses.replace(policy_config(reward_run, tmp_path / "run"), algorithm="wrong")
+    assert words in refused(capsys, train_policy.main, PolicyConfig, as_flags(config))
+
+
+def test_a_row_named_dpo_is_refused(monkeypatch):
+    monkeypatch.setitem(ALGORITHMS, "dpo", ALGORITHMS["ppo"])
+    with pytest.raises(UserError, match="choose another name"):
+        pick_algorithm(PolicyConfig())

@@ -85,7 +85,8 @@ def flags_of(config) -> list[str]:
 
 def command_of(job: Job) -> str:
     """The command of a run as one would type it."""
-    return shell_command(["python", Path(job.script).name, *flags_of(job.config)])
+    script = os.path.relpath(job.script) if Path(job.script).is_absolute() else job.script
+    return shell_command(["python", script, *flags_of(job.config)])
 
 
 def finished(job: Job) -> bool:
@@ -135,9 +136,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
                 job = running.pop(process)
                 result = "done"
                 if process.returncode or not finished(job):
-                    result = "failed"
-                    message = last_line(logs / f"{job.folder.name}.txt")
-                    failed[str(job.folder)] = f"{job.folder} failed: {message}"
+                    failed[str(job.folder)] = last_line(logs / f"{job.folder.name}.txt")
+                    result = f"failed: {failed[str(job.folder)]}"
                 done = len(jobs) - len(waiting) - len(running)
                 progress.show(done, f"{job.folder.name} {result}")
     except KeyboardInterrupt:
@@ -149,7 +149,11 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
     finally:
         restore_handlers(earlier)
     if failed:
-        raise UserError(f"{'; '.join(failed.values())}; the other runs are kept; "
+        reasons: dict[str, list[str]] = {}
+        for folder, reason in failed.items():
+            reasons.setdefault(reason, []).append(folder)
+        texts = [f"{', '.join(folders)} failed: {reason}" for reason, folders in reasons.items()]
+        raise UserError(f"{'; '.join(texts)}; the other runs are kept; "
                         "run the same command again to resume")
 
 
@@ -163,15 +167,21 @@ def start(job: Job, logs: Path) -> subprocess.Popen:
     """Start the script. It gets its own process group, so that only run_jobs sends it Ctrl-C."""
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     command = [sys.executable, str(ROOT / job.script), *flags_of(job.config), *resume]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    environment = script_environment() | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with open(logs / f"{job.folder.name}.txt", "ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                 env=environment, process_group=0)
 
 
+def script_environment() -> dict[str, str]:
+    """For a script that is in another folder: it can import the two scripts and minirlhf."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, paths)))
+
+
 def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+    return lines[-1].removeprefix("error: ") if lines else "no output"
 
 
 def train_subset(folder: Path, groups: int) -> str:
@@ -267,7 +277,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def save_picture(path: Path, draw: Callable, size: tuple[float, float], rows: int = 1,
-                 columns: int = 1) -> None:
+                 columns: int = 1, title: str = "") -> None:
     """Call draw(axes) on a matplotlib figure and save it. Without matplotlib print one line.
 
     size: width and height in inches.
@@ -283,6 +293,7 @@ def save_picture(path: Path, draw: Callable, size: tuple[float, float], rows: in
 
     figure, axes = plt.subplots(nrows=rows, ncols=columns, figsize=size, layout="constrained")
     draw(axes)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     echo(f"saved {path}")

@@ -21,10 +21,13 @@ import functools
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirlhf.config import PolicyConfig, RewardConfig
+from minirlhf.data.splits import file_hash
 from minirlhf.lab.common import (
     STYLES,
     Job,
@@ -37,6 +40,7 @@ from minirlhf.lab.common import (
     run_jobs,
     run_lab,
     save_picture,
+    script_environment,
     train_subset,
 )
 from minirlhf.rl.algorithms import ALGORITHMS
@@ -55,7 +59,9 @@ COLUMNS = (("gold, sampled", "sampled_gold", "{:+.2f}"), ("wins", "sampled_win_r
            ("seconds", "seconds", "{:.0f}"))
 NOTES = """Test prompts. Mean ± half of the 95% interval over seeds (Student's t). Wins: against \
 the base model at the same decoding, by gold utility or, without one, by score. Seconds: training \
-without evaluation, one thread."""
+without evaluation, one thread. The last column is paired \
+over seeds."""
+QUICK = "a quick run: no number means anything"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ class SweepConfig:
         if not Path(self.script).is_file() and self.script != "train_policy.py":
             raise UserError(f"--script {self.script}: no such file")
         known = [*ALGORITHMS, "dpo"]
-        for name in self.algorithms.split(","):
+        for name in algorithm_names(self):
             if name not in known and self.script == "train_policy.py":
                 raise UserError(f"--algorithms: {name!r} is not known{suggest(name, known)}; "
                                 "an algorithm of your own needs --script")
@@ -110,6 +116,10 @@ class Setting(NamedTuple):
 # ---- settings ------------------------------------------------------------------------------------
 
 
+def algorithm_names(config: SweepConfig) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in config.algorithms.split(",")))
+
+
 def read_values(text: str) -> tuple[str, str, list]:
     """(algorithm or "", key, values) of one --set. Raises UserError."""
     target, equals, values = text.partition("=")
@@ -119,7 +129,9 @@ def read_values(text: str) -> tuple[str, str, list]:
     names = [field.name for field in dataclasses.fields(config_class)]
     if not equals or not values:
         raise UserError(f"--set {text}: write KEY=VALUE or KEY=VALUE,VALUE")
-    if field not in names or field in OWN_FIELDS:
+    if field in OWN_FIELDS:
+        raise UserError(f"--set {text}: the sweep sets {field!r} itself; see --algorithms, --seeds")
+    if field not in names:
         raise UserError(f"--set {text}: {field!r} is not a setting{suggest(field, names)}")
     return algorithm, key, [convert(config_class, field, value) for value in values.split(",")]
 
@@ -134,8 +146,9 @@ def convert(config_class, field: str, value: str) -> Any:
 def settings_of(config: SweepConfig) -> list[Setting]:
     """All settings, in the order of the command line. Raises UserError."""
     grid = [read_values(text) for text in config.set]
+    check_targets(config, [(algorithm, key) for algorithm, key, _ in grid])
     settings = []
-    for name in dict.fromkeys(config.algorithms.split(",")):
+    for name in algorithm_names(config):
         mine = {key: values for algorithm, key, values in grid if algorithm in ("", name)}
         several = [key for key, values in mine.items() if len(values) > 1]
         for key in several:
@@ -150,6 +163,17 @@ def settings_of(config: SweepConfig) -> list[Setting]:
             for values in itertools.product(*choice.values()):
                 settings.append(make_setting(config, name, dict(zip(choice, values)), several))
     return settings
+
+
+def check_targets(config: SweepConfig, targets: list[tuple[str, str]]) -> None:
+    """Raise UserError for a --set of an unknown algorithm, or two of the same setting."""
+    for algorithm, key in targets:
+        names = algorithm_names(config)
+        if algorithm and algorithm not in names:
+            raise UserError(f"--set {algorithm}:{key}: {algorithm!r} is not one of --algorithms"
+                            f"{suggest(algorithm, names)}")
+        if targets.count((algorithm, key)) > 1:
+            raise UserError(f"--set {key}: given twice; write all values as {key}=VALUE,VALUE")
 
 
 def base_configs(config: SweepConfig) -> tuple[RewardConfig, PolicyConfig]:
@@ -246,11 +270,26 @@ class Result(NamedTuple):
         return [row["metrics"][name] for row in self.rows]
 
 
+def script_version(config: SweepConfig) -> str:
+    """Name and hash of --script, after it has run with --help. Raises UserError if it fails."""
+    if config.script == "train_policy.py":
+        return config.script
+    path = Path(config.script).resolve()
+    done = subprocess.run([sys.executable, str(path), "--help"], env=script_environment(),
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"--script {config.script} fails: {done.stderr.strip().splitlines()[-1]}")
+    if not done.stdout:
+        raise UserError(f"--script {config.script} prints nothing with --help; its last line must "
+                        "be run_script(train_policy.main, PolicyConfig)")
+    return f"{path.name} {file_hash(path)[:16]}"
+
+
 def run_sweep(config: SweepConfig, settings: list[Setting]) -> list[Result]:
     """Run what is missing. Raises UserError."""
     folder = lab_folder(config.out)
     fixed = dict(item.partition("=")[::2] for item in config.set if "," not in item)
-    about = dict(script=Path(config.script).name, quick=config.quick,
+    about = dict(script=script_version(config), quick=config.quick,
                  task={key: fixed[key] for key in fixed if key.startswith("reward.")})
     rows = Rows(folder / "runs.jsonl", about)
     jobs = [[jobs_of(config, chosen, seed) for seed in range(config.seeds)] for chosen in settings]
@@ -259,8 +298,9 @@ def run_sweep(config: SweepConfig, settings: list[Setting]) -> list[Result]:
     if missing:
         rewards = {reward.folder: reward for reward, _ in missing.values()}
         policies = [policy for _, policy in missing.values()]
-        run_jobs([*rewards.values(), *policies], config.jobs or os.cpu_count() or 1,
-                 folder / "logs")
+        # by seed: an algorithm that fails does so after the first reward run
+        in_order = sorted([*rewards.values(), *policies], key=lambda job: job.config.seed)
+        run_jobs(in_order, config.jobs or os.cpu_count() or 1, folder / "logs")
     results = []
     for chosen, pairs in zip(settings, jobs):
         of_seeds = [rows.get(policy.folder.name, functools.partial(describe_run, policy, chosen))
@@ -283,13 +323,19 @@ def keep_best(results: list[Result], name: str) -> list[Result]:
     return list(best.values())
 
 
-def result_table(results: list[Result]) -> str:
+def result_table(results: list[Result], y: str) -> str:
+    """The last column has the differences from the first setting in the metric y."""
     columns = [column for column in COLUMNS if column[1] in results[0].rows[0]["metrics"]]
+    first = results[0].values(y)
     table = []
     for result in results:
         cells = [show(result.values(key), form) for _, key, form in columns]
-        table.append([f"`{result.setting.label}`", str(len(result.rows)), *cells])
-    return markdown_table(["setting", "seeds", *(title for title, _, _ in columns)], table)
+        difference = show([a - b for a, b in zip(result.values(y), first)], "{:+.2f}")
+        table.append([f"`{result.setting.label}`", str(len(result.rows)), *cells,
+                      "" if result is results[0] else difference])
+    titles = [title for title, _, _ in columns]
+    last = f"{y} minus `{results[0].setting.label}`"
+    return markdown_table(["setting", "seeds", *titles, last], table)
 
 
 def show(values: list[float], form: str) -> str:
@@ -302,7 +348,8 @@ def show(values: list[float], form: str) -> str:
     return text if len(values) == 1 else f"{text} ± {form.replace('+', '').format(half)}"
 
 
-Line = list[tuple[float, float, float, float]]  # mean x, half interval, mean y, half interval
+# mean x (None: a horizontal line), half of its interval, mean y, half of its interval
+Line = list[tuple[float | None, float, float, float]]
 
 
 def points(results: list[Result], x: str, y: str) -> dict[str, Line]:
@@ -310,6 +357,7 @@ def points(results: list[Result], x: str, y: str) -> dict[str, Line]:
 
     x in CURVES: one line per setting, one point per evaluation on the held-out prompts.
     x a varied setting: one line per combination of the others, one point per value of a number.
+        A setting in which x does not vary has one point without an x, for a horizontal line.
     Otherwise: one point per setting, at the end of training, on the test prompts.
     """
     lines: dict[str, Line] = {}
@@ -324,6 +372,8 @@ def points(results: list[Result], x: str, y: str) -> dict[str, Line]:
             value = result.setting.varied[x]
             line = lines.setdefault(label.replace(f" {x}={value}", ""), [])
             line.append((value, 0.0, *mean_interval(result.values(y))))
+        else:
+            lines[label] = [(None, 0.0, *mean_interval(result.values(y)))]
     return {label: sorted(line, key=lambda point: point[0]) for label, line in lines.items()}
 
 
@@ -348,21 +398,32 @@ def panels(results: list[Result], y: str) -> dict[str, dict[str, Line]]:
 
 def draw(axes, lines: dict[str, Line], x: str, y: str, legend: bool = True) -> None:
     """Error bars: 95% intervals over seeds."""
+    shown = []
     for (label, line), (color, dash, marker) in zip(lines.items(), itertools.cycle(STYLES)):
         xs, x_bars, ys, y_bars = zip(*line)
-        if x == "samples" and not any(xs):  # dpo samples nothing: where its training ends
+        has_no_samples = x == "samples" and not any(xs)  # dpo: where its training ends
+        if has_no_samples or xs[0] is None:
             axes.axhspan(ys[-1] - y_bars[-1], ys[-1] + y_bars[-1], color=color, alpha=0.15)
-            axes.axhline(ys[-1], label=f"{label} (no samples)", color=color, linestyle=dash)
+            label += " (no samples)" * has_no_samples
+            shown.append(axes.axhline(ys[-1], label=label, color=color, linestyle=dash))
             continue
-        axes.errorbar(xs, ys, yerr=y_bars, xerr=x_bars if any(x_bars) else None, label=label,
-                      color=color, linestyle=dash, marker=marker, markersize=5, linewidth=1.4,
-                      capsize=2, elinewidth=0.8)
+        shown.append(axes.errorbar(
+            xs, ys, yerr=y_bars, xerr=x_bars if any(x_bars) else None, label=label, color=color,
+            linestyle=dash, marker=marker, markersize=5, linewidth=1.4, capsize=2, elinewidth=0.8))
     axes.set_xlabel(AXES.get(x, x))
     axes.set_ylabel(AXES.get(y, y))
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-        axes.set_title("mean and 95% interval over seeds", fontsize=9, loc="left")
+        axes.legend(handles=shown, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5),
+                    fontsize=8)
+
+
+def plot_title(config: SweepConfig) -> str:
+    prompts = "held-out" if config.x in CURVES and not config.one_at_a_time else "test"
+    spread = f"mean and 95% interval (Student's t) over {config.seeds} seeds"
+    if config.seeds == 1:
+        spread = "one seed"
+    return f"{prompts} prompts, {spread}" + f"; {QUICK}" * config.quick
 
 
 def draw_panels(all_axes, each: dict[str, dict[str, Line]], y: str) -> None:
@@ -379,6 +440,7 @@ def draw_panels(all_axes, each: dict[str, dict[str, Line]], y: str) -> None:
         axes.minorticks_off()
         if axes is not all_axes[0]:
             axes.set_ylabel("")
+            axes.tick_params(labelleft=False)
 
 
 AXES = {
@@ -390,6 +452,9 @@ AXES = {
     "sampled_kl": "KL from the base model (nats per response)",
     "kl_coef": "KL coefficient (score units per nat)",
     "lr": "learning rate",
+    "ppo_epochs": "passes over each rollout",
+    "clip_range": "clip range of the ratio",
+    "lam": "lambda of GAE",
 }
 
 
@@ -399,19 +464,20 @@ def main(config: SweepConfig) -> str:
     results = run_sweep(config, settings_of(config))
     if config.best:
         results = keep_best(results, config.best)
-    each = panels(results, config.y) if config.one_at_a_time else {}
-    lines = {} if each else points(results, config.x, config.y)
     folder = lab_folder(config.out)
-    page = f"{result_table(results)}\n\n{NOTES}\n"
+    page = f"{result_table(results, config.y)}\n\n{NOTES}\n" + f"\n{QUICK}\n" * config.quick
     write_atomically(folder / "table.md", page.encode())
     echo(f"\n{page}\nsaved {folder / 'table.md'} and {folder / 'runs.jsonl'}")
-    if each:
+    title = plot_title(config)
+    if config.one_at_a_time:
+        each = panels(results, config.y)
         save_picture(folder / f"{config.y}-each.png",
                      lambda axes: draw_panels(axes, each, config.y),
-                     (2.6 * len(each) + 1.5, 2.8), columns=len(each))
+                     (2.6 * len(each) + 1.5, 3.0), columns=len(each), title=title)
     else:
+        lines = points(results, config.x, config.y)
         save_picture(folder / f"{config.y}-{config.x}.png",
-                     lambda axes: draw(axes, lines, config.x, config.y), (7.2, 4.2))
+                     lambda axes: draw(axes, lines, config.x, config.y), (7.2, 4.2), title=title)
     return page
 
 

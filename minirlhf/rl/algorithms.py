@@ -4,6 +4,7 @@ The same loop serves all of them. Each is a row of a table, so two neighbors can
 """
 
 import math
+import reprlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from minirlhf.rl.advantages import (
 )
 from minirlhf.rl.losses import kl_k1, kl_k3, policy_gradient_loss, ppo_loss, value_loss
 from minirlhf.rl.rollout import Rollout, evaluate_actions
-from minirlhf.run.errors import UserError, suggest
+from minirlhf.run.errors import UserError, call_users_function, suggest
 
 import torch
 from torch import Tensor
@@ -111,12 +112,17 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 def pick_algorithm(config: PolicyConfig) -> Algorithm | None:
     """The row of --algorithm, None for dpo. Users can add rows to ALGORITHMS. Raises UserError."""
+    if "dpo" in ALGORITHMS:
+        raise UserError("ALGORITHMS['dpo']: dpo has a loop of its own; choose another name")
     if config.algorithm == "dpo":
         return None
     if config.algorithm not in ALGORITHMS:
         known = suggest(config.algorithm, [*ALGORITHMS, "dpo"])
         raise UserError(f"--algorithm {config.algorithm!r} is not known{known}")
     algorithm = ALGORITHMS[config.algorithm]
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(f"ALGORITHMS[{config.algorithm!r}] is {reprlib.repr(algorithm)}; "
+                        "it must be an Algorithm(advantages, loss)")
     size = responses_per_prompt(algorithm, config)
     if config.batch_size % size:
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of "
@@ -137,7 +143,7 @@ def estimate_advantages(algorithm: Algorithm, rollout: Rollout, config: PolicyCo
     `returns` holds the regression targets of V: advantage + value, before whitening. If no value is
     learned, it is the reward-to-go, which is only logged.
     """
-    advantages = algorithm.advantages(rollout, config)
+    advantages = call_row(algorithm.advantages, rollout.mask.shape, rollout, config)
     if algorithm.learns_value:
         returns = torch.where(rollout.mask, advantages + rollout.values, 0.0)
     else:
@@ -159,7 +165,7 @@ def minibatch_loss(policy: Transformer, rollout: Rollout, config: PolicyConfig, 
     mask = rollout.mask
     logprobs, values, entropy = evaluate_actions(policy, rollout.samples, config.temperature,
                                                  entropy=True)
-    loss = algorithm.loss(logprobs, rollout, config, denominator)
+    loss = call_row(algorithm.loss, (), logprobs, rollout, config, denominator)
     if config.ent_coef:
         loss = loss - config.ent_coef * entropy.sum() / denominator
     if algorithm.learns_value:
@@ -180,6 +186,28 @@ def minibatch_loss(policy: Transformer, rollout: Rollout, config: PolicyConfig, 
             value_loss=0.5 * torch.where(mask, (values - rollout.returns) ** 2, 0.0).sum(),
         )
     return loss, metrics
+
+
+def call_row(function: Callable, shape: tuple[int, ...], *arguments) -> Tensor:
+    """What a function of the table returns; if it is a user's own, checked. Raises UserError.
+
+    shape: [B, R] of advantages, or () of a loss, which must be differentiable.
+    """
+    if getattr(function, "__module__", "").startswith("minirlhf."):
+        return function(*arguments)
+    name = f"the algorithm's function {getattr(function, '__name__', repr(function))}"
+    result = call_users_function(name, function, *arguments)
+    is_loss = shape == ()
+    what = f"a {type(result).__name__}"
+    if isinstance(result, Tensor):
+        what = f"a tensor of shape {tuple(result.shape)} and {result.dtype}"
+        what += " with a gradient" * (result.requires_grad and not is_loss)
+        is_valid = result.is_floating_point() and result.requires_grad == is_loss
+        if is_valid and result.shape == shape:
+            return result
+    expected = ("one number that is differentiable in the log-probs" if is_loss else
+                f"one floating-point number for each token, shape {tuple(shape)}, without gradient")
+    raise UserError(f"{name} returned {what}; it must return {expected}")
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -2,8 +2,14 @@
 
 import difflib
 import math
+import sysconfig
+import traceback
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
+
+# where code that is not the user's is, as the beginning of a path
+NOT_THE_USERS = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values(), "<")
 
 # JSON types in words
 KINDS = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number",
@@ -40,7 +46,15 @@ def call_users_function(name: str, function: Callable, *arguments) -> Any:
     except (Exit, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise UserError(f"{name} raised {type(error).__name__}: {error}") from None
+        raise_if_out_of_memory(error)
+        raise UserError(f"{name} raised {type(error).__name__}: {error}{place_of(error)}") from None
+
+
+def place_of(error: BaseException) -> str:
+    """" (file.py:12)": the last line of the user's code that ran before the error; or ""."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if not frame.filename.startswith(NOT_THE_USERS)]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -48,9 +62,12 @@ def suggest(name: str, known: Collection[str]) -> str:
 
     >>> suggest("pop", ["ppo", "rloo"]), suggest("x", ["ppo", "rloo"])
     ('; did you mean ppo?', '; choose from ppo, rloo')
+    >>> suggest("kl", ["gold", "greedy_kl", "sampled_kl"])
+    '; did you mean greedy_kl or sampled_kl?'
     """
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else f"; choose from {', '.join(known)}"
+    match = [each for each in known if name in each.split("_")]
+    match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(match)}?" if match else f"; choose from {', '.join(known)}"
 
 
 def check_finite(value: float, what: str) -> None:
