@@ -137,12 +137,43 @@ def in_float32(logprobs, old_logprobs, ref_logprobs, advantages, mask):
     return project_ppo(*arguments, mask)
 
 
-def as_number(logprobs, old_logprobs, ref_logprobs, advantages, mask):
-    return project_ppo(logprobs, old_logprobs, ref_logprobs, advantages, mask).item()
+def reversed_k3(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    return masked_sum(kl_k3(ref_logprobs, logprobs), mask) / len(mask)
 
 
 def positive_only(logprobs, old_logprobs, ref_logprobs, advantages, mask):
     return project_ppo(logprobs, old_logprobs, ref_logprobs, advantages.relu(), mask)
+
+
+# ---- losses that are wrong off-policy only -------------------------------------------------------
+
+
+def clipped_by(choose, logprobs, old_logprobs, advantages, mask):
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
+    return -masked_sum(choose(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages), mask)
+
+
+def maximum(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    return clipped_by(torch.maximum, logprobs, old_logprobs, advantages, mask)
+
+
+def minimum_of_the_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    """The same mistake with the sign inside."""
+    return -clipped_by(torch.minimum, logprobs, old_logprobs, -advantages, mask)
+
+
+def always_clamped(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    return clipped_by(lambda _, clipped: clipped, logprobs, old_logprobs, advantages, mask)
+
+
+def dual_clip(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    """PPO that also stops at a ratio of 1.5 if the advantage is negative."""
+
+    def choose(objective, clipped):
+        smaller = torch.minimum(objective, clipped)
+        return torch.where(advantages < 0, torch.maximum(smaller, 1.5 * advantages), smaller)
+
+    return clipped_by(choose, logprobs, old_logprobs, advantages, mask)
 
 
 # ---- functions that cannot be checked ------------------------------------------------------------
@@ -158,6 +189,14 @@ def exits(logprobs, old_logprobs, ref_logprobs, advantages, mask):
 
 def two_arguments(logprobs, advantages):
     return logprobs.sum()
+
+
+def of_a_rollout(logprobs, rollout, config, denominator):
+    return logprobs.sum() / denominator
+
+
+def as_number(logprobs, old_logprobs, ref_logprobs, advantages, mask):
+    return project_ppo(logprobs, old_logprobs, ref_logprobs, advantages, mask).item()
 
 
 def one_loss_per_row(logprobs, old_logprobs, ref_logprobs, advantages, mask):
@@ -181,6 +220,14 @@ def nothing(logprobs, old_logprobs, ref_logprobs, advantages, mask):
 
 def minus_k1(logprobs, ref_logprobs):
     return ref_logprobs - logprobs
+
+
+def minus_k3(logprobs, ref_logprobs):
+    return -kl_k3(logprobs, ref_logprobs)
+
+
+def swapped_k3(logprobs, ref_logprobs):
+    return kl_k3(ref_logprobs, logprobs)
 
 
 def mean_of_k1(logprobs, ref_logprobs):
@@ -242,7 +289,7 @@ def test_a_right_loss_satisfies_its_claim_and_is_recognized_without_one(function
         ("clipped_on_policy", "policy-gradient", "no gradient reaches logprobs"),
         ("swapped_k2", "reverse-kl-per-state", "a gradient only off-policy: are old_logprobs"),
         ("in_float32", "policy-gradient", "the precision of float32 only"),
-        ("as_number", "policy-gradient", "no gradient reaches logprobs"),
+        ("reversed_k3", "reverse-kl-per-state", "forward-kl-per-state, but the log-ratio of"),
         ("positive_only", "policy-gradient", "a negative advantage have no gradient"),
         ("with_kl", "policy-gradient", "1 policy-gradient + 0.04 forward-kl-per-state for [1, 3]"),
         ("k2_in_loss", "reverse-kl", "it satisfies reverse-kl-per-state"),
@@ -273,9 +320,7 @@ def test_a_constant_that_depends_on_the_policy_is_not_accepted():
     assert result.holds("policy-gradient")
     scale = torch.arange(1.0, 4.0, dtype=torch.float64)[:, None]
     expected = [scale * each for each in result.expected]
-    target = conformance_gradients.claimed_gradients(
-        conformance_gradients.all_batches((1, 3)), "policy-gradient"
-    )
+    target = conformance_gradients.claimed_gradients("policy-gradient")
     fits = [conformance_gradients.fit(each, target) for each in expected]
     result = result._replace(expected=expected, fits={"policy-gradient": fits})
     assert not result.holds("policy-gradient")
@@ -304,24 +349,54 @@ def test_off_policy_is_reported_and_counts_only_if_asked(function, status, words
 
 
 @pytest.mark.parametrize(
+    "function, swapped",
+    [
+        ("maximum", True),
+        ("minimum_of_the_loss", True),
+        ("project_ppo", False),
+        ("project_policy_gradient", False),
+        ("always_clamped", False),
+        ("dual_clip", False),
+        ("k2_in_loss", False),
+    ],
+)
+def test_a_maximum_in_place_of_the_minimum_is_recognized_off_policy(function, swapped, capsys):
+    """On-policy its gradient is right, so the claim holds."""
+    status, output = check(capsys, function)
+    assert (status, "are minimum and maximum swapped?" in output) == (0, swapped), output
+    assert output.count("holds on-policy") == 1
+
+
+@pytest.mark.parametrize(
     "function, flags, words",
     [
         ("raises", [], "raised ValueError: no such option"),
         ("exits", [], "raised SystemExit: 0"),
         ("two_arguments", [], "raised TypeError"),
-        ("one_loss_per_row", [], "returned a tensor of shape [1], not a scalar"),
-        ("not_a_number", [], "returned nan for a batch of shape [1, 3] with 1 tokens"),
+        (
+            "of_a_rollout",
+            [],
+            "(logprobs, old_logprobs, ref_logprobs, advantages, mask) raised Type",
+        ),
+        ("minus_k1", [], "without --kl, function(logprobs, old_logprobs, ref_"),
+        (
+            "one_loss_per_row",
+            [],
+            "returned a tensor of shape [1], not a tensor of shape [] (a scalar)",
+        ),
+        ("as_number", [], "(float), not a tensor of shape [] (a scalar)"),
+        ("not_a_number", [], "returned nan for a batch with the mask [[1, 0, 0]]"),
         ("gradient_not_a_number", [], "the gradient of the function is not finite"),
-        ("nothing", [], "returned None, not a scalar tensor"),
+        ("nothing", [], "returned None (NoneType), not a tensor"),
         ("absent", [], "no such function"),
         ("nowhere:loss", [], "its import raised ModuleNotFoundError"),
         ("nowhere.py:loss", [], "its import raised FileNotFoundError"),
         ("project_ppo", ["--claims", "ppo"], "invalid choice: 'ppo'"),
         ("project_ppo", ["--claim", "policy-gradient"], "unrecognized arguments"),
         ("minus_k1", ["--kl", "--claims", "reverse-kl"], "not allowed with argument"),
-        ("mean_of_k1", ["--kl"], "returned [15]; the log-probs had the shape [15, 5]"),
+        ("mean_of_k1", ["--kl"], "returned a tensor of shape [15], not a tensor of shape [15, 5]"),
         ("infinite", ["--kl"], "returned a value that is not finite"),
-        ("nothing", ["--kl"], "raised TypeError"),
+        ("nothing", ["--kl"], "with --kl, function(logprobs, ref_logprobs) raised TypeError"),
     ],
 )
 def test_a_function_that_cannot_be_checked_is_one_line(function, flags, words, capsys):
@@ -336,14 +411,17 @@ def test_a_function_that_cannot_be_checked_is_one_line(function, flags, words, c
         ("minirlhf.rl.losses:kl_k1", 0, "unbiased"),
         ("minirlhf.rl.losses:kl_k3", 0, "unbiased"),
         ("minirlhf.rl.losses:kl_k2", 1, "its mean is not the KL"),
-        ("minus_k1", 1, "its mean is not the KL: the sign is flipped"),
+        ("minus_k3", 1, "its mean is not the KL: the sign is flipped"),
+        ("swapped_k3", 1, "its mean is not the KL: the log-ratio has the wrong sign"),
     ],
 )
 def test_an_estimator_is_compared_with_the_kl_of_whole_responses(
     function, status, last_line, capsys
 ):
     got, output = check(capsys, function, "--kl")
-    assert (got, output.splitlines()[-1]) == (status, last_line)
+    lines = output.splitlines()
+    assert (got, lines[-1]) == (status, last_line)
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["policy 1", "policy 2", "policy 3"]
 
 
 def test_a_function_can_be_named_by_the_path_of_its_file(tmp_path, capsys):

@@ -18,41 +18,30 @@ KL(policy || reference) of whole responses.
 Exit status: 0 the claim holds, 1 it does not, 2 the function cannot be called.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from minirlhf.data.splits import load_function
 from minirlhf.lab.conformance_gradients import (
     CLAIMS,
     SHAPES,
     TOLERANCE,
-    WORLD,
     all_batches,
-    call,
     claimed_gradients,
     examine,
-    expected_gradients,
-    token_weights,
+    kl_means,
+    loss_gradients,
+    relative_error,
 )
-from minirlhf.lab.conformance_mistakes import diagnose, importance_ratio
-from minirlhf.lab.small_world import probabilities, response_kl
+from minirlhf.lab.conformance_mistakes import diagnose, importance_ratio, swaps_minimum
 from minirlhf.run.command_line import Parser, fail
 from minirlhf.run.errors import UserError
 from minirlhf.run.terminal import echo
 
 import torch
-from torch import Tensor
 
 DISTANCES = (0.01, 0.1)  # KL(old || policy) of whole responses, nats
-
-
-def off_policy(loss: Callable, claim: str, c: float) -> Iterator[tuple[float, float]]:
-    """(KL(old || policy), largest relative error) of batches of one."""
-    for kl in DISTANCES:
-        batches = all_batches(SHAPES[0], kl)
-        actual = expected_gradients(batches, [token_weights(loss, b) for b in batches])
-        target = claimed_gradients(batches, claim)
-        yield kl, float(((actual / c - target).norm(dim=1) / target.norm(dim=1)).max())
 
 
 def check_loss(loss: Callable, claim: str | None, needs_off_policy: bool) -> bool:
@@ -72,11 +61,16 @@ def check_loss(loss: Callable, claim: str | None, needs_off_policy: bool) -> boo
     factors = ", ".join(f"{each.c:.3g} for {list(shape)}" for each, shape in zip(fits, SHAPES))
     echo(f"  relative error {max(each.error for each in fits):.0e}; c = {factors}")
     holds = True
-    for kl, error in off_policy(loss, claim, fits[0].c):
+    for kl in DISTANCES:
+        actual = loss_gradients(loss, all_batches(SHAPES[0], kl))
+        error = relative_error(actual, fits[0].c * claimed_gradients(claim))
         holds = holds and error < TOLERANCE
         echo(f"  off-policy, KL(old || policy) = {kl} nats: relative error up to {error:.1g}")
     ratio = importance_ratio(loss, claim) or "an unknown importance ratio"
     echo(f"  off-policy it uses {ratio}")
+    if claim == "policy-gradient" and swaps_minimum(loss):
+        echo("  off-policy it clips tokens that moved against their advantage, not the others: "
+             "are minimum and maximum swapped?")
     if needs_off_policy and not holds:
         echo("  does not hold off-policy")
     return holds or not needs_off_policy
@@ -84,25 +78,18 @@ def check_loss(loss: Callable, claim: str | None, needs_off_policy: bool) -> boo
 
 def check_estimator(estimator: Callable) -> bool:
     """Print the report of --kl. Returns whether the estimator is unbiased."""
-    means = []
-    for batches in all_batches(SHAPES[1]):
-        logprobs, _, ref_logprobs, _, mask = (x[:, 0] for x in batches.arguments)
-        values = call(estimator, logprobs, ref_logprobs)
-        if not isinstance(values, Tensor) or values.shape != mask.shape:
-            shape = list(values.shape) if isinstance(values, Tensor) else repr(values)
-            raise UserError(f"the function returned {shape}; the log-probs had the shape "
-                            f"{list(mask.shape)}")
-        if not values[mask].isfinite().all():
-            raise UserError("the function returned a value that is not finite")
-        setting = batches.setting
-        total = torch.where(mask, values, 0.0).sum(1)
-        mean = float((probabilities(WORLD, setting.logits) * total).sum())
-        exact = float(response_kl(WORLD, setting.logits, setting.ref))
-        echo(f"mean over responses {mean:.6f} nats, KL(policy || reference) {exact:.6f} nats")
-        means.append((mean, exact))
-    holds = all(abs(mean - exact) < TOLERANCE * exact for mean, exact in means)
-    flipped = all(abs(mean + exact) < TOLERANCE * exact for mean, exact in means)
-    echo("unbiased" if holds else "its mean is not the KL" + ": the sign is flipped" * flipped)
+    means, exact = kl_means(estimator)
+    for number, (mean, kl) in enumerate(zip(means, exact), start=1):
+        echo(f"policy {number}: mean over responses {mean:.6f} nats, "
+             f"KL(policy || reference) {kl:.6f} nats")
+    is_kl = functools.partial(torch.allclose, exact, rtol=TOLERANCE, atol=0.0)
+    holds = is_kl(means)
+    reason = ""
+    if is_kl(-means):
+        reason = ": the sign is flipped"
+    elif not holds and is_kl(kl_means(lambda logprobs, ref: estimator(ref, logprobs))[0]):
+        reason = ": the log-ratio has the wrong sign"
+    echo("unbiased" if holds else "its mean is not the KL" + reason)
     return holds
 
 
@@ -121,9 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         function = load_function(options.function, "function")
-        if options.kl:
-            return 0 if check_estimator(function) else 1
-        return 0 if check_loss(function, options.claims, options.off_policy) else 1
+        holds = (check_estimator(function) if options.kl else
+                 check_loss(function, options.claims, options.off_policy))
+        return 0 if holds else 1
     except UserError as error:
         fail(str(error), 2)
 

@@ -97,41 +97,56 @@ def all_batches(shape: tuple[int, int], kl: float = 0.0) -> list[Batches]:
 # ---- the user's function -------------------------------------------------------------------------
 
 
-def call(function: Callable, *arguments: Tensor):
-    """What the function returns. Raises UserError."""
-    return call_users_function("the function", function, *(x.clone() for x in arguments))
+def call(function: Callable, form: str, shape: list[int], *arguments: Tensor) -> Tensor:
+    """What the function returns, a tensor of this shape. form: of the call. Raises UserError."""
+    value = call_users_function(form, function, *(x.clone() for x in arguments))
+    if isinstance(value, Tensor) and list(value.shape) == shape:
+        return value
+    returned = f"{value!r:.60} ({type(value).__name__})"
+    if isinstance(value, Tensor):
+        returned = f"a tensor of shape {list(value.shape)}"
+    raise UserError(f"the function returned {returned}, not a tensor of shape "
+                    f"{shape or '[] (a scalar)'}")
 
 
 def call_loss(loss: Callable, *arguments: Tensor) -> Tensor:
     """The loss of one batch, a finite scalar. Raises UserError."""
-    value = call(loss, *arguments)
-    if not isinstance(value, (int, float, Tensor)):
-        raise UserError(f"the function returned {value!r}, not a scalar tensor")
-    value = torch.as_tensor(value)
-    if value.dim():
-        raise UserError(f"the function returned a tensor of shape {list(value.shape)}, not a "
-                        f"scalar; the log-probs had the shape {list(arguments[0].shape)}")
+    form = "without --kl, function(logprobs, old_logprobs, ref_logprobs, advantages, mask)"
+    value = call(loss, form, [], *arguments)
     if not value.isfinite():
-        tokens = int(arguments[-1].sum())
-        raise UserError(f"the function returned {value.item()} for a batch of shape "
-                        f"{list(arguments[0].shape)} with {tokens} tokens")
+        raise UserError(f"the function returned {value.item()} for a batch with the mask "
+                        f"{arguments[-1].int().tolist()}")
     return value
 
 
 def token_weights(loss: Callable, batches: Batches) -> Tensor:
-    """[M, B, R] d loss / d logprobs of each batch, 0 if there is no gradient. Raises UserError."""
+    """[M, B, R] d loss / d logprobs of each batch. Raises UserError."""
     logprobs, *others = batches.arguments
     logprobs = logprobs.clone().requires_grad_()
     values = [call_loss(loss, *batch) for batch in zip(*(x.unbind() for x in (logprobs, *others)))]
-    total = torch.stack([value.double() for value in values]).sum()
-    if not total.requires_grad:
-        return torch.zeros_like(logprobs)
-    (weights,) = torch.autograd.grad(total, logprobs, allow_unused=True)
-    if weights is None:
-        return torch.zeros_like(logprobs)
+    # the second term is 0; with it a loss that does not use logprobs has a gradient, 0
+    total = torch.stack([value.double() for value in values]).sum() + 0.0 * logprobs.sum()
+    (weights,) = torch.autograd.grad(total, logprobs)
     if not weights.isfinite().all():
         raise UserError("the gradient of the function is not finite")
     return weights
+
+
+def kl_means(estimator: Callable) -> tuple[Tensor, Tensor]:
+    """(mean over responses of the estimator's sum, KL(policy || reference)): [K] nats each.
+
+    Raises UserError.
+    """
+    means, exact = [], []
+    for batches in all_batches(SHAPES[1]):
+        logprobs, _, ref_logprobs, _, mask = (x[:, 0] for x in batches.arguments)
+        values = call(estimator, "with --kl, function(logprobs, ref_logprobs)", list(mask.shape),
+                      logprobs, ref_logprobs)
+        if not values[mask].isfinite().all():
+            raise UserError("the function returned a value that is not finite")
+        means.append((batches.probability * torch.where(mask, values, 0.0).sum(1)).sum())
+        exact.append(response_kl(WORLD, batches.setting.logits, batches.setting.ref))
+    return torch.stack(means), torch.stack(exact)
 
 
 # ---- gradients with respect to the policy's logits -----------------------------------------------
@@ -144,25 +159,26 @@ def expected_gradient(batches: Batches, weights: Tensor) -> Tensor:
     return batches.probability @ rows
 
 
-def claimed_gradient(setting: Setting, claim: str) -> Tensor:
-    """[D], by differentiating the objective itself."""
-    objectives = {
-        "policy-gradient": lambda x: -(probabilities(WORLD, x) * setting.scores).sum(),
-        "reverse-kl": lambda x: response_kl(WORLD, x, setting.ref),
-        "reverse-kl-per-state": lambda x: state_kl(WORLD, x, setting.ref),
-        "forward-kl-per-state": lambda x: state_kl(WORLD, x, setting.ref, reverse=False),
-    }
-    return gradient(objectives[claim], setting.logits)
-
-
 def expected_gradients(batches: list[Batches], weights: Iterable[Tensor]) -> Tensor:
     """[K, D] one expected gradient for each setting."""
     return torch.stack([expected_gradient(b, w) for b, w in zip(batches, weights)])
 
 
-def claimed_gradients(batches: list[Batches], claim: str) -> Tensor:
-    """[K, D]"""
-    return torch.stack([claimed_gradient(each.setting, claim) for each in batches])
+def loss_gradients(loss: Callable, batches: list[Batches]) -> Tensor:
+    """[K, D] the expected gradients of the loss. Raises UserError."""
+    return expected_gradients(batches, [token_weights(loss, each) for each in batches])
+
+
+def claimed_gradients(claim: str) -> Tensor:
+    """[K, D], by differentiating the objective itself."""
+    objective = {
+        "policy-gradient": lambda x, each: -(probabilities(WORLD, x) * each.scores).sum(),
+        "reverse-kl": lambda x, each: response_kl(WORLD, x, each.ref),
+        "reverse-kl-per-state": lambda x, each: state_kl(WORLD, x, each.ref),
+        "forward-kl-per-state": lambda x, each: state_kl(WORLD, x, each.ref, reverse=False),
+    }[claim]
+    settings = [each.setting for each in all_batches(SHAPES[0])]
+    return torch.stack([gradient(functools.partial(objective, each=s), s.logits) for s in settings])
 
 
 class Fit(NamedTuple):
@@ -179,17 +195,21 @@ class Fit(NamedTuple):
         return self.c > 0 and self.error < TOLERANCE
 
 
+def relative_error(actual: Tensor, target: Tensor) -> float:
+    """The largest of the settings. actual, target: [K, D]."""
+    return float(((actual - target).norm(dim=1) / target.norm(dim=1)).max())
+
+
 def fit(actual: Tensor, target: Tensor) -> Fit:
     """actual, target: [K, D]."""
     products = (actual * target).sum(1)
     norm = target.norm(dim=1)
     c = products.sum() / (norm**2).sum()
     own_c = products / norm**2
-    error = (actual / c - target).norm(dim=1) / norm
-    own_error = (actual / own_c[:, None] - target).norm(dim=1) / norm
+    error = relative_error(actual, c * target)
+    own_error = relative_error(actual, own_c[:, None] * target)
     cosine = (products / (norm * actual.norm(dim=1))).nan_to_num(0.0)
-    return Fit(float(c), float(error.max()), own_c, float(own_error.max()),
-               float(cosine[cosine.abs().argmin()]))
+    return Fit(float(c), error, own_c, own_error, float(cosine[cosine.abs().argmin()]))
 
 
 class Result(NamedTuple):
@@ -209,9 +229,7 @@ def examine(loss: Callable) -> Result:
     batches = [all_batches(shape) for shape in SHAPES]
     weights = [torch.stack([token_weights(loss, b) for b in each]) for each in batches]
     expected = [expected_gradients(b, w) for b, w in zip(batches, weights)]
-    fits = {}
-    for claim in CLAIMS:
-        targets = [claimed_gradients(each, claim) for each in batches]
-        fits[claim] = [fit(actual, target) for actual, target in zip(expected, targets)]
+    targets = {claim: claimed_gradients(claim) for claim in CLAIMS}
+    fits = {claim: [fit(actual, targets[claim]) for actual in expected] for claim in CLAIMS}
     leaks = any(bool(w[:, ~b[0].mask].any()) for b, w in zip(batches, weights))
     return Result(weights, expected, fits, leaks)

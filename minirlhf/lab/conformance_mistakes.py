@@ -18,13 +18,16 @@ from minirlhf.lab.conformance_gradients import (
     claimed_gradients,
     expected_gradients,
     fit,
+    loss_gradients,
     token_weights,
 )
 
 import torch
 from torch import Tensor
 
-NEAR = 1e-4  # KL(old || policy), so small that the usual clipping changes no ratio
+# KL(old || policy), nats
+NEAR = 1e-4  # so small that the usual clipping changes no ratio
+FAR = 1.0  # so large that it clips many tokens
 
 
 def standard_weights(claim: str, batches: Batches) -> Tensor:
@@ -40,11 +43,12 @@ def standard_weights(claim: str, batches: Batches) -> Tensor:
 
 
 def known_mistakes(batches: Batches) -> dict[str, Tensor]:
-    """What each mistake multiplies the standard weights by."""
-    *_, advantages, mask = batches.arguments
+    """What each mistake multiplies the standard weights by; "" is none."""
+    logprobs, _, ref_logprobs, advantages, mask = batches.arguments
     length = mask.sum(-1, keepdim=True).double()
     position = mask.cumsum(-1)
     return {
+        "": torch.ones_like(logprobs),
         "each response is divided by its own length; divide by a constant": 1 / length,
         "the sum is divided by the number of tokens in the batch, which depends on the policy; "
         "divide by a constant": 1 / length.sum(-2, keepdim=True),
@@ -52,6 +56,8 @@ def known_mistakes(batches: Batches) -> dict[str, Tensor]:
             position < length,
         "the first token of each response has no gradient: is a tensor shifted by one?":
             position > 1,
+        "the log-ratio of logprobs and ref_logprobs has the wrong sign":
+            torch.where(mask, logprobs - ref_logprobs, 0.0).exp(),
         "the advantage is squared": advantages,
         "the absolute value of the advantage is used": advantages.sign(),
         "only the sign of the advantage is used": 1 / advantages.abs(),
@@ -76,7 +82,7 @@ def importance_ratios(batches: Batches) -> dict[str, Tensor]:
 
 def matching_factor(factors: Callable, claim: str, batches: list[list[Batches]],
                     expected: list[Tensor]) -> tuple[str, float]:
-    """(the factor that gives these gradients, its c); "" if there is none."""
+    """(the factor that gives these gradients, its c); ("", 0) if there is none."""
     def compare(name: str, index: int) -> Fit:
         weights = [standard_weights(claim, b) * factors(b)[name] for b in batches[index]]
         return fit(expected[index], expected_gradients(batches[index], weights))
@@ -89,8 +95,7 @@ def matching_factor(factors: Callable, claim: str, batches: list[list[Batches]],
 
 def mixture(result: Result) -> str:
     """The two claims whose weighted sum is the expected gradient, or ""."""
-    batches = all_batches(SHAPES[0])
-    targets = {claim: claimed_gradients(batches, claim).flatten() for claim in CLAIMS}
+    targets = {claim: claimed_gradients(claim).flatten() for claim in CLAIMS}
     for first, second in itertools.combinations(CLAIMS, 2):
         columns = torch.stack([targets[first], targets[second]], dim=1)
         actual = torch.stack([each.flatten() for each in result.expected], dim=1)
@@ -104,8 +109,16 @@ def mixture(result: Result) -> str:
 def importance_ratio(loss: Callable, claim: str) -> str:
     """The name of the ratio by which the loss corrects for the old policy, or ""."""
     batches = all_batches(SHAPES[0], NEAR)
-    actual = expected_gradients(batches, [token_weights(loss, b) for b in batches])
-    return matching_factor(importance_ratios, claim, [batches], [actual])[0]
+    return matching_factor(importance_ratios, claim, [batches], [loss_gradients(loss, batches)])[0]
+
+
+def swaps_minimum(loss: Callable) -> bool:
+    """Whether clipping stops tokens that moved against their advantage, and no others."""
+    batches = all_batches(SHAPES[0], FAR)[0]
+    logprobs, old_logprobs, _, advantages, mask = batches.arguments
+    stopped = mask & (token_weights(loss, batches) == 0)
+    moved = ((logprobs - old_logprobs) * advantages)[stopped]
+    return bool(len(moved) and (moved < 0).all())
 
 
 def reacts(loss: Callable, batches: Batches, arguments: tuple[Tensor, ...]) -> bool:
@@ -160,23 +173,21 @@ def diagnose(loss: Callable, claim: str, result: Result) -> Iterator[str]:
 
 def gradient_mistakes(loss: Callable, claim: str, result: Result) -> Iterator[str]:
     """Why the expected gradient is not the claimed one."""
-    for other, fits in result.fits.items():
-        if all(each.error < TOLERANCE for each in fits):
+    batches = [all_batches(shape) for shape in SHAPES]
+    for other in (claim, *CLAIMS):
+        name, c = matching_factor(known_mistakes, other, batches, result.expected)
+        if c:
             ratio = importance_ratio(loss, other)
-            flipped = "the sign is flipped" if fits[0].c < 0 else ""
-            instead = f"it satisfies {other}" if other != claim else ""
-            exponent = f"it uses {ratio}" if "wrong sign" in ratio else ""
-            yield "; ".join(filter(None, [instead, flipped, exponent]))
+            mistakes = ["the sign is flipped" * (c < 0), name,
+                        f"it uses {ratio}" * ("wrong sign" in ratio)]
+            instead = f"it satisfies {other}" * (other != claim)
+            yield ", but ".join(filter(None, [instead, "; ".join(filter(None, mistakes))]))
             return
     if parts := mixture(result):
         yield f"it is a sum of two: {parts}"
         return
     fits = result.fits[claim]
-    name, c = matching_factor(known_mistakes, claim, [all_batches(shape) for shape in SHAPES],
-                              result.expected)
-    if name:
-        yield "the sign is flipped, and " * (c < 0) + name
-    elif all(each.error < 1e-5 for each in fits):
+    if all(each.error < 1e-5 for each in fits):
         yield "it is right to the precision of float32 only: it converts the tensors"
     elif all(each.own_error < TOLERANCE for each in fits):
         own_c = fits[0].own_c
