@@ -103,6 +103,12 @@ COMMANDS = {
         test="test_tools_own_algorithm.py"
     ),
     "python steps.py --out runs/NAME --resume": Elsewhere(test="test_tools_own_algorithm.py"),
+    "python -m minirlhf.lab.conformance steps.py:checked_loss --claims policy-gradient": Elsewhere(
+        test="test_tools_own_algorithm.py"
+    ),
+    "python -m minirlhf.lab.sweep --script steps.py --algorithms steps,ppo,dpo --seeds 5": Run(
+        " --seeds 1 --quick", "runs/sweep/table.md", slow=True
+    ),
     "curl -L --create-dirs --output-dir smollm2 --remote-name-all "
     "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main/"
     "{config,tokenizer,tokenizer_config}.json "
@@ -237,6 +243,9 @@ def write_desk(folder: Path) -> None:
         re.search(
             r"`my_loss.py`:\n\n```python\n(.*?)^```", TEXTS["minirlhf/lab/README.md"], re.M | re.S
         )[1]
+    )
+    (folder / "steps.py").write_text(
+        re.search(r"^```python\n(.*?)^```", TEXTS["minirlhf/rl/EXTENDING.md"], re.M | re.S)[1]
     )
     (folder / "FILE...").write_text("a short text of a few words\n" * 3)
     pretrained_folder(folder / "smollm2")

@@ -8,6 +8,7 @@ import types
 
 import train_policy
 from minirlhf.config import PolicyConfig
+from minirlhf.lab import conformance
 from minirlhf.rl.algorithms import ALGORITHMS, Algorithm, on_policy, pick_algorithm
 from minirlhf.rl.losses import policy_gradient_loss
 from minirlhf.rl.rollout import Rollout
@@ -18,15 +19,16 @@ import tiny
 import torch
 from tiny import as_flags, policy_config, refused
 
+TEXT = (tiny.ROOT / "minirlhf" / "rl" / "EXTENDING.md").read_text(encoding="utf-8")
+
 
 @pytest.fixture(scope="module")
 def page():
     """The code of the page, and its command lines."""
-    text = (tiny.ROOT / "minirlhf" / "rl" / "EXTENDING.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
-    (first, code), (second, commands) = blocks
-    assert (first, second) == ("python", "")
-    return code, commands.splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
+    code, loss = (block for language, block in blocks if language)
+    before, main, after = code.partition("if __name__")  # the page says where the loss goes
+    return before + loss + main + after, "".join(b for name, b in blocks if not name).splitlines()
 
 
 @pytest.fixture
@@ -53,6 +55,7 @@ def run_steps(folder, *flags):
 def test_all_commands_of_the_section_run(page, reward_run, tmp_path):
     """Each runs in its own process on a tiny task; its run folder is like any other's."""
     code, commands = page
+    commands = [command for command in commands if command.startswith("python steps")]
     assert len(commands) == 2
     (tmp_path / "steps.py").write_text(code)
     for number, command in enumerate(commands):
@@ -76,13 +79,30 @@ def test_all_commands_of_the_section_run(page, reward_run, tmp_path):
 def test_each_function_of_the_section_has_less_than_15_lines(page):
     functions = re.findall(r"^def .*?(?=^\S)", page[0] + "\n#", re.M | re.S)
     lengths = [len(function.rstrip().split("\n")) for function in functions]
-    assert len(lengths) == 2
+    assert len(lengths) == 4
     assert max(lengths) < 15
 
 
 def test_the_reward_equals_values_by_hand(steps):
     rewards = steps.short_and_sorry(["p", "p"], [" I am sorry.", " No no no no"])
     assert rewards == pytest.approx([1.85, -0.2])
+
+
+@pytest.mark.parametrize("row", [Algorithm, Rollout])
+def test_the_page_lists_the_fields(row):
+    table = TEXT.partition(f"| field of [`{row.__name__}`]")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(row._fields)
+
+
+def test_the_loss_has_the_claimed_gradient(page, steps, tmp_path, monkeypatch, capsys):
+    """The page's command, in this process."""
+    (tmp_path / "steps.py").write_text(page[0])
+    monkeypatch.chdir(tmp_path)
+    start = "python -m minirlhf.lab.conformance "
+    (command,) = [command for command in page[1] if command.startswith(start)]
+    assert conformance.main(command.split()[3:]) == 0
+    output = capsys.readouterr().out
+    assert "holds on-policy" in output and "swapped" not in output
 
 
 def rollout_of(rewards, mask):
@@ -93,15 +113,21 @@ def rollout_of(rewards, mask):
 
 
 def test_the_advantages_equal_values_by_hand(steps):
-    """Three responses of 3, 2 and 1 tokens. No other response has a third token."""
-    rewards = torch.tensor([[1.0, 0.0, 2.0], [0.0, 4.0, 0.0], [6.0, 0.0, 0.0]])
-    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
-    assert pick_algorithm(PolicyConfig(algorithm="steps")).advantages is steps.minus_others_at_step
-    advantages = steps.ALGORITHMS["steps"].advantages(rollout_of(rewards, mask), PolicyConfig())
+    """Two groups of three responses. In the first no other response has a third token."""
+    rewards = torch.tensor(
+        [[1.0, 0.0, 2.0], [0.0, 4.0, 0.0], [6.0, 0.0, 0.0]]
+        + [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]
+    )
+    lengths = torch.tensor([3, 2, 1, 3, 3, 1])
+    mask = torch.arange(3) < lengths[:, None]
+    config = PolicyConfig(algorithm="steps", batch_size=6, group_size=3)
+    assert pick_algorithm(config).advantages is steps.minus_others_at_step
+    advantages = steps.ALGORITHMS["steps"].advantages(rollout_of(rewards, mask), config)
     by_hand = [[3.0 - 5.0, 2.0 - 4.0, 2.0], [4.0 - 4.5, 4.0 - 2.0, 0.0], [6.0 - 3.5, 0.0, 0.0]]
+    by_hand += [[1.0 - 1.0, 1.0, 1.0], [0.0 - 1.5, -1.0, -1.0], [2.0 - 0.5, 0.0, 0.0]]
     assert torch.allclose(advantages, torch.tensor(by_hand))
     poisoned = torch.where(mask, rewards, float("nan"))
-    again = steps.minus_others_at_step(rollout_of(poisoned, mask), PolicyConfig())
+    again = steps.minus_others_at_step(rollout_of(poisoned, mask), config)
     assert torch.equal(again, advantages)
 
 
@@ -125,7 +151,7 @@ def test_the_expected_gradient_equals_that_of_reward_to_go(steps):
             mask[row, : len(actions)] = True
             rewards[row, len(actions) - 1] = reward
         logprobs = torch.stack([logprobs_of(actions) for actions, _ in pair])
-        weights = advantages(rollout_of(rewards, mask), PolicyConfig())
+        weights = advantages(rollout_of(rewards, mask), PolicyConfig(group_size=2))
         loss = policy_gradient_loss(logprobs, weights, mask, 4.0)
         probability = logprobs.sum().exp().detach()
         return probability * torch.autograd.grad(loss, logits)[0]
