@@ -283,6 +283,8 @@ def finish(task: Task, policy: Transformer, run: Run) -> dict:
     write_atomically(run.folder / "result.json", result.encode())
     echo(f"\n{page}\n{table}\n"
          f"saved {run.folder / 'policy.pt'}, samples.md, result.json and policy_metrics.jsonl")
+    if metrics["sampled_kl"] > run.config.max_kl:
+        echo(f"warning: the KL exceeds --max-kl {run.config.max_kl:g}: try a lower --lr")
     return metrics
 
 

@@ -65,6 +65,7 @@ def main(config: RewardConfig) -> dict:
     check_processes(config, device, config.batch_size, "the prompts of --batch-size")
     config = dataclasses.replace(config, tokenizer=tokenizer_name(config))
     with Run(config, "train_reward.py") as run:
+        echo("reading the data")
         encoding = load_tokenizer(config.tokenizer)
         splits = load_splits(config)
         ground_truth = load_ground_truth(config.task, splits)
@@ -143,6 +144,8 @@ def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardCon
         groups[name], counts = encode_preferences(
             getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
         echo(f"{name}: {describe_counts(counts)}")
+    if splits.test is splits.heldout:
+        echo("the test pairs are the heldout pairs again: there is no --test-data")
     warn_of_shared_prompts(*([group.prompt for group in split] for split in groups.values()))
     if splits.bad_lines:
         echo(f"skipped {splits.bad_lines} bad lines")

@@ -27,7 +27,8 @@ class RunConfig:
         False, "torch.compile the blocks: a minute at the start, then faster steps on a GPU")
     shard: bool = setting(
         False, "with torchrun: split weights, gradients and optimizer state over processes (FSDP2)")
-    device: str = setting("auto", "auto: cuda if there is one, otherwise cpu", choices=DEVICES)
+    device: str = setting("auto", "auto: cuda if there is one, otherwise cpu; the variable "
+                                  "CUDA_VISIBLE_DEVICES=3 chooses a GPU", choices=DEVICES)
     deterministic: bool = setting(
         False, "only CUDA kernels with reproducible sums: exact resume there too, but slower")
     resume: bool = setting(False, "resume the run in --out")

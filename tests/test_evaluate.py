@@ -20,7 +20,7 @@ from minirlhf.evaluation.reward_model import (
     evaluate_probes,
     evaluate_reward_model,
 )
-from minirlhf.evaluation.statistics import bootstrap_interval, standard_error
+from minirlhf.evaluation.statistics import bootstrap_interval, share_interval, standard_error
 from minirlhf.model.loading import load_model
 from minirlhf.model.transformer import ModelConfig, Transformer, sequence_scores
 from minirlhf.rl.reward import Reward, score_responses
@@ -114,6 +114,17 @@ def test_interval_resamples_prompts_and_not_pairs():
     """If ten pairs of a prompt counted as ten observations, the interval would be too narrow."""
     _, low, high = bootstrap_interval(np.array([0.0, 1.0, 1.0, 0.0]), np.full(4, 10.0))
     assert (low, high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_of_none_or_all_has_an_interval_with_a_width(value):
+    """One prompt of one proves little. 0.5407^6 = 0.025. Other intervals stay the same."""
+    for count, bound in ((1, 0.025), (6, 0.5407), (1000, 0.9963)):
+        mean, low, high = share_interval(np.full(count, value), np.ones(count))
+        expected = (1.0, bound, 1.0) if value else (0.0, 0.0, 1 - bound)
+        assert (mean, low, high) == pytest.approx(expected, abs=1e-4)
+    mixed = np.array([value, 0.5, value])
+    assert share_interval(mixed) == bootstrap_interval(mixed)
 
 
 def test_standard_error_by_hand():

@@ -14,6 +14,7 @@ from minirlhf.model.loading import load_model
 from minirlhf.model.pretrained import MAX_HEADER, load_weights
 from minirlhf.run.command_line import run_script
 from minirlhf.run.errors import UserError
+from minirlhf.tools.trained import load_trained, training_splits
 
 import pytest
 import tiny
@@ -365,6 +366,29 @@ def test_both_scripts_start_from_a_pretrained_folder(by_file, inputs, tmp_path, 
     # a later run that starts from this one has the same tokenizer without being told
     again = dict(init=str(tmp_path / "run"), tokenizer="auto")
     train_reward.main(reward_config(inputs, tmp_path / "again", **again))
+
+
+@pytest.mark.parametrize("kind", ["model", "rank file"])
+def test_a_copied_run_needs_no_file_outside_its_folder(kind, tmp_path, capsys):
+    """It has a copy of its tokenizer. Data is large, so the user puts it into inputs/."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tiny.write_inputs(source)
+    pretrained_folder(source / "qwen3")
+    changes = dict(task="none", test_data=(str(source / "pairs.jsonl"),))
+    if kind == "model":
+        changes |= dict(init=str(source / "qwen3"), tokenizer="auto")
+    train_reward.main(reward_config(source, tmp_path / "reward", **changes))
+    source.rename(tmp_path / "elsewhere")
+    flags = as_flags(policy_config(tmp_path / "reward", tmp_path / "policy", task=""))
+    inputs = tmp_path / "reward" / "inputs"
+    message = refused(capsys, train_policy.main, PolicyConfig, flags)
+    assert f"{source / 'pairs.jsonl'}: cannot be read (No such file or directory)" in message
+    assert f"if it has moved, put a copy or a link into {inputs}\n" in message
+    (inputs / "pairs.jsonl").symlink_to(tmp_path / "elsewhere" / "pairs.jsonl")
+    train_policy.main(policy_config(tmp_path / "reward", tmp_path / "policy", task=""))
+    trained = load_trained(str(tmp_path / "policy"), torch.device("cpu"), "")
+    assert len(training_splits(trained).test) == 40
 
 
 def test_the_dialogue_preset_runs_with_a_smaller_model(inputs, tmp_path):

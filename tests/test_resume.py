@@ -333,7 +333,7 @@ def test_a_second_ctrl_c_stops_a_step_that_hangs(reward_run, tmp_path):
     assert any(line == "hanging\n" for line in process.stdout), process.stderr.read()
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
-    assert process.stderr.readline() == "stopping after this step (again: stop at once)\n"
+    assert process.stderr.readline() == "stopping after this step is saved (again: stop at once)\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
     process.stdout.close()
@@ -448,7 +448,7 @@ def test_real_processes_that_are_killed_and_stopped_resume_exactly(
     assert second.returncode == 143, second.stderr
     assert second.stderr.splitlines() == [
         "",
-        "stopping after this step (again: stop at once)",
+        "stopping after this step is saved (again: stop at once)",
         f"error: stopped; resume with: python {script} --out run --resume {' '.join(modules)}",
     ]
     flags = shlex.split(second.stderr.splitlines()[-1].partition("train_policy.py ")[2])

@@ -80,8 +80,9 @@ def raw_rows(path):
 def test_the_reward_script_writes_models_metrics_and_the_next_command(inputs, tmp_path, capsys):
     """Through main(config): two models, one row for each step, and one for the test."""
     result = train_reward.main(reward_config(inputs, tmp_path / "run"))
-    names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
+    names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock", "inputs"}
     assert names == {"base.pt", "reward.pt", "checkpoints", "config.json", "reward_metrics.jsonl"}
+    assert [path.name for path in (tmp_path / "run" / "inputs").iterdir()] == ["bytes.tiktoken"]
     logged = raw_rows(tmp_path / "run" / "reward_metrics.jsonl")
     steps = [("sft", 3), ("reward", 4), ("test", 1)]
     assert [(row["stage"], row["step"]) for row in logged] == [
@@ -435,6 +436,9 @@ def test_other_data_needs_no_ground_truth(inputs, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "by score (the task has no gold utility)" in output
     assert "best possible" not in output
+    head = next(line for line in output.splitlines() if "win_low" in line)
+    assert head.split()[:3] == ["score", "kl", "kl_bound"]  # no empty column
+    assert "the test pairs are the heldout pairs again: there is no --test-data" in output
     logged = rows(tmp_path / "run" / "policy_metrics.jsonl")
     assert not any("gold" in key for row in logged for key in row)
 
@@ -590,7 +594,8 @@ def test_a_reward_function_that_fails_is_one_line(reward, words, reward_run, tmp
         ("tiny:", "write module:function"),
         ("tiny:nothing", "no such function"),
         ("tiny:LETTERS", "no such function"),
-        ("nowhere:score", "its import raised ModuleNotFoundError"),
+        ("nowhere:score", "No module named 'nowhere'; start in the folder of the module, or write"),
+        ("needs.py:score", "No module named 'nowhere' (needs.py:1)\n"),
         (":score", "its import raised"),
         ("broken:score", "its import raised ZeroDivisionError"),
         ("ends.py:score", "its import raised SystemExit: 0"),
@@ -603,12 +608,13 @@ def test_a_reward_that_cannot_be_found_is_one_line(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "needs.py").write_text("import nowhere\n")
     monkeypatch.chdir(tmp_path)
     flags = as_flags(policy_config(reward_run, tmp_path / "run", reward=reward))
     modules = set(sys.modules)
     assert words in refused(capsys, train_policy.main, PolicyConfig, flags)
     assert not (tmp_path / "run").exists()
-    assert not {"broken", "ends", "nowhere"} & (set(sys.modules) - modules)
+    assert not {"broken", "ends", "needs", "nowhere"} & (set(sys.modules) - modules)
 
 
 OWN_FILE = """
@@ -816,6 +822,31 @@ def test_an_existing_folder_is_refused_and_untouched(
     assert contents(tmp_path) == {"run/thesis.txt": b"the only copy", "file": b"the only copy"}
 
 
+def test_the_other_kind_of_folder_is_named(reward_run, policy_run, tmp_path, capsys):
+    """The internals of a configuration, or the advice to start anew, would not help."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    policy = "is a run of train_policy.py; name one of train_reward.py"
+    reward = "is a run of train_reward.py; name one of train_policy.py"
+    for config_class, flag, folder, words in (
+        (PolicyConfig, "--reward-run", policy_run, policy),
+        (PolicyConfig, "--out", reward_run, reward),
+        (RewardConfig, "--out", policy_run, policy),
+        (PolicyConfig, "--reward-run", model, "not that of a run; name a run"),
+    ):
+        main = train_policy.main if config_class is PolicyConfig else train_reward.main
+        flags = [flag, str(folder)] + (["--resume"] if flag == "--out" else [])
+        message = refused(capsys, main, config_class, flags)
+        assert message.startswith(f"error: {folder}") and words in message
+
+
+def test_a_large_kl_after_the_last_iteration_is_a_warning(reward_run, tmp_path, capsys):
+    """The check of the loop measures each rollout before its update."""
+    train_policy.main(policy_config(reward_run, tmp_path / "run", iterations=1, lr=0.3, max_kl=0.5))
+    assert "warning: the KL exceeds --max-kl 0.5: try a lower --lr" in capsys.readouterr().out
+
+
 def test_an_exploding_kl_stops_with_advice(reward_run, tmp_path, capsys):
     """Scores mean nothing for a policy that no longer writes language; a checkpoint is kept."""
     flags = as_flags(policy_config(reward_run, tmp_path / "run", iterations=9, lr=0.3, max_kl=0.5))
@@ -872,7 +903,7 @@ def test_the_real_command_line_prints_one_error_line(script, arguments, words, t
         text=True,
         capture_output=True,
     )
-    assert process.returncode == 2 and process.stdout == ""
+    assert process.returncode == 2 and process.stdout in ("", "reading the data\n")
     assert process.stderr.startswith(words) and process.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

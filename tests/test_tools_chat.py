@@ -271,9 +271,9 @@ def test_invalid_utf8_does_not_end_the_program(policy_run, monkeypatch):
     "flags, words",
     [
         ([], "--run is missing"),
-        (["--run", "{reward_run}"], "not a configuration of this program"),
+        (["--run", "{reward_run}"], "is a run of train_reward.py; name one of train_policy.py"),
         (["--run", "{tmp}"], "config.json: No such file"),
-        (["--run", "{run}", "--template", "helpdesc"], "did you mean helpdesk?"),
+        (["--run", "{run}", "--template", "helpdesc"], "choose from auto, helpdesk, dialogue"),
         (["--run", "{run}", "--temperature", "-1"], "--temperature must be from 0"),
         (
             ["--run", "{run}", "--prompt", "x", "--max-response-length", "6"],

@@ -563,7 +563,7 @@ def test_the_summary_equals_counts_by_hand(tmp_path):
     [
         (["--run", "{tmp}/none"], "none/config.json: No such file"),
         ([], "--run is missing"),
-        (["--run", "{reward_run}"], "not a configuration of this program"),
+        (["--run", "{reward_run}"], "is a run of train_reward.py; name one of train_policy.py"),
         (["--run", "{run}", "--count", "0"], "--judge needs --count"),
         (["--run", "{run}", "--judge", "tiny:none"], "no such function"),
         (

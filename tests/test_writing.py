@@ -167,14 +167,17 @@ def test_resuming_deletes_unfinished_files_of_the_run_only(reward_run, tmp_path)
     own = [
         f".{name}.{mark}" for name in ("config.json", "policy.pt", "samples.md", "result.json")
     ] + [f".bad-batch-policy-3.json.{mark}", f"checkpoints/.policy-00000002.pt.{mark}"]
+    own += [f"inputs/.my.tiktoken.{mark}", f"inputs/qwen/.tokenizer_config.json.{mark}"]
     users = [
         ".notes.partial",
         f".notes.txt.{mark}",
         "mine/.download.partial",
         f"mine/.policy.pt.{mark}",
+        f"inputs/.mine.jsonl.{mark}",
         "checkpoints/.policy-00000002.pt.partial",
     ]
     (run / "mine").mkdir()
+    (run / "inputs" / "qwen").mkdir(parents=True)
     for name in own + users:
         (run / name).write_bytes(b"x")
     train_policy.main(policy_config(reward_run, run, iterations=2, lr_decay=False, resume=True))

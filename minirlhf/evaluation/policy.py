@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from minirlhf.data.prompts import Prompts
-from minirlhf.evaluation.statistics import bootstrap_interval, standard_error
+from minirlhf.evaluation.statistics import share_interval, standard_error
 from minirlhf.model import Transformer
 from minirlhf.rl.reward import score_responses
 from minirlhf.rl.rollout import sequence_kl
@@ -78,7 +78,7 @@ def summarize(result: EvalResult, base: EvalResult) -> dict[str, float]:
         are_equal &= result.finished == base.finished
         is_tie = are_equal | (result.utility == base.utility)
         wins = np.where(is_tie, 0.5, result.utility > base.utility)
-        row |= dict(zip(("win_rate", "win_low", "win_high"), bootstrap_interval(wins)))
+        row |= dict(zip(("win_rate", "win_low", "win_high"), share_interval(wins)))
     if result.gold is not None:
         row |= dict(gold=result.gold.mean(), gold_se=standard_error(result.gold))
     return {key: float(value) for key, value in row.items()}
@@ -187,10 +187,12 @@ ROWS = {**{f"base, {decoding}": f"base_{decoding}_" for decoding in DECODINGS},
 
 def format_table(metrics: dict, prompts: int) -> str:
     """The final table as text."""
-    table = {"": [key for key, _ in COLUMNS]}
+    columns = [(key, form) for key, form in COLUMNS
+               if any(prefix + key in metrics for prefix in ROWS.values())]
+    table = {"": [key for key, _ in columns]}
     for name, prefix in ROWS.items():
         table[name] = [form.format(metrics[prefix + key]) if prefix + key in metrics else ""
-                       for key, form in COLUMNS]
+                       for key, form in columns]
     lines = [f"{name:<18}" + "".join(f"{cell:>10}" for cell in cells)
              for name, cells in table.items() if any(cells)]
     for decoding in DECODINGS:

@@ -5,7 +5,7 @@ from types import ModuleType
 from minirlhf.data.batches import PreferenceGroup, pad_right
 from minirlhf.data.prompts import encode_prompts
 from minirlhf.data.tokenizer import Ids, decode, pad_id
-from minirlhf.evaluation.statistics import bootstrap_interval
+from minirlhf.evaluation.statistics import share_interval
 from minirlhf.model import Transformer
 from minirlhf.model.transformer import sequence_scores
 
@@ -46,7 +46,7 @@ def evaluate_reward_model(model: Transformer, groups: list[PreferenceGroup],
     is_correct = np.where(gaps == 0, 0.5, gaps > 0)
     prompt_weights = np.bincount(number_of_pair, weights)
     prompt_accuracies = np.bincount(number_of_pair, weights * is_correct) / prompt_weights
-    accuracy, low, high = bootstrap_interval(prompt_accuracies, prompt_weights)
+    accuracy, low, high = share_interval(prompt_accuracies, prompt_weights)
     result = dict(accuracy=accuracy, accuracy_low=low, accuracy_high=high,
                   pairs=len(gaps), prompts=len(numbers),
                   loss=float(np.average(np.logaddexp(0, -gaps), weights=weights)),

@@ -8,6 +8,7 @@ import numpy as np
 
 CHUNK = 2**20  # values to draw at a time: limits the memory
 
+
 def bootstrap_interval(values: np.ndarray, weights: np.ndarray | None = None,
                        resamples: int = 2000) -> tuple[float, float, float]:
     """(mean, low, high): weighted mean with its 95% bootstrap interval.
@@ -26,6 +27,22 @@ def bootstrap_interval(values: np.ndarray, weights: np.ndarray | None = None,
         means += ((values * weights)[draws].sum(1) / weights[draws].sum(1)).tolist()
     low, high = np.quantile(means, (0.025, 0.975))
     return float((values * weights).sum() / weights.sum()), float(low), float(high)
+
+
+def share_interval(values: np.ndarray, weights: np.ndarray | None = None,
+                   ) -> tuple[float, float, float]:
+    """bootstrap_interval of values from 0 to 1; with a width also if all are 0 or all are 1.
+
+    Then every bootstrap sample is the same. The exact interval of n successes in n is from
+    0.025^(1/n) to 1 (Clopper and Pearson 1934).
+    """
+    mean, low, high = bootstrap_interval(values, weights)
+    bound = 0.025 ** (1 / len(values))
+    if mean == 0:
+        high = 1 - bound
+    if mean == 1:
+        low = bound
+    return mean, low, high
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -49,7 +49,7 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
     reward_config, reward_facts = read_run(RewardConfig, folder / "config.json")
     encoding = load_tokenizer(reward_config.tokenizer)
     task = trusted_module(reward_config.task, config.task, "--task", folder / "config.json")
-    splits = load_splits(reward_config)
+    splits = reward_splits(reward_config, folder)
     facts = splits.facts | dict(tokenizer=f"{fingerprint(encoding)}  {reward_config.tokenizer}")
     check_inputs(reward_facts, reward_facts | facts, f"the reward run {folder}")
     run = run_id(vars(reward_config), reward_facts)
@@ -88,6 +88,16 @@ def load_task(config: PolicyConfig, reward_function: Callable | None,
         reward=reward,
         ground_truth=ground_truth,
         train=train, pairs=pairs, heldout=heldout, test=test)
+
+
+def reward_splits(config: RewardConfig, folder: Path) -> Splits:
+    """The pairs of the reward run in this folder. Raises UserError, also if a file has moved."""
+    try:
+        return load_splits(config)
+    except UserError as error:
+        moved = f"; if it has moved, put a copy or a link into {folder / 'inputs'}"
+        is_missing = isinstance(error.__cause__, FileNotFoundError)
+        raise UserError(f"{error}{moved if is_missing else ''}") from None
 
 
 def check_context(base: Transformer, prompt_length: int, response_length: int) -> None:
@@ -146,12 +156,7 @@ def load_reward(config: PolicyConfig, reward_config: RewardConfig, reward_functi
 
 
 def pick_reward_run(config: PolicyConfig) -> Path:
-    """The folder of the reward run. Raises UserError if there is none.
-
-    Without --reward-run it is the newest one. When a run is resumed, both may have moved.
-    """
-    if config.resume:
-        return moved_reward_run(Path(config.out), config.reward_run)
+    """The folder of --reward-run, or the newest reward run. Raises UserError if there is none."""
     if config.reward_run:
         return Path(config.reward_run)
     finished = {}  # as recorded: a copy of a run is not newer than the run
@@ -162,9 +167,3 @@ def pick_reward_run(config: PolicyConfig) -> Path:
         raise UserError("no finished reward run under runs/; run train_reward.py first, "
                         "or name one with --reward-run")
     return max(finished, key=finished.__getitem__)
-
-
-def moved_reward_run(run: Path, reward_run: str) -> Path:
-    """The reward run of a policy run. If it is missing: the folder of its name next to the run."""
-    neighbor = run.resolve().parent / Path(reward_run).name
-    return neighbor if neighbor.is_dir() and not Path(reward_run).is_dir() else Path(reward_run)

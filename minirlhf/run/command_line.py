@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minirlhf.run.errors import KINDS, UserError, is_out_of_memory, suggest
+from minirlhf.run.errors import KINDS, UserError, is_out_of_memory
 from minirlhf.run.folder import MODULES, read_config, trusted_module, with_tuples
 from minirlhf.run.parallel import (
     claim_error_report,
@@ -57,7 +57,8 @@ def check_ranges(config) -> None:
             expected = KINDS.get(types[field.name], "file names")
             raise UserError(f"{name} takes {expected}, not {value!r}")
         if choices and value not in choices:
-            raise UserError(f"{name} {value!r} is not known{suggest(value, choices)}")
+            raise UserError(f"{name} {value!r} is not known; choose from {', '.join(choices)} "
+                            f"({field.metadata['reason']})")
         if low is not None and not low <= value <= high:  # also for nan
             raise UserError(f"{name} must be from {low} to {high}, not {value}")
 

@@ -51,9 +51,14 @@ def call_users_function(name: str, function: Callable, *arguments) -> Any:
 
 
 def place_of(error: BaseException) -> str:
-    """" (file.py:12)": the last line of the user's code that ran before the error; or ""."""
+    """" (file.py:12)": the last line of the user's code that ran before the error; or "".
+
+    If none ran because the module was not found: how to name it.
+    """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
               if not frame.filename.startswith(NOT_THE_USERS)]
+    if isinstance(error, ModuleNotFoundError) and not frames:
+        return "; start in the folder of the module, or write path/to/file.py for its name"
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 

@@ -23,12 +23,18 @@ SCHEDULE = ("iterations", "epochs")  # a resumed run may be extended
 NO_EFFECT = ("out", "resume", "device", "tensorboard", "save_every", "keep_checkpoints", "max_kl",
              "shard")
 # These settings name files. The facts identify files by their content, so these paths may change.
-PATHS = ("data", "heldout_data", "test_data", "tokenizer", "init", "init_reward", "prompts",
-         "reward_run")
+# A file or folder that is missing is looked for here, seen from the run folder.
+MOVED = {"data": "inputs", "heldout_data": "inputs", "test_data": "inputs", "prompts": "inputs",
+         "tokenizer": "inputs", "reward_run": ".."}
+PATHS = (*MOVED, "init", "init_reward")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "chat_template.jinja", "generation_config.json", "config.json")
+SCRIPTS = ("train_reward.py", "train_policy.py")
 DIGEST = 64  # characters of a SHA-256
 # What write_atomically leaves of a run's own files if the process is killed.
-PARTIAL = re.compile(r"\.(config\.json|result\.json|samples\.md|bad-batch-[a-z0-9-]+\.json|"
-                     r"(base|sft|reward|policy)(-[0-9]{8})?\.pt)\.[0-9a-f]{16}\.partial")
+PARTIAL = re.compile(r"\.(result\.json|samples\.md|bad-batch-[a-z0-9-]+\.json|.*\.tiktoken|"
+                     rf"(base|sft|reward|policy)(-[0-9]{{8}})?\.pt|{'|'.join(TOKENIZER_FILES)})"
+                     r"\.[0-9a-f]{16}\.partial")
 
 
 def open_folder(config, name: str, facts: dict) -> tuple[Path, IO | None, str]:
@@ -44,7 +50,21 @@ def open_folder(config, name: str, facts: dict) -> tuple[Path, IO | None, str]:
     if is_main():
         content = json.dumps(sealed(settings, facts), indent=1) + "\n"
         write_atomically(path / "config.json", content.encode())
+        keep_tokenizer(settings.get("tokenizer", ""), path / "inputs")
     return path, lock, run_id(settings, facts)
+
+
+def keep_tokenizer(name: str, inputs: Path) -> None:
+    """Copy the tokenizer's files, if it has any, so that the run does not need the model's folder.
+
+    name: a path, or the name of an encoding, such as "helpdesk".
+    """
+    source = Path(name)
+    for file in [source, *map(source.joinpath, TOKENIZER_FILES)]:
+        if file.is_file() and ("/" in name or source.suffix == ".tiktoken"):
+            target = inputs / file.relative_to(source.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, file.read_bytes())
 
 
 def run_id(settings: dict, facts: dict[str, str]) -> str:
@@ -73,7 +93,7 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_file(folder / ".lock", f"{folder}: another process is running there; "
                                        "wait for it to end, or use another --out")
-    for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
+    for path in [*folder.iterdir(), *folder.glob("checkpoints/*"), *folder.glob("inputs/**/*")]:
         if PARTIAL.fullmatch(path.name):  # from a write that was killed
             path.unlink()
     return folder, lock
@@ -124,19 +144,35 @@ def read_run(config_class, path: Path):
         settings, facts = content["settings"], content["facts"]
         if version != minirlhf.__version__:
             raise version_error(path, str(version))
+        made_by, needed = "reward_run" in settings, hasattr(config_class, "reward_run")
+        if made_by != needed:
+            raise UserError(f"{path.parent}: is a run of {SCRIPTS[made_by]}; "
+                            f"name one of {SCRIPTS[needed]}")
         config = config_class(**with_tuples(settings))
         config.check()
         intact = content == sealed(settings, facts)
         facts = {name: str(value) for name, value in facts.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {path.parent} a run folder?") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
-            RecursionError) as error:
+    except KeyError:
+        raise UserError(f"{path}: not that of a run; name a run folder, or start a new run"
+                        ) from None
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a configuration of this program ({error}); "
                         "start a new run") from None
     if not intact:
         raise UserError(f"{path}: was changed or damaged since the run started; start a new run")
-    return config, facts
+    moved = {name: find_moved(getattr(config, name), (path.parent / place).resolve())
+             for name, place in MOVED.items() if hasattr(config, name)}
+    return dataclasses.replace(config, **moved), facts
+
+
+def find_moved(value, folder: Path):
+    """The path or paths of a setting. One that is missing is looked for in the folder, by name."""
+    if isinstance(value, tuple):
+        return tuple(find_moved(each, folder) for each in value)
+    moved = folder / Path(value).name
+    return str(moved) if moved.exists() and not Path(value).exists() else value
 
 
 def is_users_module(name: str) -> bool:

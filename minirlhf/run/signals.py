@@ -52,7 +52,7 @@ class StopSignal:
         if not self.in_steps:
             self.leave()
         if is_main() and not error_reported():
-            echo("\nstopping after this step (again: stop at once)", stream=sys.stderr)
+            echo("\nstopping after this step is saved (again: stop at once)", stream=sys.stderr)
 
     def requested(self) -> bool:
         """Whether to save and stop after this step. All processes call this and agree."""

@@ -1,17 +1,16 @@
 """A finished policy run, loaded for use: its policy, base model, reward model and ground truth."""
 
-import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from minirlhf.config import PolicyConfig, RewardConfig
-from minirlhf.data.splits import Splits, file_facts, file_hash, load_ground_truth, load_splits
+from minirlhf.data.splits import Splits, file_facts, file_hash, load_ground_truth
 from minirlhf.data.tokenizer import fingerprint, load_tokenizer
 from minirlhf.model import Transformer
 from minirlhf.model.loading import load_model
 from minirlhf.rl.sampling import SamplingSettings
-from minirlhf.rl.task import moved_reward_run
+from minirlhf.rl.task import reward_splits
 from minirlhf.run.errors import UserError
 from minirlhf.run.folder import check_inputs, read_run, run_id, trusted_module
 
@@ -57,8 +56,7 @@ def load_trained(run: str, device: torch.device, task: str) -> Trained:
                         "as train_policy.py printed it")
     folder = Path(run)
     config, facts = read_run(PolicyConfig, folder / "config.json")
-    reward_run = moved_reward_run(folder, config.reward_run)
-    config = dataclasses.replace(config, reward_run=str(reward_run))
+    reward_run = Path(config.reward_run)
     if not reward_run.is_dir():
         raise UserError(f"{folder / 'config.json'}: its reward run {reward_run} does not exist "
                         "here; start this program in the folder where the policy was trained")
@@ -89,7 +87,7 @@ def check_facts(facts: dict[str, str], current: dict[str, str], folder: Path) ->
 
 def training_splits(trained: Trained) -> Splits:
     """The pairs of the reward run. Raises UserError if their files have changed."""
-    splits = load_splits(trained.reward_config)
+    splits = reward_splits(trained.reward_config, Path(trained.config.reward_run))
     check_facts(trained.facts, splits.facts, trained.folder)
     return splits
 
