@@ -155,8 +155,7 @@ def read_run(config_class, path: Path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {path.parent} a run folder?") from None
     except KeyError:
-        raise UserError(f"{path}: not that of a run; name a run folder, or start a new run"
-                        ) from None
+        raise UserError(f"{path}: not that of a run; name a run folder") from None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a configuration of this program ({error}); "
                         "start a new run") from None
