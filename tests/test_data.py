@@ -465,7 +465,7 @@ BAD_LINES = {
     ),
     "mixed shapes": (
         json.dumps(RECORDS["ranked"]).encode(),
-        "contains prompt, responses, the earlier ones prompt, chosen, rejected",
+        "contains prompt, responses as texts, the earlier ones prompt, chosen, rejected as texts;",
     ),
     "invalid utf-8": (
         b'{"prompt": "p\xff", "chosen": "c", "rejected": "r"}',
@@ -589,7 +589,12 @@ def test_bad_ranking_is_reported(tmp_path, change, message):
             {"conversations": 3, "chosen": assistant("a"), "rejected": assistant("b")},
             '"conversations" must be a list of messages',
         ),
-        ({"chosen": "Human: a", "rejected": "Human: b"}, 'share nothing up to an "Assistant:"'),
+        (
+            {"promt\n": "Hi", "chosen": "a", "rejected": "b"},
+            r"the key .prompt. is missing, found .'promt\\n', 'chosen', 'rejected'.; "
+            "see data/README.md#formats",
+        ),
+        ({"data": [RECORDS["strings"]]}, "the key .chosen. is missing, found .'data'.; see data"),
         (
             {"chosen": "a\n\nAssistant: b", "rejected": "c\n\nAssistant: b"},
             'share nothing up to an "Assistant:"',
@@ -701,7 +706,7 @@ def test_a_decompression_bomb_is_one_line_after_a_second(start, unit, tmp_path):
         (gzip.compress(gzip.compress(GOOD.encode())), "compressed twice; decompress it with"),
         (b"\n<!DOCTYPE html>\n<html>", "HTML or XML, perhaps an error page; download the file"),
         (b"prompt,chosen,rejected\na,b,c\n", ":1: the record is not strict JSON"),
-        (b"prompt,chosen,rejected\na,b,c\n", "convert the file to JSON lines"),
+        (b'{\n  "prompt": "p",\n', "(char 2)); write one record per line"),
         (gzip.compress(b"\n" * 1_000_002, 1), ":1: after this line the file is damaged"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
@@ -711,6 +716,12 @@ def test_a_format_that_is_not_read_is_named_with_what_to_do(content, words, tmp_
     with pytest.raises(UserError, match=re.escape(words)) as error:
         read_preferences(write_raw(tmp_path, content))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "A.TSV.gz"])
+def test_a_table_is_recognized_by_its_name(name):
+    with pytest.raises(UserError, match=f"{name}: this is a table; convert it to JSON lines"):
+        read_preferences(name, skip_bad_lines=True)
 
 
 @pytest.mark.parametrize(
@@ -785,10 +796,10 @@ def test_no_prompt_is_both_trained_on_and_held_out():
 
 def test_neither_side_of_a_split_is_empty():
     for fraction in (1e-9, 0.5, 1 - 1e-9):
-        train, heldout = split_holdout(pairs_of("aab"), fraction, seed=0)
+        train, heldout = split_holdout(pairs_of("aabc"), fraction, seed=0)
         assert train and heldout
-    with pytest.raises(UserError, match="1 distinct prompts"):
-        split_holdout(pairs_of("aaa"), 0.5, seed=0)
+    with pytest.raises(UserError, match="only 2 distinct prompts; give at least 3"):
+        split_holdout(pairs_of("aab"), 0.5, seed=0)
 
 
 def test_each_split_is_read_from_the_files_named_for_it(tmp_path):
@@ -835,8 +846,25 @@ def test_prompt_and_response_are_encoded_separately_and_end_with_eos(enc):
     responses = (256, ord("e"), enc.eot_token), (*b"x<|endoftext|>", enc.eot_token)
     assert groups == [PreferenceGroup(tuple(b"a "), responses, ((0, 1, 0.0, 1.0),))]
     expected = dict(read=1, kept=1, empty=0, identical=0, prompts_cut=0, responses_cut=0)
-    assert counts == expected | dict(eos_text=1)
+    assert counts == expected | dict(eos_text=1, no_blank=0)
     assert "; 1 pairs contain the name of EOS" in describe_counts(counts)
+
+
+def test_responses_that_follow_the_prompt_without_a_blank_are_counted(enc):
+    """Without a separator the model would be trained on "...(ticket 3)?Happy to help"."""
+    glued = [PreferencePair("Hi?", "a", "b"), PreferencePair("Hi?", " a", "b")]
+    apart = [("Hi?", " a", "\nb"), ("Hi? ", "a", "b"), ("Hi:\n", "a", "b"), ("", "a", "b")]
+    pairs = [*glued, *(PreferencePair(*texts) for texts in apart)]
+    counts = encode_preferences(pairs, enc, 8, 8)[1]
+    assert "warning: 2 pairs lack a blank between prompt and response" in describe_counts(counts)
+    counts = encode_preferences(pairs[2:], enc, 8, 8)[1]
+    assert counts["no_blank"] == 0 and "warning" not in describe_counts(counts)
+
+
+@pytest.mark.parametrize("record", [*RECORDS.values(), *INSTRUCTION_RECORDS.values()])
+def test_messages_and_transcripts_have_a_blank_after_the_prompt(record, tmp_path, enc):
+    pairs = read_preferences(write(tmp_path, [record]))
+    assert encode_preferences(pairs, enc, 1000, 1000)[1]["no_blank"] == 0
 
 
 def test_over_long_prompts_lose_the_beginning_and_responses_the_end(enc):
@@ -868,7 +896,7 @@ def test_pairs_identical_after_cutting_are_dropped_and_counted(enc):
     groups, counts = encode_preferences(pairs, enc, 4, 3)
     assert [len(group.pairs) for group in groups] == [1] and len(groups[0].responses) == 2
     expected = dict(read=5, kept=1, empty=2, identical=2, prompts_cut=0, responses_cut=0)
-    assert counts == expected | dict(eos_text=0)
+    assert counts == expected | dict(eos_text=0, no_blank=3)
     assert "kept 1 of 5" in describe_counts(counts) and "\n" not in describe_counts(counts)
     with pytest.raises(UserError, match="no usable pair: kept 0 of 2 pairs"):
         encode_preferences(pairs[:2], enc, 4, 3)

@@ -428,7 +428,7 @@ def test_the_dialogue_preset_runs_with_a_smaller_model(inputs, tmp_path):
         ),
         (
             dict(max_response_length=30),
-            "its context of 24 tokens is shorter than --max-prompt-length + --max-response-length",
+            "of 24 tokens is shorter than --max-prompt-length + --max-response-length = 36; lower",
         ),
         (dict(tokenizer="auto"), "contains no tokenizer.json and no tokenizer.model"),
         (dict(n_layer=3), "--n-layer 3: the sizes are those of --init; leave it out"),
@@ -488,6 +488,7 @@ def test_a_start_model_that_does_not_fit_is_refused_before_any_work(
         (dict(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06, not a positive float"),
         (dict(rope_theta=None), "rope_theta is None"),
         (dict(tie_word_embeddings=False), "lm_head.weight: is missing"),
+        (dict(vocab_size=258), "its 257 rows are fewer than config.json's vocab_size"),
     ],
     ids=str,
 )
@@ -511,7 +512,9 @@ def test_a_folder_without_one_of_its_files_is_refused(tmp_path):
     assert "model-00002-of-00003.safetensors: No such file or directory" in refusal(folder)
     (folder / "config.json").unlink()
     (folder / "model.safetensors.index.json").unlink()
-    assert "contains neither model.safetensors nor model.safetensors.index" in refusal(folder)
+    message = refusal(folder)
+    assert "contains neither model.safetensors nor model.safetensors.index" in message
+    assert "merge a LoRA adapter first" in message
     (folder / "model.safetensors").write_bytes(safetensors(gpt2_tensors()))
     assert "config.json: no such file" in refusal(folder)
 
@@ -611,6 +614,16 @@ def test_a_wrong_tensor_is_named(change, words, tmp_path):
     assert words in refusal(write(tmp_path, tensors, options))
 
 
+@pytest.mark.parametrize("part", ["mlp.gate_proj", "mlp.up_proj", "self_attn.v_proj"])
+def test_only_the_tensor_that_is_not_finite_is_named(part, tmp_path):
+    """Several tensors of a file become one of this model."""
+    _, tensors, options = family_model("qwen3")
+    name = f"model.layers.1.{part}.weight"
+    tensors[name] = with_last_value(tensors[name], float("nan"))
+    message = refusal(write(tmp_path, tensors, options))
+    assert f"({name.removeprefix('model.')}: contains a number that is not finite)" in message
+
+
 # ---- wrong safetensors files ---------------------------------------------------------------------
 
 
@@ -663,7 +676,7 @@ BROKEN = {
         with_entry(dict(data_offsets=[0, 4 * WIDTH])),
         with_entry(dict(data_offsets=[START + 1, START + 1 + 4 * WIDTH])),
     ],
-    "malformed, empty, or of a type other than": [
+    "has a dtype other than F32, F16, BF16, BOOL, U8, such as quantized weights": [
         headed('{"a": ' + text + "}")
         for text in (
             "{}",
@@ -711,7 +724,7 @@ def test_a_safetensors_file_that_breaks_the_format_is_refused(words, content, tm
     write(tmp_path, gpt2_tensors())
     (tmp_path / "model.safetensors").write_bytes(content)
     message = refusal(tmp_path)
-    assert "model.safetensors: " in message or "not a complete model" in message
+    assert "model.safetensors: " in message or "damaged or unsupported" in message
     assert any(part in message for part in words.split("|")), message
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import random
 
 from minirlhf.data.pretrained_tokenizer import LLAMA3_PATTERN, read_pretrained_tokenizer
 from minirlhf.data.tokenizer import decode, fingerprint, pad_id, table_rows
@@ -111,23 +110,30 @@ def test_special_tokens_in_text_stay_text_and_other_added_tokens_are_found(tmp_p
     assert encoding.n_vocab == 301 and decode(encoding, [300, 299]) == "<think>"
 
 
-def test_ids_in_another_order_than_merges_are_translated(tmp_path):
-    """With ids as ranks, "the" would become t + he."""
-    file = tokenizer_json(pre_tokenizer=SPLIT)
-    vocab = file["model"]["vocab"]
-    shuffled = list(vocab.values())
-    random.Random(0).shuffle(shuffled)
-    file["model"]["vocab"] = dict(zip(vocab, shuffled))
-    for token in file["added_tokens"]:
-        token["id"] = file["model"]["vocab"][token["content"]]
-    folder = tmp_path / "shuffled"
-    folder.mkdir()
-    encoding = read_pretrained_tokenizer(write(folder, file))
-    plain = read_pretrained_tokenizer(write(tmp_path, tokenizer_json(pre_tokenizer=SPLIT)))
-    for text in ["the  the", " thé 12\n", "e\u0301"]:
-        ids = [shuffled[i] for i in plain.encode_ordinary(text)]
-        assert encoding.encode_ordinary(text) == ids and encoding.decode(ids) == text
-    assert encoding.eot_token == shuffled[2]
+def test_every_method_of_tiktoken_has_the_files_ids_or_is_not_available(tmp_path):
+    """`encode` once returned the ranks of merging, which are other ids."""
+    file = tokenizer_json() | {"normalizer": {"type": "NFC"}}
+    file["added_tokens"].append(added_token("<think>", 300, special=False))
+    encoding = read_pretrained_tokenizer(write(tmp_path, file))
+    text = "the  thé<think> e\u0301"
+    ids = [260, 3 + 32, 3 + 32, 259, 263, 300, 3 + 32, 263]
+    assert encoding.encode_ordinary(text) == encoding.encode(text) == ids
+    assert encoding.encode_batch([text]) == encoding.encode_ordinary_batch([text]) == [ids]
+    assert encoding.encode("<|im_end|>a", allowed_special="all") == [2, *byte_ids("a")]
+    assert encoding.encode("<|im_end|>", disallowed_special=()) == byte_ids("<|im_end|>")
+    with pytest.raises(ValueError, match="special token"):
+        encoding.encode("<|im_end|>")
+    shown = "the  thé<think> é"
+    assert encoding.decode(ids) == shown and encoding.decode_batch([ids]) == [shown]
+    assert encoding.decode_bytes(ids) == shown.encode()
+    assert encoding.decode_bytes_batch([ids]) == [shown.encode()]
+    assert encoding.decode_with_offsets(ids) == (shown, [0, 3, 4, 5, 7, 8, 15, 16])
+    assert encoding.decode_tokens_bytes([260, 300]) == [b"the", b"<think>"]
+    assert encoding.encode_single_token("the") == 260
+    assert encoding.is_special_token(2) and not encoding.is_special_token(260)
+    for name in ("encode_to_numpy", "encode_with_unstable"):
+        with pytest.raises(TypeError):
+            getattr(encoding, name)(text)
 
 
 def test_text_is_normalized_only_if_the_file_says_so(tmp_path):
@@ -182,7 +188,7 @@ def test_eos_is_the_tokenizers_else_the_models_first(tmp_path):
         prints.add(fingerprint(encoding))
     assert len(prints) == 3
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="EOS None is not an added token"):
+    with pytest.raises(UserError, match="tokenizer_config.json: is missing, or its eos_token"):
         read_pretrained_tokenizer(write(tmp_path / "none", file, None))
 
 
@@ -235,7 +241,8 @@ def split_by(pattern: str) -> dict:
         (broken("added_tokens.1.id", 10**9), "an id is not a number below 1048576"),
         (broken("model.vocab.▁the", 700), "▁"),
         (broken("model.merges", ["t h", "t zz"]), "a merge gives a token that is not in the"),
-        (broken("model.merges", ["t h", "th e", "t h"]), "two merges far apart"),
+        (broken("model.merges", ["t h", "th e", "t h"]), "merges do not have the order of"),
+        (broken("model.vocab.the", 700), "merges do not have the order of their ids"),
         (broken("model.merges", ["t h e"]), "too many values"),
         (broken("model", 3), "int"),
         (broken("pre_tokenizer", {"pretokenizers": []}), "list index out of range"),

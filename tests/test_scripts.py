@@ -683,7 +683,8 @@ def test_a_signal_during_the_users_code_stops_the_run(place, reward_run, tmp_pat
         (b"\x1f\x8b\x08 torn", ":1: after this line"),
         (
             b'{"prompt": "a:", "chosen": "b", "rejected": "b"}\n'
-            b'{"prompt": "b:", "chosen": "b", "rejected": "b"}\n',
+            b'{"prompt": "b:", "chosen": "b", "rejected": "b"}\n'
+            b'{"prompt": "c:", "chosen": "b", "rejected": "b"}\n',
             "no usable pair",
         ),
         (b'{"prompt": "a:", "chosen": "b", "rejected": "c"}\n', "because some are held out"),
@@ -1110,9 +1111,10 @@ def test_any_number_of_steps_has_a_time_left(monkeypatch, capsys):
 def test_training_data_with_one_prompt_is_an_error_before_training(inputs, tmp_path, capsys):
     """The standard deviation of one score is NaN, and scores would be divided by it."""
     path = tmp_path / "pairs.jsonl"
-    lines = (inputs / "pairs.jsonl").read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], lines[8]]))  # two prompts, of which one is held out
-    config = reward_config(inputs, tmp_path / "run", data=(str(path),))
+    pairs = inputs / "pairs.jsonl"
+    path.write_text(pairs.read_text().splitlines()[0])
+    files = dict(data=(str(path),), heldout_data=(str(pairs),))
+    config = reward_config(inputs, tmp_path / "run", **files)
     error = tiny.refused(capsys, train_reward.main, RewardConfig, tiny.as_flags(config))
     assert "only one prompt" in error and not (tmp_path / "run").exists()
 

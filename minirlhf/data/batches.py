@@ -54,9 +54,10 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     the model needs a position from which to predict the first token; GPT-2 starts texts this way.
     Pairs with a blank response, or with identical responses after cutting, are dropped.
 
-    counts: read, kept, empty, identical, eos_text (pairs; a blank response counts as empty),
-    prompts_cut (distinct prompts), responses_cut (distinct responses of a group). eos_text: EOS is
-    written out in the text, as if a text of the training data had been split wrongly.
+    counts: read, kept, empty, identical, eos_text, no_blank (pairs; a blank response counts as
+    empty), prompts_cut (distinct prompts), responses_cut (distinct responses of a group).
+    eos_text: EOS is written out in the text, as if a text of the training data had been split
+    wrongly. no_blank: neither a blank nor a line break is between the prompt and a response.
     Raises UserError if no pair is left.
     """
     answered = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
@@ -76,10 +77,12 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     eos_text = encoding.decode_single_token_bytes(eos).decode()
     with_eos_text = sum(any(eos_text in MARKED.sub("", text) for text in pair[:3])
                         for pair in pairs)
+    no_blank = sum(bool(pair.prompt[-1:].strip() and (pair.chosen[0] + pair.rejected[0]).strip())
+                   for pair in answered)
     responses_cut = sum(ids[-1] != eos for group in groups for ids in group.responses)
     counts = dict(read=len(pairs), kept=kept_pairs, empty=len(pairs) - len(answered),
                   identical=len(answered) - kept_pairs, prompts_cut=len(prompts_cut),
-                  responses_cut=responses_cut, eos_text=with_eos_text)
+                  responses_cut=responses_cut, eos_text=with_eos_text, no_blank=no_blank)
     if not groups:
         raise UserError(f"no usable pair: {describe_counts(counts)}; "
                         "check the data, or raise the maximum lengths")
@@ -106,13 +109,15 @@ def describe_counts(counts: dict[str, int]) -> str:
     """The counts of encode_preferences in one line.
 
     >>> describe_counts({"read": 9, "kept": 6, "empty": 1, "identical": 2,
-    ...                  "prompts_cut": 3, "responses_cut": 4, "eos_text": 0})
+    ...                  "prompts_cut": 3, "responses_cut": 4, "eos_text": 0, "no_blank": 0})
     'kept 6 of 9 pairs (dropped: 1 blank, 2 identical after cutting); cut 3 prompts, 4 responses'
     """
     text = ("kept {kept} of {read} pairs (dropped: {empty} blank, {identical} identical after "
             "cutting); cut {prompts_cut} prompts, {responses_cut} responses")
     if counts["eos_text"]:
         text += "; {eos_text} pairs contain the name of EOS, which is read as ordinary text"
+    if counts["no_blank"]:
+        text += "; warning: {no_blank} pairs lack a blank between prompt and response; add it"
     return text.format(**counts)
 
 

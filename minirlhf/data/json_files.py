@@ -36,6 +36,8 @@ def read_objects(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
     Everything after damage (an incomplete .gz, an array with a syntax error) is one BadRecord.
     Raises UserError for a file that cannot be opened.
     """
+    if str(path).lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise UserError(f"{path}: this is a table; convert it to JSON lines, as in data/README.md")
     line = 1
     try:
         with open_text(path, NOT_JSON) as file:
@@ -133,8 +135,7 @@ def _parse(source: str) -> dict | BadRecord:
         return BadRecord("the record is nested too deeply; flatten it")
     except ValueError as error:  # bad syntax, or an integer of thousands of digits
         reason = str(error).replace("line 1 ", "")  # of the record; the message names the line
-        lines = ", or convert the file to JSON lines" if reason.endswith("(char 0)") else ""
-        return BadRecord(f"the record is not strict JSON ({reason}); fix it{lines}")
+        return BadRecord(f"the record is not strict JSON ({reason}); write one record per line")
     if not isinstance(record, dict):
         return BadRecord(f"the record is {KINDS[type(record)]}, not an object; "
                          'write {"prompt": ...}')

@@ -131,7 +131,7 @@ def _read(path: str, skip_bad_lines: bool,
                                 f"the last because {problem}") from None
     if not items:
         raise UserError(f"{path}: contains no usable record ({bad} bad ones skipped); "
-                        "minirlhf/data/preference_files.py lists the shapes")
+                        "see data/README.md#formats")
     return items, bad
 
 
@@ -222,14 +222,16 @@ def _texts(record: dict, answers: list[tuple[str, object]],
     prefix = template.prefix()
     if MARKED.match(prefix) and str(prompt).startswith(prefix):  # by minirlhf.tools.label
         check_text(MARKED.sub("", str(prompt)), "prompt")
-        return shape, str(prompt), responses
+        return f"{shape} as texts", str(prompt), responses
     prompt = check_text(prompt, "prompt")
     if not prompt_key:
+        if ASSISTANT not in responses[0]:  # not a transcript
+            _key(record, "prompt")
         prompt, responses = _split_transcripts(*responses)
     elif len(prompt.split()) > 3 or all(response.startswith(prompt) for response in responses):
         # One response may begin with the words of a short prompt, but hardly with a long one.
         responses = [response.removeprefix(prompt) for response in responses]
-    return shape, *_as_texts(prompt, responses, system, template)
+    return f"{shape} as texts", *_as_texts(prompt, responses, system, template)
 
 
 def _as_texts(prompt: str, responses: list[str], system: str,
@@ -353,8 +355,8 @@ def _refuse(record: dict, keys: Iterable[str]) -> None:
 
 def _key(record: dict, key: str) -> object:
     if key not in record:
-        raise BadRecord(f'the key "{key}" is missing; add it, or see '
-                        "minirlhf/data/preference_files.py for the shapes of a record")
+        raise BadRecord(f'the key "{key}" is missing, found {list(record)!r:.200}; '
+                        "see data/README.md#formats")
     return record[key]
 
 

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minirlhf.data.rank_files import GPT2_PATTERN, read_ranks
 from minirlhf.run.errors import UserError
@@ -42,7 +42,7 @@ class Vocabulary(NamedTuple):
     """What a tokenizer file contains."""
 
     pattern: str  # splits text into pieces, which merges never cross
-    tokens: Sequence[bytes]  # bytes and byte pairs in the order of merging
+    ranks: dict[bytes, int]  # ids of bytes and byte pairs; pairs merge in the order of their ids
     ids: dict[bytes, int]  # of all tokens, also of those without a merge
     added: dict[str, int]  # tokens outside BPE
     words: frozenset[str]  # added tokens that are not special: found in text
@@ -52,43 +52,49 @@ class Vocabulary(NamedTuple):
 class PretrainedEncoding(tiktoken.Encoding):
     """tiktoken's merging with the ids, the EOS and the normalizer of a file.
 
-    tiktoken joins the pair of lowest rank first, and the rank is its id. A file's ids may have
-    another order. So tiktoken works with ranks in the order of merging, and ids are translated.
+    tiktoken joins the pair of lowest rank first, and the rank is its id.
     """
+
+    encode_to_numpy: Any = None  # not available: tiktoken's own would skip the normalizer
+    encode_with_unstable: Any = None
 
     def __init__(self, name: str, vocabulary: Vocabulary, eos: str, layout: str = "") -> None:
         """layout: what else text is encoded with, for the fingerprint."""
         ids, added = vocabulary.ids, vocabulary.added
-        missing = {bytes([byte]) for byte in range(256)} - ids.keys()
-        ranked = [*vocabulary.tokens, *sorted(missing)]
-        super().__init__(name, pat_str=vocabulary.pattern,
-                         mergeable_ranks={token: rank for rank, token in enumerate(ranked)},
-                         special_tokens={text: len(ranked) + i for i, text in enumerate(added)})
-        # Rank -> id. A byte that the file lacks is dropped, as in Hugging Face's tokenizers. (There
-        # its neighbors can merge, here not. SmolLM2 lacks six control characters.)
-        self._ids = [ids.get(token, -1) for token in ranked] + list(added.values())
+        # A byte that the file lacks gets an id from MAX_ID on and is dropped, as in Hugging Face's
+        # tokenizers. (There its neighbors can merge, here not. SmolLM2 lacks six control
+        # characters.)
+        all_bytes = {bytes([byte]): MAX_ID + byte for byte in range(256)}
+        super().__init__(name, pat_str=vocabulary.pattern, special_tokens=added,
+                         mergeable_ranks=all_bytes | vocabulary.ranks)
         self._bytes = {i: token for token, i in ids.items()}
         self._bytes |= {i: text.encode() for text, i in added.items()}
-        self._words = vocabulary.words
-        self._is_nfc = vocabulary.is_nfc
+        self._vocabulary = vocabulary
+        self.special_tokens_set = added.keys() - vocabulary.words
         self._eos = added[eos]
         self.max_token_value = max(self._bytes)
-        self.layout = f"{self._is_nfc} {layout}"
+        self.layout = f"{vocabulary.is_nfc} {layout}"
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text; never special tokens."""
-        if self._is_nfc:
-            text = unicodedata.normalize("NFC", text)
-        ranks = self.encode(text, allowed_special=self._words, disallowed_special=())
-        return [i for i in map(self._ids.__getitem__, ranks) if i >= 0]
+        return self.encode(text, disallowed_special=())
 
-    def encode_single_token(self, text_or_bytes: str | bytes) -> int:
-        """The id of a token, special or not. Raises KeyError."""
-        return self._ids[super().encode_single_token(text_or_bytes)]
+    def encode(self, text: str, *, allowed_special: Any = frozenset(),
+               disallowed_special: Any = "all") -> list[int]:
+        """The ids of a text. Its special tokens are treated as by tiktoken: see there."""
+        allowed = self.special_tokens_set if allowed_special == "all" else allowed_special
+        text = unicodedata.normalize("NFC", text) if self._vocabulary.is_nfc else text
+        ids = super().encode(text, allowed_special=self._vocabulary.words | allowed,
+                             disallowed_special=disallowed_special)
+        return [i for i in ids if i < MAX_ID]
 
     def decode(self, tokens: Sequence[int], errors: str = "replace") -> str:
         """The text of ids. An id without a token has none."""
-        return b"".join(map(self.decode_single_token_bytes, tokens)).decode(errors=errors)
+        return self.decode_bytes(tokens).decode(errors=errors)
+
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of ids."""
+        return b"".join(map(self.decode_single_token_bytes, tokens))
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes of an id, or none if the file has no such id."""
@@ -156,7 +162,8 @@ def _eos(folder: Path, added: dict[str, int]) -> str:
             first = stated[0] if isinstance(stated, list) else stated
             token = next((text for text, i in added.items() if i == first), None)
     if token not in added:
-        raise ValueError(f"its EOS {token!r} is not an added token")
+        raise UserError(f"{folder / 'tokenizer_config.json'}: is missing, or its eos_token "
+                        f"({token!r}) is not an added token; download all files of the model")
     return token
 
 
@@ -190,17 +197,17 @@ def _parse(file: dict) -> Vocabulary:
     if len(set(all_ids)) < len(all_ids):
         raise ValueError("two tokens have the same id")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = [bytes(map(byte_of.__getitem__, left + right)) for left, right in pairs]
-    tokens = [token for token, _ in groupby(merged)]
-    if len(set(tokens)) < len(tokens):
-        raise ValueError("two merges far apart give the same token")
-    single = [token for token in ids if len(token) == 1]
-    ranked = dict.fromkeys([*single, *tokens])
-    if model.get("ignore_merges"):  # then a piece that is a token stays one, with a merge or not
-        ranked |= dict.fromkeys(sorted(ids, key=ids.__getitem__))
-    if not ranked.keys() <= ids.keys():
+    tokens = [bytes(map(byte_of.__getitem__, left + right)) for left, right in pairs]
+    if not set(tokens) <= ids.keys():
         raise ValueError("a merge gives a token that is not in the vocabulary")
-    return Vocabulary(_pattern(file["pre_tokenizer"]), list(ranked), ids, added, words,
+    single = [token for token in ids if len(token) == 1]
+    if model.get("ignore_merges"):  # then a piece that is a token stays one, with a merge or not
+        tokens += sorted(set(ids).difference(single, tokens), key=ids.__getitem__)
+    order = [ids[token] for token, _ in groupby(tokens)]
+    if order != sorted(set(order)):
+        raise ValueError("its merges do not have the order of their ids")
+    ranks = {token: ids[token] for token in [*single, *tokens]}
+    return Vocabulary(_pattern(file["pre_tokenizer"]), ranks, ids, added, words,
                       normalizer == "NFC")
 
 
@@ -243,5 +250,5 @@ def _llama3(path: Path) -> Vocabulary:
     tokens = read_ranks(path)
     names = [*LLAMA3_SPECIAL, *(f"reserved_special_token_{i}" for i in range(2, LLAMA3_ADDED))]
     added = {f"<|{name}|>": len(tokens) + i for i, name in enumerate(names[:LLAMA3_ADDED])}
-    return Vocabulary(LLAMA3_PATTERN, tokens, {token: i for i, token in enumerate(tokens)}, added,
-                      frozenset(), False)
+    ids = {token: i for i, token in enumerate(tokens)}
+    return Vocabulary(LLAMA3_PATTERN, ids, ids, added, frozenset(), False)

@@ -73,13 +73,13 @@ def split_holdout(pairs: list[PreferencePair], fraction: float, seed: int,
     """(train, held out). A fraction of the prompts, rounded, is held out with all their pairs.
 
     No held-out prompt is trained on. The choice depends on the seed and the prompts' text, not on
-    their order in the file. Raises UserError if there are fewer than two prompts.
+    their order in the file. Raises UserError if there are fewer than three prompts.
     """
     prompts = unique_prompts(pairs)
     prompts.sort(key=lambda prompt: derive_seed(seed, "holdout", prompt))
-    if len(prompts) < 2:
+    if len(prompts) < 3:
         raise UserError(f"the data has only {len(prompts)} distinct prompts; "
-                        "give at least 2, because some are held out")
+                        "give at least 3, because some are held out")
     count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
     heldout = set(prompts[:count])
     return ([pair for pair in pairs if pair.prompt not in heldout],

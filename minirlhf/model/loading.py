@@ -117,7 +117,7 @@ def initial_base_model(config: RewardConfig, encoding: tiktoken.Encoding) -> Tra
          f"{sizes.d_model}, context {sizes.context}")
     if sizes.context < context:
         raise UserError(f"{folder or path}: its context of {sizes.context} tokens is shorter than "
-                        "--max-prompt-length + --max-response-length; lower one of them")
+                        f"--max-prompt-length + --max-response-length = {context}; lower one")
     return base
 
 

@@ -98,7 +98,7 @@ def load_weights(folder: Path, vocab_size: int, rows: int,
         raise UserError(f"{error.filename or folder}: {error.strerror}; "
                         "download all files of the model") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: not a complete model ({error}); download it again") from None
+        raise UserError(f"{folder}: damaged or unsupported ({error}); download it again") from None
     return model
 
 
@@ -131,6 +131,8 @@ def model_config(folder: Path, options: dict, tensors: dict[str, Tensor], vocab_
     if not 0 <= count - vocab_size < MOST_UNUSED_ROWS:
         raise UserError(f"{folder}: {table} has {count} rows, but the tokenizer has {vocab_size} "
                         "tokens; use the model's own tokenizer (--tokenizer auto)")
+    if number(dict(vocab_size=count) | options, "vocab_size", int) > count:
+        raise ValueError(f"{table}: its {count} rows are fewer than config.json's vocab_size")
     config = ModelConfig(vocab_size, max(rows, count), **form)
     config.check()
     return config
@@ -212,8 +214,9 @@ def convert(tensors: dict[str, Tensor], model: Transformer,
                                  "config.json")
         rest = torch.zeros(len(expected) - sum(rows), *expected.shape[1:])  # such as the row of PAD
         state[name] = torch.cat([*pieces, rest], out=torch.empty(0, dtype=dtype))
-        if not state[name].isfinite().all():
-            raise ValueError(f"{', '.join(theirs)}: contains a number that is not finite")
+        for their, piece in zip(theirs, state[name].split([*rows, len(rest)])):
+            if not piece.isfinite().all():
+                raise ValueError(f"{their}: contains a number that is not finite")
     if c.tied and "lm_head.weight" in remaining:
         head = take(remaining, "lm_head.weight")
         if head.dtype != table.dtype or not torch.equal(head, table):
@@ -257,7 +260,7 @@ def weight_files(folder: Path) -> list[Path]:
     shards = read_json(folder / INDEX).get("weight_map")
     if shards is None:
         raise UserError(f"{folder}: contains neither {WEIGHTS} nor {INDEX}; download all files of "
-                        "the model (transformers' save_pretrained converts other formats)")
+                        "the model, or convert it with transformers; merge a LoRA adapter first")
     if not isinstance(shards, dict) or not all(
             isinstance(name, str) and Path(name).name == name for name in shards.values()):
         raise UserError(f"{folder / INDEX}: its weight_map does not name files of this folder; "
@@ -324,5 +327,5 @@ def read_entry(name: str, entry: Any) -> tuple[int, int, str, str, list[int]]:
                 return start, stop, name, dtype, shape
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError(f"{name[:80]!r}: its entry {entry!r:.80} is malformed, empty, or of a type "
-                     f"other than {', '.join(DTYPES)}")
+    raise ValueError(f"{name[:80]!r}: its entry is malformed or empty, or has a dtype other than "
+                     f"{', '.join(DTYPES)}, such as quantized weights: {entry!r:.80}")
