@@ -204,6 +204,9 @@ COMMANDS = {
     "python -m minirlhf.lab.gpu --out DIR": Elsewhere(
         step="python -m minirlhf.lab.gpu --dry-run --out \"$work/gpu\""
     ),
+    "python -m minirlhf.lab.sentiment --init smollm2": Run(
+        " --quick --seeds 1", "runs/sentiment/sentiment.md", slow=True
+    ),
     "python -m minirlhf.lab.bench": Run(BENCH, "says: not yet measured on a GPU", slow=True),
     "python -m minirlhf.lab.bench --peers": Run(
         BENCH + " --only gae", "says: not yet measured on a GPU", slow=True
@@ -248,7 +251,7 @@ def write_desk(folder: Path) -> None:
         re.search(r"^```python\n(.*?)^```", TEXTS["minirlhf/rl/EXTENDING.md"], re.M | re.S)[1]
     )
     (folder / "FILE...").write_text("a short text of a few words\n" * 3)
-    pretrained_folder(folder / "smollm2")
+    pretrained_folder(folder / "smollm2", max_position_embeddings=64)
     (folder / "harmless-base").mkdir()
     pair = (
         '{{"chosen": "\\n\\nHuman: {0}\\n\\nAssistant: Yes, {0}", '
