@@ -33,10 +33,12 @@ def test_a_label_is_drawn_with_the_stated_probability(monkeypatch):
     monkeypatch.setattr(sentiment_task, "scorer", lambda: ("", dict(a=0.5, b=0.25).get))
     assert sentiment_task.preference_probability("", "a", "b") == pytest.approx(0.7310586)
     assert sentiment_task.preference_probability("", "b", "a") == pytest.approx(0.2689414)
-    pairs = [sentiment_task.labeled(number, "p", "a", "b") for number in range(4000)]
-    assert np.mean([pair["chosen"] == "a" for pair in pairs]) == pytest.approx(0.731, abs=0.03)
-    assert all({pair["chosen"], pair["rejected"]} == {"a", "b"} for pair in pairs)
-    assert sentiment_task.labeled(7, "p", "a", "b") == pairs[7]
+    records = [sentiment_task.labeled(number, "p", ["b", "a", "a"]) for number in range(4000)]
+    for pair, probability in (((1, 0), 0.731), ((2, 0), 0.731), ((1, 2), 0.5)):
+        share = np.mean([[*pair] in record["preferences"] for record in records])
+        assert share == pytest.approx(probability, abs=0.03)
+    assert all(len(record["preferences"]) == 3 for record in records)
+    assert sentiment_task.labeled(7, "p", ["b", "a", "a"]) == records[7]
 
 
 def test_measures_of_responses_by_hand():

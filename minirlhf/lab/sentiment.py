@@ -4,13 +4,13 @@
 
 After the first experiment of Ziegler et al. (2019, arXiv 1909.08593): a known scorer replaces the
 person who compares texts, so the result can be measured. The base model writes openings of texts
-and two continuations of each. The ground truth u of a continuation is its sentiment, and a label
+and four continuations of each. The ground truth u of a continuation is its sentiment, and a label
 prefers a to b with probability sigmoid((u_a - u_b) / 0.25), as sentiment_task.py states.
 The reward model learns from the labels alone, the policies (PPO) from the reward model alone. The
 base model is not fine-tuned, and a response without EOS has no penalty.
 
     OUT/prompts.jsonl                   the openings
-    OUT/pairs.jsonl, test_pairs.jsonl   a labeled pair for each, the same for all seeds
+    OUT/pairs.jsonl, test_pairs.jsonl   six labeled pairs for each, the same for all seeds
     OUT/tokenizer/                      the model's tokenizer without its chat template
     OUT/reward-seedS/                   train_reward.py
     OUT/policy-klX-seedS/               train_policy.py --kl-coef X
@@ -54,6 +54,7 @@ from minirlhf.run.terminal import echo
 import tiktoken
 
 MAX_PROMPT, MAX_RESPONSE = 16, 24  # tokens
+RESPONSES = 4  # to each opening; all six pairs are labeled (Ouyang et al. 2022)
 
 
 class Scale(NamedTuple):
@@ -68,7 +69,7 @@ class Scale(NamedTuple):
     lr: float
 
 
-FULL = Scale(800, 128, 3e-5, (0.05, 0.25), 25, 64, 1e-5)
+FULL = Scale(800, 128, 2e-4, (0.05, 0.25), 25, 64, 1e-5)
 QUICK = Scale(40, 12, 1e-3, (0.05, 0.25), 2, 8, 1e-3)
 
 
@@ -127,9 +128,9 @@ def write_data(config: SentimentConfig) -> None:
                             f"{2 * config.scale.test_prompts} with --prompts FILE")
         write_records(prompts, [dict(prompt=text) for text in texts[:config.scale.prompts]])
     texts = read_prompts(str(prompts), template=read_chat_template(start.tokenizer))
-    answers = sample(base, encoding, [text for text in texts for _ in range(2)], "pairs",
+    answers = sample(base, encoding, [text for text in texts for _ in range(RESPONSES)], "pairs",
                      (MAX_PROMPT, MAX_RESPONSE))
-    pairs = [truth.labeled(number, text, *answers[2 * number:2 * number + 2])
+    pairs = [truth.labeled(number, text, answers[RESPONSES * number:][:RESPONSES])
              for number, text in enumerate(texts)]
     write_records(test, pairs[:config.scale.test_prompts])
     write_records(train, pairs[config.scale.test_prompts:])

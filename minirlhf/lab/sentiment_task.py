@@ -5,6 +5,7 @@ Gilbert 2014), from -1 to 1. `pip install vaderSentiment`. Without it, --quick u
 """
 
 import functools
+import itertools
 import math
 import random
 import re
@@ -71,9 +72,11 @@ def opening(answer: str, encoding: tiktoken.Encoding, seed: int) -> list[str]:
     return [text] if re.fullmatch(r"[A-Z][A-Za-z ,.;'-]*", text) else []
 
 
-def labeled(number: int, prompt: str, a: str, b: str) -> dict:
-    """A pair. Its label is drawn once, a function of its number."""
-    draw = random.Random(derive_seed(0, "label", number)).random()
-    prefers_a = draw < preference_probability(prompt, a, b)
-    chosen, rejected = (a, b) if prefers_a else (b, a)
-    return dict(prompt=prompt, chosen=chosen, rejected=rejected)
+def labeled(number: int, prompt: str, responses: list[str]) -> dict:
+    """A record with all pairs of the responses. Labels are drawn once, a function of its number."""
+    random_labels = random.Random(derive_seed(0, "labels", number))
+    preferences = []
+    for a, b in itertools.combinations(range(len(responses)), 2):
+        prefers_a = preference_probability(prompt, responses[a], responses[b])
+        preferences.append([a, b] if random_labels.random() < prefers_a else [b, a])
+    return dict(prompt=prompt, responses=responses, preferences=preferences)
