@@ -82,6 +82,9 @@ class SentimentConfig:
     prompts: str = setting("", "text file, an opening per line; empty: the model writes them")
     seeds: int = setting(3, "seeds 0 to N - 1; fewer than three do not show the spread", 1, 100)
     jobs: int = setting(0, "runs at a time, one thread each; 0: one per core", 0)
+    bf16: bool = setting(
+        True, "round the operands of matrix products to bfloat16; --no-bf16 for a processor that "
+              "has no such products")
     quick: bool = setting(False, "few pairs and steps, without --init on a random model: only "
                                  "shows that it runs")
 
@@ -120,6 +123,7 @@ def write_data(config: SentimentConfig) -> None:
     start = reward_job(config, 0).config
     encoding = load_tokenizer(loading.tokenizer_name(start))
     base = loading.initial_base_model(start, encoding).to(pick_device("auto"))
+    base.bf16 = config.bf16
     if not prompts.exists():
         texts = list(dict.fromkeys(find_prompts(config, base, encoding)))
         random.Random(derive_seed(0, "prompts")).shuffle(texts)
@@ -203,7 +207,7 @@ def reward_job(config: SentimentConfig, seed: int) -> Job:
         data=(config.path("pairs.jsonl"),), test_data=(config.path("test_pairs.jsonl"),),
         holdout=0.05, task="minirlhf.lab.sentiment_task", sft_sequences=0,
         lr=config.scale.reward_lr, max_prompt_length=MAX_PROMPT, max_response_length=MAX_RESPONSE,
-        normalize_prompts=128, save_every=50, keep_checkpoints=1, seed=seed,
+        normalize_prompts=128, save_every=50, keep_checkpoints=1, bf16=config.bf16, seed=seed,
         out=config.path(f"reward-seed{seed}"), **start))
 
 
@@ -214,7 +218,7 @@ def policy_job(config: SentimentConfig, kl_coef: float, seed: int) -> Job:
         reward_run=reward_run, kl_coef=kl_coef, seed=seed, iterations=scale.iterations,
         batch_size=scale.batch_size, ppo_epochs=1, minibatch_size=scale.batch_size // 4,
         lr=scale.lr, missing_eos_penalty=0.0, max_kl=1e6, eval_every=scale.iterations,
-        eval_prompts=16, test_prompts=16, best_of_n=0, keep_checkpoints=1,
+        eval_prompts=16, test_prompts=16, best_of_n=0, keep_checkpoints=1, bf16=config.bf16,
         out=config.path(f"policy-kl{kl_coef:g}-seed{seed}")), reward_run)
 
 
@@ -226,11 +230,13 @@ def measure(job: Job) -> dict:
     """
     device = pick_device("auto")
     config = job.config if job.needs else PolicyConfig(
-        reward_run=job.config.out, seed=job.config.seed, missing_eos_penalty=0.0)
+        reward_run=job.config.out, seed=job.config.seed, missing_eos_penalty=0.0,
+        bf16=job.config.bf16)
     task = load_task(config, None, device)
     if job.needs:
         model, _ = loading.load_model(job.folder / "policy.pt", "policy",
                                       fingerprint(task.sampling.encoding))
+        model.bf16 = config.bf16
         rows = common.read_rows(job.folder / "policy_metrics.jsonl")
         more = dict(curves={key: [row[key] for row in rows if row["step"]]
                             for key, _ in page.CURVES})
@@ -247,7 +253,7 @@ def measure(job: Job) -> dict:
 
 def run_study(config: SentimentConfig) -> dict[str, dict]:
     """Run and measure what is missing; returns the lines of runs.jsonl by key. Raises UserError."""
-    about = [config.init, config.prompts, config.scale, truth.scorer()[0]]
+    about = [config.init, config.prompts, config.scale, config.bf16, truth.scorer()[0]]
     rows = common.Rows(Path(config.path("runs.jsonl")), dict(settings=about))
     jobs: list[Job] = []
     for seed in range(config.seeds):
