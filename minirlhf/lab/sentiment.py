@@ -58,7 +58,7 @@ RESPONSES = 4  # to each opening; all six pairs are labeled (Ouyang et al. 2022)
 
 
 class Scale(NamedTuple):
-    """How large the study is. The settings of training are a first choice, not tuned."""
+    """How large the study is. The settings of training were chosen on seed 0."""
 
     prompts: int
     test_prompts: int  # of them
@@ -69,7 +69,7 @@ class Scale(NamedTuple):
     lr: float
 
 
-FULL = Scale(800, 128, 2e-4, (0.05, 0.25), 25, 64, 1e-5)
+FULL = Scale(1600, 128, 2e-4, (0.05, 0.15), 25, 64, 1e-4)
 QUICK = Scale(40, 12, 1e-3, (0.05, 0.25), 2, 8, 1e-3)
 
 
