@@ -97,8 +97,7 @@ class SentimentConfig:
 
 
 def check(config: SentimentConfig) -> None:
-    """Raise UserError with the fix."""
-    check_ranges(config)
+    """Raise UserError with the fix if a run is missing and cannot start."""
     if not config.quick and truth.scorer()[0] != "VADER":
         raise UserError("the ground truth needs VADER: pip install vaderSentiment")
     if config.init or not config.quick:
@@ -251,16 +250,24 @@ def measure(job: Job) -> dict:
     return dict(command=common.command_of(job)) | page.describe(result) | more
 
 
+def scorer_name(config: SentimentConfig) -> str:
+    return truth.scorer()[0] if config.quick else "VADER"  # drawing again needs no scorer
+
+
 def run_study(config: SentimentConfig) -> dict[str, dict]:
     """Run and measure what is missing; returns the lines of runs.jsonl by key. Raises UserError."""
-    about = [config.init, config.prompts, config.scale, config.bf16, truth.scorer()[0]]
-    rows = common.Rows(Path(config.path("runs.jsonl")), dict(settings=about))
+    path = Path(config.path("runs.jsonl"))
+    finished = {row.get("key") for row in common.read_rows(path)}
     jobs: list[Job] = []
     for seed in range(config.seeds):
         of_seed = [reward_job(config, seed),
                    *(policy_job(config, kl_coef, seed) for kl_coef in config.scale.kl_coefs)]
-        if any(job.folder.name not in rows.rows for job in of_seed):
+        if any(job.folder.name not in finished for job in of_seed):
             jobs += of_seed
+    if jobs:
+        check(config)
+    about = [config.init, config.prompts, config.scale, config.bf16, scorer_name(config)]
+    rows = common.Rows(path, dict(settings=about))
     if jobs:
         write_data(config)
         common.run_jobs(jobs, config.jobs or os.cpu_count() or 1, Path(config.path("logs")))
@@ -271,14 +278,14 @@ def run_study(config: SentimentConfig) -> dict[str, dict]:
 
 def main(config: SentimentConfig) -> str:
     """Run what is missing, write page and picture; returns the page. Raises UserError."""
-    check(config)
+    check_ranges(config)
     out = common.lab_folder(config.out)
     rows = run_study(config)
     seeds = range(config.seeds)
     base = [rows[f"reward-seed{seed}"] for seed in seeds]
     policies = {f"--kl-coef {kl_coef:g}": [rows[f"policy-kl{kl_coef:g}-seed{seed}"]
                                            for seed in seeds] for kl_coef in config.scale.kl_coefs}
-    about = truth.scorer()[0] + "." + " A quick run: no number means anything." * config.quick
+    about = scorer_name(config) + "." + " A quick run: no number means anything." * config.quick
     text = page.write_page(common.flags_of(config), about, base, policies)
     write_atomically(out / "sentiment.md", text.encode())
     echo(f"\n{page.result_table(base, policies)}\nsaved {out / 'sentiment.md'}")

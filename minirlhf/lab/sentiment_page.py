@@ -67,8 +67,8 @@ def write_page(flags: list[str], about: str, base: list[dict],
              "the 95% interval (Student's t), on test prompts. Distinct words: of a response, as a "
              "share of the base model's. The KL of best of n is an upper bound.\n",
              result_table(base, policies),
-             f"\nReward model on test pairs: accuracy {accuracy}; the ground truth itself would reach "
-             f"{ceiling}.\n\n# Before and after\n\nIn brackets: ground truth."]
+             f"\nReward model on test pairs: accuracy {accuracy}; the ground truth itself would "
+             f"reach {ceiling}.\n\n# Before and after\n\nIn brackets: ground truth."]
     for i, prompt in enumerate(base[0]["prompts"]):
         parts.append(f"\n## {i + 1}\n\n{fenced(prompt)}")
         parts += [f"\n**{name}** ({row['golds'][i]:+.2f})\n\n{fenced(row['responses'][i])}"
