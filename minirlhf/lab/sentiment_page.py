@@ -1,11 +1,10 @@
 """The sentiment lab's measures of responses, its page and its picture."""
 
-import shlex
-
 from minirlhf.evaluation.policy import EvalResult, fenced
 from minirlhf.lab.common import STYLES, markdown_table, mean_interval
 from minirlhf.lab.sentiment_task import words
 from minirlhf.lab.sweep import show
+from minirlhf.run.terminal import shell_command
 
 SHOWN = 20  # test prompts whose responses are printed
 COLUMNS = (("ground truth", "gold", "{:+.2f}"), ("score", "score", "{:+.2f}"),
@@ -58,7 +57,7 @@ def write_page(flags: list[str], about: str, base: list[dict],
                policies: dict[str, list[dict]]) -> str:
     """sentiment.md: the commands, the table, and the responses of seed 0 before and after."""
     models = {"before": base[0]} | {f"after, {name}": rows[0] for name, rows in policies.items()}
-    commands = [shlex.join(["python", "-m", "minirlhf.lab.sentiment", *flags]),
+    commands = [shell_command(["python", "-m", "minirlhf.lab.sentiment", *flags]),
                 *(row["command"] for row in models.values())]
     accuracy, ceiling = (show([row[key] for row in base], "{:.3f}")
                          for key in ("accuracy", "ceiling"))
