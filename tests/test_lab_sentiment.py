@@ -3,6 +3,8 @@
 import doctest
 import json
 import math
+import re
+import shutil
 
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.evaluation.policy import EvalResult
@@ -121,3 +123,24 @@ def test_the_sentiment_lab_resumes_where_it_was_stopped(tmp_path, monkeypatch):
     assert path.read_bytes() == complete
     with pytest.raises(UserError, match="other settings"):
         sentiment.main(sentiment.SentimentConfig(out=config.out, prompts="x", quick=True))
+
+
+def test_the_published_page_is_drawn_again_from_its_runs(tmp_path, monkeypatch):
+    """Without the model and the scorer. The table of the lab's page has the same numbers."""
+    published = tiny.ROOT / "data" / "studies" / "sentiment"
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "data" / "studies" / "sentiment"
+    copy.mkdir(parents=True)
+    shutil.copy(published / "runs.jsonl", copy)
+    (copy / ".lab").touch()
+    config = sentiment.SentimentConfig("smollm2", "data/studies/sentiment")
+    page = sentiment.main(config)
+    assert page == (published / "sentiment.md").read_text()
+    text = (tiny.ROOT / "minirlhf" / "lab" / "README.md").read_text()
+    for kl_coef in ("0.05", "0.15"):
+        numbers = {}
+        for source in (page, text):
+            (row,) = re.findall(rf"^\| `?--kl-coef {kl_coef}`? \|(.*)\|$", source, re.M)
+            numbers[source] = [cell.strip() for cell in row.split("|")]
+        truth, score, kl, _, *rest = numbers[page]
+        assert numbers[text][:4] == [truth, score, kl, rest[0]]

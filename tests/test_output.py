@@ -1,6 +1,7 @@
 """What a program prints: safe for the terminal, in any encoding, also if nobody can read it."""
 
 import ast
+import dataclasses
 import doctest
 import errno
 import io
@@ -12,9 +13,9 @@ import subprocess
 import sys
 
 import train_reward
-from minirlhf.config import RewardConfig
+from minirlhf.config import PolicyConfig, RewardConfig
 from minirlhf.run import terminal
-from minirlhf.run.command_line import one_line_errors, parse_flags
+from minirlhf.run.command_line import flag, one_line_errors, parse_flags
 from minirlhf.run.terminal import Progress, echo, prepare_output
 
 import pytest
@@ -148,6 +149,14 @@ def test_a_folder_whose_name_starts_like_a_flag_can_be_named_by_a_printed_comman
     """A user may have written --out=-run, or --out ./-run."""
     words = shlex.split(terminal.shell_command(["--out", name, "--resume"]))
     assert parse_flags(RewardConfig, words) == dict(out=f"./{name}", resume=True)
+
+
+def test_every_flag_of_both_scripts_is_printed_as_a_flag():
+    """A flag with a digit, --bf16, was printed as the path ./--bf16."""
+    for config in (RewardConfig, PolicyConfig):
+        for field in dataclasses.fields(config):
+            for word in (flag(field.name), flag("no_" + field.name)):
+                assert terminal.shell_command([word]) == word
 
 
 def test_every_printed_command_is_quoted_by_one_function():

@@ -38,6 +38,7 @@ PAGES = (
         path.relative_to(tiny.ROOT).as_posix()
         for folder in ("data", "minirlhf", "tests")
         for path in (tiny.ROOT / folder).rglob("*.md")
+        if "studies" not in path.parts  # written by the labs
     ),
 )
 TEXTS = {page: (tiny.ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -203,6 +204,9 @@ COMMANDS = {
     "python -m minirlhf.lab.memory": Run("", "says: of it sending"),
     "python -m minirlhf.lab.gpu --out DIR": Elsewhere(
         step="python -m minirlhf.lab.gpu --dry-run --out \"$work/gpu\""
+    ),
+    "python -m minirlhf.lab.sentiment --init smollm2 --out data/studies/sentiment": Elsewhere(
+        test="test_lab_sentiment.py"
     ),
     "python -m minirlhf.lab.sentiment --init smollm2": Run(
         " --quick --seeds 1", "runs/sentiment/sentiment.md", slow=True

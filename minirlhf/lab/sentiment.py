@@ -289,7 +289,9 @@ def main(config: SentimentConfig) -> str:
     text = page.write_page(common.flags_of(config), about, base, policies)
     write_atomically(out / "sentiment.md", text.encode())
     echo(f"\n{page.result_table(base, policies)}\nsaved {out / 'sentiment.md'}")
-    common.save_picture(out / "sentiment.png", lambda axes: page.draw(axes, policies), (9, 6), 2, 2)
+    title = f"responses of each iteration, mean and 95% interval over {config.seeds} seeds"
+    common.save_picture(out / "sentiment.png", lambda axes: page.draw(axes, policies), (9, 6), 2, 2,
+                        title)
     return text
 
 

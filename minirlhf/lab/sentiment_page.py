@@ -11,7 +11,8 @@ COLUMNS = (("ground truth", "gold", "{:+.2f}"), ("score", "score", "{:+.2f}"),
            ("KL, nats", "kl", "{:.1f}"), ("length", "length", "{:.1f}"),
            ("distinct words", "distinct_share", "{:.0%}"),
            ("a word 3 times in a row", "repeats", "{:.1%}"))
-CURVES = (("gold", "ground truth"), ("score", "score"), ("kl", "KL, nats"), ("length", "length"))
+CURVES = (("gold", "ground truth (-1 to 1)"), ("score", "score (standard deviations)"),
+          ("kl", "KL (nats)"), ("length", "length (tokens)"))
 
 
 def distinct_words(text: str) -> int:
@@ -57,7 +58,7 @@ def write_page(flags: list[str], about: str, base: list[dict],
                policies: dict[str, list[dict]]) -> str:
     """sentiment.md: the commands, the table, and the responses of seed 0 before and after."""
     models = {"before": base[0]} | {f"after, {name}": rows[0] for name, rows in policies.items()}
-    commands = [shell_command(["python", "-m", "minirlhf.lab.sentiment", *flags]),
+    commands = ["python -m minirlhf.lab.sentiment " + shell_command(flags),
                 *(row["command"] for row in models.values())]
     accuracy, ceiling = (show([row[key] for row in base], "{:.3f}")
                          for key in ("accuracy", "ceiling"))

@@ -38,7 +38,7 @@ def shell_command(words: Sequence[str]) -> str:
     >>> print(shell_command(["--out", "my run", "red\\x1b[31m"]))
     --out 'my run' $'red\\x1b[31m'
     """
-    return " ".join(shell_word(re.sub(r"^-(?!-[a-z-]+\Z)", "./-", word)) for word in words)
+    return " ".join(shell_word(re.sub(r"^-(?!-[a-z][a-z0-9-]*\Z)", "./-", word)) for word in words)
 
 
 def shell_word(word: str) -> str:
