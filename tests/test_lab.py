@@ -382,6 +382,7 @@ def test_a_script_in_another_folder_runs_and_is_known_by_its_content(tmp_path, m
     "line, message",
     [
         ("1 / 0", "--script mine.py fails: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "--script mine.py fails: exit status 3"),
         ("", "prints nothing with --help; its last line must be run_script("),
     ],
 )

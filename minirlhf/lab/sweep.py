@@ -59,8 +59,7 @@ COLUMNS = (("gold, sampled", "sampled_gold", "{:+.2f}"), ("wins", "sampled_win_r
            ("seconds", "seconds", "{:.0f}"))
 NOTES = """Test prompts. Mean ± half of the 95% interval over seeds (Student's t). Wins: against \
 the base model at the same decoding, by gold utility or, without one, by score. Seconds: training \
-without evaluation, one thread. The last column is paired \
-over seeds."""
+without evaluation, one thread. The last column is paired over seeds."""
 QUICK = "a quick run: no number means anything"
 
 
@@ -167,8 +166,8 @@ def settings_of(config: SweepConfig) -> list[Setting]:
 
 def check_targets(config: SweepConfig, targets: list[tuple[str, str]]) -> None:
     """Raise UserError for a --set of an unknown algorithm, or two of the same setting."""
+    names = algorithm_names(config)
     for algorithm, key in targets:
-        names = algorithm_names(config)
         if algorithm and algorithm not in names:
             raise UserError(f"--set {algorithm}:{key}: {algorithm!r} is not one of --algorithms"
                             f"{suggest(algorithm, names)}")
@@ -278,7 +277,8 @@ def script_version(config: SweepConfig) -> str:
     done = subprocess.run([sys.executable, str(path), "--help"], env=script_environment(),
                           capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"--script {config.script} fails: {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise UserError(f"--script {config.script} fails: {reason}")
     if not done.stdout:
         raise UserError(f"--script {config.script} prints nothing with --help; its last line must "
                         "be run_script(train_policy.main, PolicyConfig)")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 # where code that is not the user's is, as the beginning of a path
-NOT_THE_USERS = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values(), "<")
+LIBRARIES = (Path(__file__).parents[1], *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+NOT_THE_USERS = (*(f"{folder}/" for folder in LIBRARIES), "<")
 
 # JSON types in words
 KINDS = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number",
