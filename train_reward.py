@@ -145,7 +145,7 @@ def encode_splits(splits: Splits, encoding: tiktoken.Encoding, config: RewardCon
             getattr(splits, name), encoding, config.max_prompt_length, config.max_response_length)
         echo(f"{name}: {describe_counts(counts)}")
     if splits.test is splits.heldout:
-        echo("the test pairs are the heldout pairs again: there is no --test-data")
+        echo("the test pairs are the held-out pairs again: there is no --test-data")
     warn_of_shared_prompts(*([group.prompt for group in split] for split in groups.values()))
     if splits.bad_lines:
         echo(f"skipped {splits.bad_lines} bad lines")

@@ -22,7 +22,7 @@ class RunConfig:
     out: str = setting("", "run folder; empty: a new one under runs/")
     seed: int = setting(0, "every random choice is a function of it", 0)
     bf16: bool = setting(
-        False, "round the operands of matrix products to bfloat16: at least twice as fast on a GPU")
+        False, "round the operands of matrix products to bfloat16: faster if the hardware has it")
     compile: bool = setting(
         False, "torch.compile the blocks: a minute at the start, then faster steps on a GPU")
     shard: bool = setting(

@@ -438,7 +438,7 @@ def test_other_data_needs_no_ground_truth(inputs, tmp_path, capsys):
     assert "best possible" not in output
     head = next(line for line in output.splitlines() if "win_low" in line)
     assert head.split()[:3] == ["score", "kl", "kl_bound"]  # no empty column
-    assert "the test pairs are the heldout pairs again: there is no --test-data" in output
+    assert "the test pairs are the held-out pairs again: there is no --test-data" in output
     logged = rows(tmp_path / "run" / "policy_metrics.jsonl")
     assert not any("gold" in key for row in logged for key in row)
 
