@@ -223,11 +223,14 @@ def difference(folder: Path, undisturbed: Path, rows_lost: bool = False) -> str:
     """
     ours = file_names(folder)
     theirs = file_names(undisturbed)
-    # a process can end after it saved a checkpoint and before it deleted the old one
-    more = {name for name in ours - theirs if name.startswith("checkpoints")}
-    if ours - more != theirs:
+    saved = [{name for name in names if name.startswith("checkpoints")} for names in (ours, theirs)]
+    newest = {name.rsplit("-", 1)[0]: name for name in sorted(saved[1])}
+    # A stop saves a checkpoint of its own step, which may take the place of an older one.
+    # A process can end after it saved a checkpoint and before it deleted the old one.
+    other = saved[0] ^ saved[1]
+    if ours ^ theirs != other or other & set(newest.values()) or len(saved[0]) < len(saved[1]):
         return f"files: {sorted(ours ^ theirs)}"
-    for name in sorted(theirs):
+    for name in sorted(ours & theirs):
         if not same_content(folder / name, undisturbed / name, rows_lost):
             return name
     return ""
