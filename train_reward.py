@@ -91,7 +91,6 @@ def main(config: RewardConfig) -> dict:
         # 1. The base language model: fine-tuned here, or taken from a file.
         base.bf16 = config.bf16
         if sft_steps(config):
-            echo("supervised fine-tuning of the base language model on the task's texts")
             finetune(base, train, pad_id(encoding), config, run)
         base = unsharded(base)
         if is_main():
@@ -162,6 +161,8 @@ def finetune(model: Transformer, groups: list[PreferenceGroup], pad: int, config
     A text is a prompt and a response. The model learns to write like an average author of the data.
     """
     texts = [group.prompt + response for group in groups for response in group.responses]
+    echo("supervised fine-tuning of the base language model: "
+         f"{config.sft_sequences / len(texts):.3g} passes over {len(texts):,} texts")
     device = model.wte.weight.device
     learner = prepare_training(model, config, device, heads=["lm_head"])
     optimizer = make_optimizer(model, config.sft_lr, config.weight_decay)

@@ -172,8 +172,8 @@ class PolicyConfig(RunConfig):
         0, "responses (dpo: prompts) in a forward pass; 0: the whole minibatch. Less memory, same "
            "gradient", 0, MAX_SIZE)
     lr: float = setting(
-        5e-4, "learning rate; half of it costs ppo 0.2 gold, twice is no worse, but too much for "
-              f"grpo {SENSITIVITY}", 0, 1)
+        5e-4, "learning rate; half of it costs ppo 0.2 gold, twice has no sure gain "
+              f"{SENSITIVITY}, and is too much for grpo (minirlhf/lab/COMPARISON.md)", 0, 1)
     lr_decay: bool = setting(True, "linear to 0 over the run (Huang et al. 2024, detail 7)")
     kl_coef: float = setting(
         0.025, "KL penalty per nat, in standard deviations of the score; half or twice of it moves "
@@ -187,7 +187,7 @@ class PolicyConfig(RunConfig):
         0, 1)
     lam: float = setting(
         0.95, "GAE: 1 no bias, 0 least variance (Schulman et al. 2016); 0.9 costs ppo 1.2 gold, "
-              f"and 1 is no worse {SENSITIVITY}", 0, 1)
+              f"and 1 nothing measurable {SENSITIVITY}", 0, 1)
     clip_range: float = setting(
         0.2, "of the importance ratio, around 1 (Schulman et al. 2017); 0.1 and 0.4 give ppo as "
              f"much gold {SENSITIVITY}", 0)

@@ -584,6 +584,17 @@ def test_curves_are_compared_at_the_same_kl():
     assert results.gain_at_same_kl(curves, others, 2) == pytest.approx([0.0, -2.0], abs=1e-3)
 
 
+def test_curves_are_drawn_at_the_d_that_every_seed_has():
+    slow = np.linspace(0.5, 2.0, 400)
+    fast = np.linspace(3.0, 0.0, 400)  # in any order
+    drawn = results.at_equal_d(np.array([[d, d**2, -d] for d in (slow, fast)]))
+    assert drawn.shape == (2, 3, results.DRAWN)
+    for d, gold, proxy in drawn:
+        np.testing.assert_allclose(d, np.linspace(0.5, 2.0, results.DRAWN))
+        np.testing.assert_allclose(gold, d**2, atol=1e-3)
+        np.testing.assert_allclose(proxy, -d)
+
+
 def test_agreement_needs_an_interval_on_one_side_of_zero():
     far, near = np.array([1.0, 1.1, 0.9]), np.array([1.0, -0.5, 0.1])
     assert [results.agreement(far, sign) for sign in (1, 0, -1)] == [
@@ -591,7 +602,10 @@ def test_agreement_needs_an_interval_on_one_side_of_zero():
         "disagrees",
         "disagrees",
     ]
-    assert [results.agreement(near, sign) for sign in (1, 0)] == ["is undecided", "agrees"]
+    assert [results.agreement(near, sign) for sign in (1, 0)] == [
+        "is undecided",
+        "does not contradict it",
+    ]
     assert results.agreement(-far, -1) == "agrees"
     assert "one seed" in results.agreement(far[:1], 1)
 

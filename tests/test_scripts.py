@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -999,6 +1000,14 @@ def test_progress_is_a_few_plain_lines_without_a_terminal(monkeypatch):
     lines = show_progress(monkeypatch, False).splitlines()
     assert [line.split()[1] for line in lines] == ["10/40", "20/40", "30/40", "40/40"]
     assert all("loss 0.5" in line and line.endswith(" left") for line in lines)
+
+
+def test_slow_steps_show_their_progress_every_minute(monkeypatch):
+    """Four of 40 lines can be hours apart."""
+    seconds = itertools.count(step=25.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
+    lines = show_progress(monkeypatch, False).splitlines()
+    assert [line.split()[1] for line in lines[:6]] == [f"{n}/40" for n in (3, 6, 9, 10, 13, 16)]
 
 
 def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):

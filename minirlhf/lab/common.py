@@ -84,9 +84,10 @@ def flags_of(config) -> list[str]:
 
 
 def command_of(job: Job) -> str:
-    """The command of a run as one would type it."""
+    """The command of a run as one would type it in the project's folder."""
     script = os.path.relpath(job.script) if Path(job.script).is_absolute() else job.script
-    return shell_command(["python", script, *flags_of(job.config)])
+    flags = [flag.removeprefix(f"{ROOT}/") for flag in flags_of(job.config)]
+    return shell_command(["python", script, *flags])
 
 
 def finished(job: Job) -> bool:

@@ -75,7 +75,7 @@ class OveroptimizationConfig:
     seeds: int = setting(3, "seeds 0 to N - 1; fewer than three do not show the spread", 1, 100)
     jobs: int = setting(0, "runs at a time, one thread each; 0: one per core", 0)
     scale: str = setting(
-        "full", "full: half an hour on 2 idle cores; tiny: only shows that it runs",
+        "full", "full: half an hour on one core; tiny: only shows that it runs",
         choices=tuple(SCALES))
 
     def check(self) -> None:

@@ -13,6 +13,7 @@ from minirlhf.run.terminal import echo
 import numpy as np
 
 POINTS = 20  # of a PPO run: means over blocks of iterations
+DRAWN = 12  # points of a PPO curve in a picture
 HEAD = """# How far a reward model can be trusted
 
 Mean ± half of the 95% interval over seeds (Student's t). Gold: the exact utility, gained over the
@@ -131,6 +132,17 @@ def gain_at_same_kl(curves: np.ndarray, others: np.ndarray, which: int) -> np.nd
     return np.array(gains)
 
 
+def at_equal_d(curves: np.ndarray) -> np.ndarray:
+    """[seeds, 3, DRAWN] the curves at evenly spaced d, between the d that every seed has.
+
+    curves: [seeds, 3, M]. At one iteration seeds differ in d, and a mean over them would have
+    error bars in both directions.
+    """
+    d = np.linspace(curves[:, 0].min(1).max(), curves[:, 0].max(1).min(), DRAWN)
+    return np.array([[np.interp(d, *seed[[0, row]][:, seed[0].argsort()]) for row in range(3)]
+                     for seed in curves])
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -177,7 +189,7 @@ def agreement(values: np.ndarray, sign: int) -> str:
     if len(values) == 1:
         return "has one seed, no interval"
     if abs(mean) <= half:
-        return "is undecided" if sign else "agrees"
+        return "is undecided" if sign else "does not contradict it"
     return "agrees" if sign * mean > 0 else "disagrees"
 
 
@@ -219,9 +231,12 @@ def gap(named: dict, name: str, other: str, key: str) -> np.ndarray:
 def draw_columns(axes, columns: dict[str, dict[str, np.ndarray]]) -> None:
     """Gold above, proxy below; against d. columns: title -> name -> curves."""
     for column, (title, named) in zip(np.reshape(axes, (2, -1)).T, columns.items()):
+        if title == "PPO":
+            named = {name: at_equal_d(curves) for name, curves in named.items()}
         for which, axis in enumerate(column, start=1):
             lines = {name: [(*mean_interval(x.tolist()), *mean_interval(y.tolist()))
                             for x, y in zip(curves[:, 0].T, curves[:, which].T)]
                      for name, curves in named.items()}
             draw(axis, lines, AXES[0], AXES[which], legend=which == 1 and title == "PPO")
-            axis.set_title(f"{title}: mean and 95% interval over seeds", fontsize=9, loc="left")
+            axis.set_title(f"{title}: mean and 95% interval over seeds at equal d", fontsize=9,
+                           loc="left")

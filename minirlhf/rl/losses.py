@@ -37,7 +37,7 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor,
 
     (Williams 1992.) logprobs, advantages, mask: [B, R].
     The denominator is fixed before sampling: (sequences) x (maximum response length). Dividing by
-    the number of sampled tokens would be biased, because length correlates with reward.
+    the number of sampled tokens would be biased, because it depends on the actions.
     """
     weighted = torch.where(mask, logprobs, 0.0) * torch.where(mask, advantages, 0.0)
     return -weighted.sum() / denominator

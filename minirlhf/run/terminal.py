@@ -83,7 +83,10 @@ def prepare_output() -> None:
 
 
 class Progress:
-    """One line that overwrites itself on a terminal; elsewhere a plain line every few steps."""
+    """One line that overwrites itself on a terminal.
+
+    Elsewhere a plain line every few steps, and at least one a minute.
+    """
 
     def __init__(self, label: str, total: int, done: int = 0, plain_lines: int = 10):
         """plain_lines: about how many lines to print where the output is not a terminal."""
@@ -96,11 +99,12 @@ class Progress:
 
     def start_clock(self) -> None:
         """Measure the time per step from now on."""
-        self.start = time.monotonic()
+        self.start = self.printed = time.monotonic()
 
     def show(self, done: int, text: str) -> None:
         """Print how many steps are done, this text, and the time left."""
-        seconds_per_step = (time.monotonic() - self.start) / max(1, done - self.first)
+        now = time.monotonic()
+        seconds_per_step = (now - self.start) / max(1, done - self.first)
         seconds = min(round(seconds_per_step * (self.total - done)), LONGEST)
         left = datetime.timedelta(seconds=seconds)
         line = f"{self.label} {done}/{self.total}  {text}  {left} left"
@@ -108,5 +112,6 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1  # 80 columns if the terminal says 0
             end = "\n" if done == self.total else ""
             echo(line[:width].ljust(width), start="\r", end=end)
-        elif done % self.every == 0 or done == self.total:
+        elif done % self.every == 0 or done == self.total or now - self.printed >= 60:
+            self.printed = now
             echo(line)
