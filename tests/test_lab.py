@@ -674,6 +674,21 @@ def test_the_page_of_an_overoptimization_study_needs_no_runs(tmp_path, monkeypat
     assert "contains results of other settings" in line
 
 
+def test_the_published_overoptimization_page_is_drawn_again_from_its_runs(tmp_path, monkeypatch):
+    """All intervals that the lab's page quotes are on it."""
+    published = tiny.ROOT / "data/studies/overoptimization"
+    monkeypatch.chdir(tmp_path)
+    config = overoptimization.OveroptimizationConfig("data/studies/overoptimization")
+    shutil.copy(published / "runs.jsonl", common.lab_folder(config.out))
+    page = overoptimization.main(config)
+    assert page == (published / "overoptimization.md").read_text()
+    text = (tiny.ROOT / "minirlhf/lab/README.md").read_text()
+    (section,) = re.findall(r"^## Reward model overoptimization$(.*?)^## ", text, re.M | re.S)
+    quoted = re.findall(r"[\d.]+ ±\s[\d.]+\d", section)
+    assert len(quoted) > 9
+    assert [pair for pair in quoted if " ".join(pair.split()) not in page] == []
+
+
 @pytest.mark.slow
 def test_the_overoptimization_lab_resumes_where_it_was_stopped(tmp_path, monkeypatch):
     config = overoptimization.OveroptimizationConfig(str(tmp_path), 1, 2, "tiny")
