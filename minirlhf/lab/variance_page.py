@@ -30,7 +30,8 @@ before the first step.
 - `grpo` has other units, so only its signal to noise and its cosine can be compared.
 - 95% intervals: bootstrap over batches. Ratios resample both algorithms together.
 - "score": the reward is the reward model's score on the last token. "dense": the reward is the \
-change of gold utility at the end of each sentence."""
+change of gold utility at the end of each sentence. Both include the KL terms, which are 0 at the \
+base model."""
 
 Interval = tuple[float, float, float]  # estimate, low, high
 
@@ -73,7 +74,7 @@ def describe(names: list[str], rows: dict[str, dict], settings: dict) -> str:
 
 def draw_variances(axes, names: list[str], rows: dict[str, dict]) -> None:
     """Left: variance of each gradient. Right: signal to noise. One marker for each setting."""
-    floor = 1e-9  # of a logarithmic axis: a noisy estimate of a ratio may be negative
+    floor = 1e-3  # of a logarithmic axis: a noisy estimate of a ratio may be negative
     labels = ("variance of a batch's gradient (log)", "signal to noise, |mean|² / variance (log)")
     for side, axis in enumerate(axes):
         for number, name in enumerate(names):
