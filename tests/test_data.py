@@ -613,7 +613,7 @@ def test_missing_file_directory_and_files_without_records(tmp_path):
     with pytest.raises(UserError, match="cannot be read .Is a directory"):
         read_preferences(str(tmp_path))
     for content in ("", "\n \n", "\ufeff"):
-        with pytest.raises(UserError, match="raw.jsonl: contains no usable record .0 bad"):
+        with pytest.raises(UserError, match="raw.jsonl: contains no usable record; see"):
             read_preferences(write_raw(tmp_path, content))
     with pytest.raises(UserError, match="contains no usable record .2 bad ones"):
         read_preferences(write_raw(tmp_path, "a\nb\n"), skip_bad_lines=True)
@@ -848,6 +848,16 @@ def test_prompt_and_response_are_encoded_separately_and_end_with_eos(enc):
     expected = dict(read=1, kept=1, empty=0, identical=0, prompts_cut=0, responses_cut=0)
     assert counts == expected | dict(eos_text=1, no_blank=0)
     assert "; 1 pairs contain the name of EOS" in describe_counts(counts)
+
+
+def test_a_warning_says_that_most_prompts_are_cut(enc):
+    """A limit that is far too small would lose most of the data without a word."""
+    pairs = [
+        PreferencePair(prompt, " a", " b") for prompt in ("long prompt?", "longer one?", "Hi?")
+    ]
+    assert "most prompts are cut" in describe_counts(encode_preferences(pairs, enc, 8, 8)[1])
+    pairs += [PreferencePair("Ho?", " a", " b")]
+    assert "most prompts are cut" not in describe_counts(encode_preferences(pairs, enc, 8, 8)[1])
 
 
 def test_responses_that_follow_the_prompt_without_a_blank_are_counted(enc):

@@ -74,8 +74,17 @@ def test_stored_rows_are_not_computed_again(tmp_path):
     assert rows.get("a", lambda: pytest.fail("computed again"))["x"] == 1
     rows.get("b", lambda: dict(x=2))
     assert path.read_bytes() == complete
-    with pytest.raises(UserError, match="other settings or inputs"):
+    with pytest.raises(UserError, match=r"other settings or inputs \(size\); use another --out"):
         common.Rows(path, dict(size=4))
+
+
+def test_runs_without_their_rows_are_refused(tmp_path):
+    """Nothing says of which code they are: deleted rows would take old results for new ones."""
+    run = tmp_path / "ppo-seed0"
+    run.mkdir()
+    (run / "config.json").touch()
+    with pytest.raises(UserError, match="is missing, so nothing says of which code"):
+        common.Rows(tmp_path / "runs.jsonl", dict(script="mine.py"))
 
 
 def test_a_run_with_other_settings_is_refused(reward_run):
@@ -286,6 +295,10 @@ def test_settings_of_a_sweep_are_all_combinations():
         (["--set", "kl_coef=low"], "--kl-coef: invalid float value: 'low'"),
         (["--set", "seed=1,2"], "the sweep sets 'seed' itself; see --algorithms, --seeds"),
         (["--set", "poo:kl_coef=1"], "'poo' is not one of --algorithms; did you mean ppo?"),
+        (["--set", "kl_coef=0.1,0.1"], "has a value twice"),
+        (["--set", "kl_coef=-1,0.1"], "--set kl_coef=-1.0: --kl-coef must be"),
+        (["--algorithms", "rloo", "--set", "group_size=3"], "is not a multiple of --group-size 3"),
+        (["--x", "kl_coef"], "add --set kl_coef=VALUE,VALUE"),
         (["--set", "kl_coef=0.1", "kl_coef=0.2"], "given twice; write all values as kl_coef=VALUE"),
         (["--set", "reward.task=a,b"], "runs of different tasks are not comparable"),
         (["--script", "none.py"], "no such file"),
@@ -381,9 +394,10 @@ def test_a_script_in_another_folder_runs_and_is_known_by_its_content(tmp_path, m
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("1 / 0", "--script mine.py fails: ZeroDivisionError: division by zero"),
+        ("1 / 0", "--script mine.py fails at mine.py:5: ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", "--script mine.py fails: exit status 3"),
         ("", "prints nothing with --help; its last line must be run_script("),
+        (CALL, "--script mine.py: --algorithm 'rlo' is not known; did you mean rloo?"),
     ],
 )
 def test_a_script_that_cannot_run_is_refused_before_any_training(
@@ -391,7 +405,7 @@ def test_a_script_that_cannot_run_is_refused_before_any_training(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(SCRIPT.format(line=line))
-    flags = ["--script", "mine.py", "--out", "out", "--quick"]
+    flags = ["--script", "mine.py", "--out", "out", "--quick", "--algorithms", "ppo,rlo"]
     assert message in refused(capsys, sweep.main, sweep.SweepConfig, flags)
     assert not list((tmp_path / "out").glob("reward-*"))
 

@@ -270,3 +270,8 @@ def test_pattern_that_skips_characters_is_refused(tmp_path):
 def test_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="contains no tokenizer.json and no tokenizer.model"):
         read_pretrained_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="none: no such folder"):
+        read_pretrained_tokenizer(tmp_path / "none")
+    (tmp_path / "policy.pt").touch()
+    with pytest.raises(UserError, match="policy run of this project; load it with minirlhf.tools"):
+        read_pretrained_tokenizer(tmp_path)

@@ -804,10 +804,11 @@ def test_a_policy_run_with_missing_or_wrong_inputs_is_one_line(
 @pytest.mark.parametrize(
     "main, config_class", [(train_reward.main, RewardConfig), (train_policy.main, PolicyConfig)]
 )
-def test_an_existing_folder_is_refused_and_untouched(
-    main, config_class, inputs, reward_run, tmp_path, capsys
-):
-    """A second run with the same --out must not overwrite the first one."""
+def test_an_existing_folder_is_refused_and_untouched(main, config_class, inputs, tmp_path, capsys):
+    """A second run with the same --out must not overwrite the first one.
+
+    It is refused before data is read, which can take minutes: the data does not exist.
+    """
     for name in ("run", "file"):
         out = tmp_path / name
         if name == "run":
@@ -816,9 +817,9 @@ def test_an_existing_folder_is_refused_and_untouched(
         else:
             out.write_text("the only copy")
         if config_class is RewardConfig:
-            config = reward_config(inputs, out)
+            config = reward_config(inputs, out, data=("absent.jsonl",))
         else:
-            config = policy_config(reward_run, out)
+            config = policy_config("absent", out)
         message = refused(capsys, main, config_class, as_flags(config))
         assert f"{out}: already exists; add --resume" in message
     assert contents(tmp_path) == {"run/thesis.txt": b"the only copy", "file": b"the only copy"}

@@ -129,6 +129,6 @@ def test_the_modules_belong_to_the_settings_of_a_run(reward_run, tmp_path, capsy
     out = str(tmp_path / "run")
     train_policy.main(policy_config(reward_run, out))
     flags = ["--out", out, "--resume", "--task", "test_trust"]
-    assert "--resume with task = 'test_trust'" in refused(
-        capsys, train_policy.main, PolicyConfig, flags
-    )
+    line = refused(capsys, train_policy.main, PolicyConfig, flags)
+    assert "--resume with task = 'test_trust'" in line
+    assert "name 'tiny', or start a new run" in line  # without the flag it would ask for it

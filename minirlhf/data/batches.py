@@ -116,6 +116,8 @@ def describe_counts(counts: dict[str, int]) -> str:
             "cutting); cut {prompts_cut} prompts, {responses_cut} responses")
     if counts["eos_text"]:
         text += "; {eos_text} pairs contain the name of EOS, which is read as ordinary text"
+    if 2 * counts["prompts_cut"] > counts["kept"]:
+        text += "; warning: most prompts are cut; raise --max-prompt-length"
     if counts["no_blank"]:
         text += "; warning: {no_blank} pairs lack a blank between prompt and response; add it"
     return text.format(**counts)

@@ -130,8 +130,8 @@ def _read(path: str, skip_bad_lines: bool,
                 raise UserError(f"{path}:{line}: more records are bad than usable, "
                                 f"the last because {problem}") from None
     if not items:
-        raise UserError(f"{path}: contains no usable record ({bad} bad ones skipped); "
-                        "see data/README.md#formats")
+        skipped = f" ({bad} bad ones skipped)" if bad else ""
+        raise UserError(f"{path}: contains no usable record{skipped}; see data/README.md#formats")
     return items, bad
 
 

@@ -109,6 +109,11 @@ class PretrainedEncoding(tiktoken.Encoding):
 def read_pretrained_tokenizer(folder: str | Path) -> PretrainedEncoding:
     """The tokenizer of a model's folder. Raises UserError that names the file and the problem."""
     path = Path(folder) / "tokenizer.json"
+    if not path.parent.exists():
+        raise UserError(f"{folder}: no such folder")
+    if (path.parent / "policy.pt").exists():
+        raise UserError(f"{folder}: is a policy run of this project; "
+                        "load it with minirlhf.tools.trained.load_trained")
     if not path.exists():
         path = path.with_name("tokenizer.model")
     if not path.exists():

@@ -112,14 +112,19 @@ def reward_test_rows(folder: Path) -> list[dict]:
     return [row for row in read_rows(folder / "reward_metrics.jsonl") if row["stage"] == "test"]
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
+def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path,
+             record: Callable[[Job], object] = lambda job: None) -> None:
     """Run the jobs that are not finished, at most `at_once` at a time, with one thread each.
 
+    record: called with each job as soon as it is finished, also if it was so before.
     A stopped run resumes from its checkpoint. The output goes to logs/NAME.txt.
     If a run fails, the others still finish; then UserError is raised.
     After Ctrl-C every run saves its state first.
     """
     waiting = [job for job in jobs if not finished(job)]
+    for job in jobs:
+        if job not in waiting:
+            record(job)
     running: dict[subprocess.Popen, Job] = {}
     failed: dict[str, str] = {}  # folder -> message
     logs.mkdir(parents=True, exist_ok=True)
@@ -139,6 +144,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
                 if process.returncode or not finished(job):
                     failed[str(job.folder)] = last_line(logs / f"{job.folder.name}.txt")
                     result = f"failed: {failed[str(job.folder)]}"
+                else:
+                    record(job)
                 done = len(jobs) - len(waiting) - len(running)
                 progress.show(done, f"{job.folder.name} {result}")
     except KeyboardInterrupt:
@@ -227,10 +234,15 @@ class Rows:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         about = json.loads(json.dumps(about))
-        stored = read_rows(path) or [dict(about=about)]
-        if stored[0].get("about") != about:
-            raise UserError(f"{path}: contains results of other settings or inputs; "
-                            "use another --out, or delete it")
+        stored = read_rows(path)
+        if not stored and any(path.parent.glob("*/config.json")):
+            raise UserError(f"{path}: is missing, so nothing says of which code and settings the "
+                            "runs in its folder are; use another --out")
+        stored = stored or [dict(about=about)]
+        old = stored[0].get("about", {})
+        if changed := [key for key in old | about if old.get(key) != about.get(key)]:
+            raise UserError(f"{path}: contains results of other settings or inputs "
+                            f"({', '.join(changed)}); use another --out")
         self.rows = {row["key"]: row for row in stored if "key" in row}
         write_atomically(path, b"".join(map(as_line, stored)))  # without half a row
         self.file = open(path, "ab", buffering=0)

@@ -15,7 +15,8 @@ the shape [B, R] only, and if no token beyond the mask has a gradient.
 --kl: estimator(logprobs, ref_logprobs) returns [B, R]; the mean of its sum over a response must be
 KL(policy || reference) of whole responses.
 
-Exit status: 0 the claim holds, 1 it does not, 2 the function cannot be called.
+Exit status: 0 the claim holds, 1 it does not or the loss makes a known mistake off-policy, 2 the
+function cannot be called.
 """
 
 import functools
@@ -45,7 +46,10 @@ DISTANCES = (0.01, 0.1)  # KL(old || policy) of whole responses, nats
 
 
 def check_loss(loss: Callable, claim: str | None, needs_off_policy: bool) -> bool:
-    """Print the report. Returns whether the claim holds, on-policy or at all distances."""
+    """Print the report. Returns whether the claim holds, on-policy or at all distances.
+
+    False too if the loss makes a known mistake off-policy.
+    """
     result = examine(loss)
     if claim is None:
         cosines = {name: min((each.cosine for each in fits), key=abs)
@@ -68,12 +72,13 @@ def check_loss(loss: Callable, claim: str | None, needs_off_policy: bool) -> boo
         echo(f"  off-policy, KL(old || policy) = {kl} nats: relative error up to {error:.1g}")
     ratio = importance_ratio(loss, claim) or "an unknown importance ratio"
     echo(f"  off-policy it uses {ratio}")
-    if claim == "policy-gradient" and swaps_minimum(loss):
+    is_swapped = claim == "policy-gradient" and swaps_minimum(loss)
+    if is_swapped:
         echo("  off-policy it clips tokens that moved against their advantage, not the others: "
              "are minimum and maximum swapped?")
     if needs_off_policy and not holds:
         echo("  does not hold off-policy")
-    return holds or not needs_off_policy
+    return (holds or not needs_off_policy) and not is_swapped and "wrong sign" not in ratio
 
 
 def check_estimator(estimator: Callable) -> bool:

@@ -58,6 +58,7 @@ def known_mistakes(batches: Batches) -> dict[str, Tensor]:
             position > 1,
         "the log-ratio of logprobs and ref_logprobs has the wrong sign":
             torch.where(mask, logprobs - ref_logprobs, 0.0).exp(),
+        "the ratio multiplies the log-prob and has a gradient too: detach it": 1 + logprobs,
         "the advantage is squared": advantages,
         "the absolute value of the advantage is used": advantages.sign(),
         "only the sign of the advantage is used": 1 / advantages.abs(),
@@ -134,7 +135,8 @@ def wrong_mask(loss: Callable, result: Result) -> Iterator[str]:
     batches = all_batches(SHAPES[1])[0]
     *numbers, mask = batches.arguments
     if reacts(loss, batches, (*(torch.where(mask, x, 0.7 * x) for x in numbers), mask)):
-        yield "the gradient depends on the numbers beyond the mask: a sum or mean forgets the mask"
+        yield ("the gradient depends on the numbers beyond the mask: a sum or mean forgets the "
+               "mask, or a tensor is shifted")
 
 
 def wrong_inputs(loss: Callable, claim: str) -> Iterator[str]:
@@ -148,7 +150,8 @@ def wrong_inputs(loss: Callable, claim: str) -> Iterator[str]:
         if should and not does:
             yield f"the gradient does not depend on {name}"
         elif does and not should:
-            swapped = ": are old_logprobs and ref_logprobs swapped?" * (name == "ref_logprobs")
+            swapped = (": a KL term, or ref_logprobs in place of old_logprobs?"
+                       * (name == "ref_logprobs"))
             yield f"the gradient depends on {name}, the claimed one does not{swapped}"
 
 

@@ -187,9 +187,8 @@ def run_study(config: OveroptimizationConfig) -> dict[str, dict]:
             rewards += of_seed[0]
             policies += [job for job in of_seed[1] if job.folder.name in missing]
     for jobs in filter(None, (rewards, policies)):
-        common.run_jobs(jobs, config.jobs or os.cpu_count() or 1, Path(config.out) / "logs")
-        for job in jobs:
-            rows.get(job.folder.name, functools.partial(describe_run, job))
+        common.run_jobs(jobs, config.jobs or os.cpu_count() or 1, Path(config.out) / "logs",
+                        lambda job: rows.get(job.folder.name, lambda: describe_run(job)))
     for seed in range(config.seeds):
         rows.get(f"best-of-n-seed{seed}", functools.partial(sample_pool, config, seed))
     return rows.rows

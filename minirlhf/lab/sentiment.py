@@ -22,7 +22,6 @@ folders are gone. More seeds can be added later to the same folder.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -270,9 +269,8 @@ def run_study(config: SentimentConfig) -> dict[str, dict]:
     rows = common.Rows(path, dict(settings=about))
     if jobs:
         write_data(config)
-        common.run_jobs(jobs, config.jobs or os.cpu_count() or 1, Path(config.path("logs")))
-    for job in jobs:
-        rows.get(job.folder.name, functools.partial(measure, job))
+        common.run_jobs(jobs, config.jobs or os.cpu_count() or 1, Path(config.path("logs")),
+                        lambda job: rows.get(job.folder.name, lambda: measure(job)))
     return rows.rows
 
 

@@ -17,10 +17,10 @@ values or algorithms can be added later to the same folder.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ from minirlhf.lab.common import (
     script_environment,
     train_subset,
 )
-from minirlhf.rl.algorithms import ALGORITHMS
+from minirlhf.rl.algorithms import ALGORITHMS, pick_algorithm
 from minirlhf.run.command_line import check_ranges, flag, parse_flags, setting
 from minirlhf.run.errors import UserError, suggest
 from minirlhf.run.files import read_file, write_atomically
@@ -69,7 +69,7 @@ class SweepConfig:
 
     out: str = setting("runs/sweep", "folder of all runs, runs.jsonl, table.md and plots")
     algorithms: str = setting("ppo", "algorithms, separated by commas")
-    seeds: int = setting(3, "seeds 0 to N - 1; fewer than three do not show the spread", 1)
+    seeds: int = setting(3, "seeds 0 to N - 1; fewer than three do not show the spread", 1, 1000)
     set: tuple[str, ...] = setting(
         (), "KEY=VALUE,VALUE of train_policy.py, such as kl_coef=0.01,0.05; reward.KEY for "
             "train_reward.py; ALGORITHM:KEY for one algorithm only; one value: no comparison")
@@ -116,7 +116,8 @@ class Setting(NamedTuple):
 
 
 def algorithm_names(config: SweepConfig) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in config.algorithms.split(",")))
+    names = [name.strip() for name in config.algorithms.split(",")]
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def read_values(text: str) -> tuple[str, str, list]:
@@ -132,7 +133,10 @@ def read_values(text: str) -> tuple[str, str, list]:
         raise UserError(f"--set {text}: the sweep sets {field!r} itself; see --algorithms, --seeds")
     if field not in names:
         raise UserError(f"--set {text}: {field!r} is not a setting{suggest(field, names)}")
-    return algorithm, key, [convert(config_class, field, value) for value in values.split(",")]
+    converted = [convert(config_class, field, value) for value in values.split(",")]
+    if len(set(converted)) < len(converted):
+        raise UserError(f"--set {text}: has a value twice; give each value once")
+    return algorithm, key, converted
 
 
 def convert(config_class, field: str, value: str) -> Any:
@@ -146,6 +150,9 @@ def settings_of(config: SweepConfig) -> list[Setting]:
     """All settings, in the order of the command line. Raises UserError."""
     grid = [read_values(text) for text in config.set]
     check_targets(config, [(algorithm, key) for algorithm, key, _ in grid])
+    is_swept = any(key == config.x and len(values) > 1 for _, key, values in grid)
+    if config.x in vars(PolicyConfig()) and not is_swept:
+        raise UserError(f"--x {config.x}: has one value; add --set {config.x}=VALUE,VALUE")
     settings = []
     for name in algorithm_names(config):
         mine = {key: values for algorithm, key, values in grid if algorithm in ("", name)}
@@ -198,6 +205,15 @@ def make_setting(config: SweepConfig, algorithm: str, chosen: dict[str, Any],
         if value != getattr(reward if kind == "reward" else policy, field):
             changes[kind][field] = value
     varied = {key: chosen[key] for key in chosen if key in several}
+    try:
+        dataclasses.replace(reward, **changes["reward"]).check()
+        policy = dataclasses.replace(policy, **changes["policy"], algorithm=algorithm)
+        policy.check()
+        if algorithm in ALGORITHMS:
+            pick_algorithm(policy)
+    except UserError as error:
+        values = " ".join(f"{key}={value}" for key, value in chosen.items())
+        raise UserError(f"--set {values}: {error}") from None
     return Setting(algorithm, changes["policy"], changes["reward"], varied)
 
 
@@ -265,7 +281,8 @@ class Result(NamedTuple):
         """A final metric of each seed. Raises UserError."""
         metrics = self.rows[0]["metrics"]
         if name not in metrics:
-            raise UserError(f"{name!r} is not a metric of these runs{suggest(name, metrics)}")
+            raise UserError(f"{name!r} (--x, --y or --best) is not a metric of these runs"
+                            f"{suggest(name, metrics)}")
         return [row["metrics"][name] for row in self.rows]
 
 
@@ -278,10 +295,19 @@ def script_version(config: SweepConfig) -> str:
                           capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise UserError(f"--script {config.script} fails: {reason}")
+        places = re.findall(r'File "(.*)", line (\d+)', done.stderr)
+        place = f" at {Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+        raise UserError(f"--script {config.script} fails{place}: {reason}")
     if not done.stdout:
         raise UserError(f"--script {config.script} prints nothing with --help; its last line must "
                         "be run_script(train_policy.main, PolicyConfig)")
+    for name in set(algorithm_names(config)) - {*ALGORITHMS, "dpo"}:
+        # An algorithm is looked up before the reward run, which does not exist.
+        command = [sys.executable, str(path), "--algorithm", name, "--reward-run", os.devnull]
+        done = subprocess.run(command, env=script_environment(), capture_output=True, text=True)
+        reason = (done.stderr.strip().splitlines() or [""])[-1].removeprefix("error: ")
+        if "--algorithm" in reason:
+            raise UserError(f"--script {config.script}: {reason}")
     return f"{path.name} {file_hash(path)[:16]}"
 
 
@@ -293,20 +319,23 @@ def run_sweep(config: SweepConfig, settings: list[Setting]) -> list[Result]:
                  task={key: fixed[key] for key in fixed if key.startswith("reward.")})
     rows = Rows(folder / "runs.jsonl", about)
     jobs = [[jobs_of(config, chosen, seed) for seed in range(config.seeds)] for chosen in settings]
-    missing = {policy.folder.name: (reward, policy) for pairs in jobs for reward, policy in pairs
+    missing = {policy.folder.name: (reward, policy, chosen)
+               for chosen, pairs in zip(settings, jobs) for reward, policy in pairs
                if policy.folder.name not in rows.rows}
+
+    def record(job: Job) -> None:
+        if job.folder.name in missing:
+            chosen = missing[job.folder.name][2]
+            rows.get(job.folder.name, lambda: describe_run(job, chosen))
+
     if missing:
-        rewards = {reward.folder: reward for reward, _ in missing.values()}
-        policies = [policy for _, policy in missing.values()]
+        rewards = {reward.folder: reward for reward, _, _ in missing.values()}
+        policies = [policy for _, policy, _ in missing.values()]
         # by seed: an algorithm that fails does so after the first reward run
         in_order = sorted([*rewards.values(), *policies], key=lambda job: job.config.seed)
-        run_jobs(in_order, config.jobs or os.cpu_count() or 1, folder / "logs")
-    results = []
-    for chosen, pairs in zip(settings, jobs):
-        of_seeds = [rows.get(policy.folder.name, functools.partial(describe_run, policy, chosen))
-                    for _, policy in pairs]
-        results.append(Result(chosen, of_seeds))
-    return results
+        run_jobs(in_order, config.jobs or os.cpu_count() or 1, folder / "logs", record)
+    return [Result(chosen, [rows.rows[policy.folder.name] for _, policy in pairs])
+            for chosen, pairs in zip(settings, jobs)]
 
 
 # ---- table and plot ------------------------------------------------------------------------------

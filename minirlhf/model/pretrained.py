@@ -98,7 +98,8 @@ def load_weights(folder: Path, vocab_size: int, rows: int,
         raise UserError(f"{error.filename or folder}: {error.strerror}; "
                         "download all files of the model") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: damaged or unsupported ({error}); download it again") from None
+        raise UserError(f"{folder}: damaged, incomplete or unsupported ({error}); "
+                        "download it again, or use another model") from None
     return model
 
 

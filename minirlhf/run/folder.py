@@ -86,10 +86,8 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
         stored, stored_facts = read_run(type(config), folder / "config.json")
         check_same_run(config, stored)
         check_inputs(stored_facts, facts, "this run")
-    elif folder.is_file() or any(folder.glob("[!.]*")):
-        # Hidden files may be left of a process that was killed before it wrote config.json.
-        raise UserError(f"{folder}: already exists; add --resume to resume this run, "
-                        "or use another --out")
+    else:
+        refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_file(folder / ".lock", f"{folder}: another process is running there; "
                                        "wait for it to end, or use another --out")
@@ -97,6 +95,14 @@ def claim_folder(config, name: str, facts: dict) -> tuple[Path, IO]:
         if PARTIAL.fullmatch(path.name):  # from a write that was killed
             path.unlink()
     return folder, lock
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise UserError if there is something in the folder of a new run."""
+    # Hidden files may be left of a process that was killed before it wrote config.json.
+    if folder.is_file() or any(folder.glob("[!.]*")):
+        raise UserError(f"{folder}: already exists; add --resume to resume this run, "
+                        "or use another --out")
 
 
 def unused_folder(name: str) -> Path:
@@ -115,8 +121,10 @@ def check_same_run(config, stored) -> None:
             echo(f"new schedule: {name} {old} -> {new}; "
                  f"the results will differ from those of a run of {old}")
         elif new != old:
+            # a module must be named again, because a file alone must not make code run
+            fix = f"name {old!r}" if name in MODULES and old else "leave the flag out"
             raise UserError(f"--resume with {name} = {new!r}, but the run has {old!r}; "
-                            "leave the flag out, or start a new run")
+                            f"{fix}, or start a new run")
 
 
 def check_inputs(stored: dict[str, str], facts: dict[str, str], run: str) -> None:

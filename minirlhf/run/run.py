@@ -11,7 +11,7 @@ from typing import IO
 from minirlhf.run.checkpoint import newest_checkpoint, restore, save_step
 from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file, write_atomically
-from minirlhf.run.folder import module_flags, open_folder
+from minirlhf.run.folder import module_flags, open_folder, refuse_existing
 from minirlhf.run.metrics import Metrics
 from minirlhf.run.parallel import process_count
 from minirlhf.run.signals import StopSignal
@@ -40,6 +40,8 @@ class Run:
         self.lock: IO | None = None  # of the run folder, in the main process
 
     def __enter__(self) -> "Run":
+        if self.config.out and not self.config.resume:
+            refuse_existing(Path(self.config.out))  # before data is read
         self.stop.install()
         return self
 
@@ -87,6 +89,8 @@ class Run:
         self.stage = stage
         self.total = self.stages[stage]
         self.done = restore(checkpoint, model, optimizer)
+        if self.total and self.done == self.total:
+            echo(f"all steps of {stage} were done already")
         self.progress = Progress(label or stage, self.total, self.done, plain_lines)
         return checkpoint[0] if checkpoint else {}
 
