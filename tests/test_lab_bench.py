@@ -126,6 +126,15 @@ def llama_model() -> Transformer:
     return Transformer(dataclasses.replace(config, **small, d_mlp=40, context=24))
 
 
+@pytest.mark.parametrize("part", ["reward-model step", "policy update", "rloo iteration"])
+def test_parts_of_llamas_form_are_measured_without_the_plain_way(part, monkeypatch):
+    """Plain PyTorch is written for learned positions."""
+    shape = TINY._replace(config=llama_model().config)
+    monkeypatch.setitem(bench_cases.SHAPES, "tiny", shape)
+    (row,) = bench.main(bench.BenchConfig(device="cpu", quick=True, only=part, json=True))
+    assert row["seconds"] > 0 and row["ratios"] == {}
+
+
 def test_a_missing_library_gives_one_hint(capsys):
     for _ in range(2):
         assert bench_peers.find("no_such_library", "thing") is None
