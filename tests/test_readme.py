@@ -187,6 +187,9 @@ COMMANDS = {
     "python -m minirlhf.lab.variance --reward-run runs/REWARD --policy-run runs/POLICY": Run(
         VARIANCE, "runs/variance/variance.md"
     ),
+    "python -m minirlhf.lab.overoptimization --out data/studies/overoptimization": Elsewhere(
+        test="test_lab.py"
+    ),
     "python -m minirlhf.lab.overoptimization": Run(
         " --scale tiny --seeds 1", "runs/overoptimization/overoptimization.md", slow=True
     ),

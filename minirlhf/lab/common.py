@@ -156,11 +156,16 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path,
         raise
     finally:
         restore_handlers(earlier)
-    if failed:
-        reasons: dict[str, list[str]] = {}
-        for folder, reason in failed.items():
-            reasons.setdefault(reason, []).append(folder)
-        texts = [f"{', '.join(folders)} failed: {reason}" for reason, folders in reasons.items()]
+    raise_if_failed(failed)
+
+
+def raise_if_failed(failed: dict[str, str]) -> None:
+    """Raise UserError with each message once. failed: folder -> message."""
+    reasons: dict[str, list[str]] = {}
+    for folder, reason in failed.items():
+        reasons.setdefault(reason, []).append(folder)
+    texts = [f"{', '.join(folders)} failed: {reason}" for reason, folders in reasons.items()]
+    if texts:
         raise UserError(f"{'; '.join(texts)}; the other runs are kept; "
                         "run the same command again to resume")
 
