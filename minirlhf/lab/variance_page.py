@@ -74,7 +74,7 @@ def describe(names: list[str], rows: dict[str, dict], settings: dict) -> str:
 
 def draw_variances(axes, names: list[str], rows: dict[str, dict]) -> None:
     """Left: variance of each gradient. Right: signal to noise. One marker for each setting."""
-    floor = 1e-3  # of a logarithmic axis: a noisy estimate of a ratio may be negative
+    floors = 0.0, 1e-3  # of a logarithmic axis: a noisy signal-to-noise ratio may be negative
     labels = ("variance of a batch's gradient (log)", "signal to noise, |mean|² / variance (log)")
     for side, axis in enumerate(axes):
         for number, name in enumerate(names):
@@ -84,7 +84,7 @@ def draw_variances(axes, names: list[str], rows: dict[str, dict]) -> None:
                 interval = row["signal_to_noise"]
                 if side == 0:
                     interval = bootstrap_interval(np.array(row["deviations"]))
-                estimate, low, high = (max(x, floor) for x in interval)
+                estimate, low, high = (max(x, floors[side]) for x in interval)
                 error = [[max(0, estimate - low)], [max(0, high - estimate)]]
                 y = place + 0.16 * (number - (len(names) - 1) / 2)
                 axis.errorbar(estimate, y, xerr=error, color=color, marker=marker, markersize=5,

@@ -13,7 +13,7 @@ from minirlhf.run.errors import UserError
 from minirlhf.run.files import read_file, write_atomically
 from minirlhf.run.folder import module_flags, open_folder, refuse_existing
 from minirlhf.run.metrics import Metrics
-from minirlhf.run.parallel import process_count
+from minirlhf.run.parallel import is_main, process_count
 from minirlhf.run.signals import StopSignal
 from minirlhf.run.terminal import Progress, echo
 
@@ -40,7 +40,7 @@ class Run:
         self.lock: IO | None = None  # of the run folder, in the main process
 
     def __enter__(self) -> "Run":
-        if self.config.out and not self.config.resume:
+        if is_main() and self.config.out and not self.config.resume:
             refuse_existing(Path(self.config.out))  # before data is read
         self.stop.install()
         return self
