@@ -845,7 +845,7 @@ def test_prompt_and_response_are_encoded_separately_and_end_with_eos(enc):
     groups, counts = encode_preferences([PreferencePair("a ", "the", "x<|endoftext|>")], enc, 8, 20)
     responses = (256, ord("e"), enc.eot_token), (*b"x<|endoftext|>", enc.eot_token)
     assert groups == [PreferenceGroup(tuple(b"a "), responses, ((0, 1, 0.0, 1.0),))]
-    expected = dict(read=1, kept=1, empty=0, identical=0, prompts_cut=0, responses_cut=0)
+    expected = dict(read=1, kept=1, empty=0, identical=0, prompts=1, prompts_cut=0, responses_cut=0)
     assert counts == expected | dict(eos_text=1, no_blank=0)
     assert "; 1 pairs contain the name of EOS" in describe_counts(counts)
 
@@ -855,6 +855,8 @@ def test_a_warning_says_that_most_prompts_are_cut(enc):
     pairs = [
         PreferencePair(prompt, " a", " b") for prompt in ("long prompt?", "longer one?", "Hi?")
     ]
+    assert "most prompts are cut" in describe_counts(encode_preferences(pairs, enc, 8, 8)[1])
+    pairs[2:] = [PreferencePair("Hi?", f" {n}", " b") for n in range(4)]  # prompts count, not pairs
     assert "most prompts are cut" in describe_counts(encode_preferences(pairs, enc, 8, 8)[1])
     pairs += [PreferencePair("Ho?", " a", " b")]
     assert "most prompts are cut" not in describe_counts(encode_preferences(pairs, enc, 8, 8)[1])
@@ -905,7 +907,7 @@ def test_pairs_identical_after_cutting_are_dropped_and_counted(enc):
     ]
     groups, counts = encode_preferences(pairs, enc, 4, 3)
     assert [len(group.pairs) for group in groups] == [1] and len(groups[0].responses) == 2
-    expected = dict(read=5, kept=1, empty=2, identical=2, prompts_cut=0, responses_cut=0)
+    expected = dict(read=5, kept=1, empty=2, identical=2, prompts=1, prompts_cut=0, responses_cut=0)
     assert counts == expected | dict(eos_text=0, no_blank=3)
     assert "kept 1 of 5" in describe_counts(counts) and "\n" not in describe_counts(counts)
     with pytest.raises(UserError, match="no usable pair: kept 0 of 2 pairs"):

@@ -55,7 +55,7 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
     Pairs with a blank response, or with identical responses after cutting, are dropped.
 
     counts: read, kept, empty, identical, eos_text, no_blank (pairs; a blank response counts as
-    empty), prompts_cut (distinct prompts), responses_cut (distinct responses of a group).
+    empty), prompts and prompts_cut (distinct ones), responses_cut (distinct ones of a group).
     eos_text: EOS is written out in the text, as if a text of the training data had been split
     wrongly. no_blank: neither a blank nor a line break is between the prompt and a response.
     Raises UserError if no pair is left.
@@ -81,7 +81,8 @@ def encode_preferences(pairs: list[PreferencePair], encoding: tiktoken.Encoding,
                    for pair in answered)
     responses_cut = sum(ids[-1] != eos for group in groups for ids in group.responses)
     counts = dict(read=len(pairs), kept=kept_pairs, empty=len(pairs) - len(answered),
-                  identical=len(answered) - kept_pairs, prompts_cut=len(prompts_cut),
+                  identical=len(answered) - kept_pairs,
+                  prompts=len({pair.prompt for pair in answered}), prompts_cut=len(prompts_cut),
                   responses_cut=responses_cut, eos_text=with_eos_text, no_blank=no_blank)
     if not groups:
         raise UserError(f"no usable pair: {describe_counts(counts)}; "
@@ -109,14 +110,15 @@ def describe_counts(counts: dict[str, int]) -> str:
     """The counts of encode_preferences in one line.
 
     >>> describe_counts({"read": 9, "kept": 6, "empty": 1, "identical": 2,
-    ...                  "prompts_cut": 3, "responses_cut": 4, "eos_text": 0, "no_blank": 0})
+    ...                  "prompts": 6, "prompts_cut": 3, "responses_cut": 4, "eos_text": 0,
+    ...                  "no_blank": 0})
     'kept 6 of 9 pairs (dropped: 1 blank, 2 identical after cutting); cut 3 prompts, 4 responses'
     """
     text = ("kept {kept} of {read} pairs (dropped: {empty} blank, {identical} identical after "
             "cutting); cut {prompts_cut} prompts, {responses_cut} responses")
     if counts["eos_text"]:
         text += "; {eos_text} pairs contain the name of EOS, which is read as ordinary text"
-    if 2 * counts["prompts_cut"] > counts["kept"]:
+    if 2 * counts["prompts_cut"] > counts["prompts"]:
         text += "; warning: most prompts are cut; raise --max-prompt-length"
     if counts["no_blank"]:
         text += "; warning: {no_blank} pairs lack a blank between prompt and response; add it"
